@@ -1,0 +1,185 @@
+"""Stage 2: contrastive training of both encoders on pairs in both languages, over many crops of every picture.
+
+    torchrun train_clip.py                                     the demo: emoji and their names, on any laptop
+    torchrun train_clip.py --init runs/mae/last.pt             the same from stage 1's image encoder
+    torchrun --nproc-per-node 8 train_clip.py --model ViT-B/32 --data 'pairs/{00000..09999}.tar'
+
+Every pair brings one caption a step, drawn from those that it has, so that both languages meet in one batch; no loss ties
+the languages to each other. Each crop of the batch is contrasted with the same texts, which are encoded once:
+loss = mean over crops of InfoNCE(that crop of every picture, texts).
+
+What it leaves out: hard negatives, distillation, and a second loss of any kind.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import crops
+import data
+import evaluate
+import kelip
+import trainer
+from tokenizer import Tokenizer
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
+CROPS = {"tiny": "1x64"}         # by preset; the paper's kind, at 224 and 96 pixels, for the others
+
+
+def parse_arguments(argv=None):
+    """The command line, defaults filled in."""
+    parser = argparse.ArgumentParser(
+        description="Train a Korean-English CLIP on pairs. Without flags: on emoji and their names in both languages, "
+                    "which pip packages bring; some minutes on two CPU cores.",
+        epilog="A run's folder holds last.pt, tokenizer.json, config.json, metrics.jsonl and index.html; "
+               "kelip.build_model(folder) opens it.")
+    trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=20)
+    add = parser.add_argument
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
+    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py or of this script")
+    add("--crops", metavar="SPEC", help="crops of a picture, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else "
+                                        "2x224+6x96)")
+    add("--scale", nargs=2, type=float, default=(0.5, 1.0), metavar=("MIN", "MAX"),
+        help="area of the first group's crops, as a part of the picture's (default: 0.5 1)")
+    add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
+        help="area of the other groups' crops (default: 0.05 0.4)")
+    add("--augment", action="store_true", help="SimCLR's colour distortion and blur: helps classification, hurts "
+                                               "retrieval (the paper's first finding)")
+    add("--weight-decay", type=float, default=0.2, help="of matrices (default: 0.2)")
+    add("--test", nargs="+", metavar="SHARDS", help="held-out pairs, for retrieval during the run and after it "
+                                                    f"(default with the demo's data: {trainer.DEMO}/test-*.tar)")
+    add("--evals", type=int, default=4, metavar="N", help="how often to measure retrieval, the end included (default: 4)")
+    args = parser.parse_args(argv)
+    args.classes = None
+    if args.model not in kelip.PRESETS:
+        raise ValueError(f"--model {args.model}: no such preset; there are {', '.join(kelip.PRESETS)}")
+    args.crops = args.crops or CROPS.get(args.model, "2x224+6x96")
+    patch = kelip.PRESETS[args.model]["vision_patch_size"]
+    for _, size in crops.parse_crops(args.crops):
+        if size % patch:
+            raise ValueError(f"--crops {args.crops}: {size} pixels is not a multiple of {args.model}'s patch of {patch}")
+    if args.test is None and args.data == parser.get_default("data"):
+        args.test, args.classes = [f"{trainer.DEMO}/test-*.tar"], "skin tone"
+    return args
+
+
+def open_tokenizer(args, pairs, vocab_size):
+    """The run's tokenizer: --tokenizer, or the one in the run's folder, or one trained on the captions and put there."""
+    path = Path(args.out) / "tokenizer.json"
+    if args.tokenizer:
+        tokenizer = Tokenizer.load(args.tokenizer)
+        if not path.exists():
+            tokenizer.save(path)
+    elif not path.exists():
+        if len(pairs) > 5_000_000:
+            raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on in passing: "
+                             "make one with `python tokenizer.py train` and name it with --tokenizer")
+        texts = (text for i in range(len(pairs)) for text in pairs[i].captions.values())
+        Tokenizer.train(texts, vocab_size, progress=sys.stdout.isatty()).save(path)
+    return Tokenizer.load(path)
+
+
+class Towers(nn.Module):
+    """What one step encodes, as one forward pass, which is where DistributedDataParallel looks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, views, tokens):
+        """views: a list of [N, 3, size, size], tokens [N, L] -> (features of each view, of the texts, all [N, D] and of
+        unit length; the logit scale itself)."""
+        image_features = []
+        sizes = [view.shape[-1] for view in views]
+        for size in dict.fromkeys(sizes):  # crops of one size go through the encoder together
+            group = [view for view in views if view.shape[-1] == size]
+            image_features += self.model.encode_image(torch.cat(group), l2norm=True).chunk(len(group))
+        return image_features, self.model.encode_text(tokens, l2norm=True), self.model.logit_scale.exp()
+
+
+def make_step(job, args, model, languages):
+    """The step of this stage for trainer.fit: crops, both encoders, the loss, and the backward pass."""
+    towers = trainer.wrap(Towers(model), job)
+    dtype = trainer.choose_precision(args.precision, job.device)
+    spec = crops.parse_crops(args.crops)
+
+    def step(batch, scaler):
+        images, aspect = (t.to(job.device, non_blocking=True) for t in (batch.images, batch.aspect))
+        valid = batch.valid.to(job.device, non_blocking=True)
+        views = crops.multi_crop(images, spec, args.seed, batch.slots, aspect, scale=args.scale,
+                                 low_scale=args.low_scale, augment=args.augment)
+        with torch.autocast(job.device.type, dtype, enabled=dtype is not None):
+            image_features, text_features, logit_scale = towers(views, batch.tokens)
+        losses, shares = zip(*(kelip.contrastive_loss(features, text_features, logit_scale, job.group, valid,
+                                                      per_pair=True) for features in image_features))
+        loss = torch.stack(losses).mean()
+        scaler.scale(loss).backward()
+        metrics = {"loss": loss.detach(), "logit_scale": logit_scale.detach()}
+        share = torch.stack(shares).mean(dim=0)                              # [n]
+        language = batch.language.to(job.device, non_blocking=True)
+        for i, name in enumerate(languages):
+            chosen = (valid & (language == i)).float()
+            metrics[f"sum/loss_{name or 'text'}"] = (share * chosen).sum()
+            metrics[f"count/loss_{name or 'text'}"] = chosen.sum()
+        return metrics
+
+    return step
+
+
+def main(argv=None):
+    """Set up, train, evaluate, and say where everything is."""
+    args = parse_arguments(argv)
+    job = trainer.start_job()
+    state = trainer.open_run(args, job)
+    pairs = trainer.open_pairs(args, job, state)
+    test = data.Pairs(args.test) if args.test else None
+    candidates = evaluate.read_candidates(args.test) if args.test else None
+
+    config = dict(kelip.PRESETS[args.model])
+    tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"]))
+    config["vocab_size"] = len(tokenizer)
+    torch.manual_seed(args.seed)
+    model = kelip.KELIP(**config)
+    if args.init and not state:
+        taken = kelip.init_from(model, args.init)
+        if job.main:
+            print(f"starts from {taken}")
+    model.to(job.device)
+    optimizer = trainer.make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=args.weight_decay)
+    run = trainer.describe_run("clip", args, config, pairs, state, vocabulary=hashlib.sha256(Path(args.out, "tokenizer.json").read_bytes()).hexdigest()[:16])
+    loader = trainer.open_loader(args, job, pairs, tokenizer, run, state, max(size for _, size in crops.parse_crops(args.crops)))
+    if job.main:
+        dtype = trainer.choose_precision(args.precision, job.device) or torch.float32
+        print(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, {len(tokenizer):,} tokens; "
+              f"{run['steps']:,} steps of {args.batch_size} pairs, {args.crops} crops; {job.world_size} x "
+              f"{job.device.type}, {str(dtype).removeprefix('torch.')}", flush=True)
+
+    def clamp():
+        model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+
+    def measure(_):
+        found = evaluate.retrieve(model, test, tokenizer, candidates, progress=False)
+        return {f"{language}/{way}/{k}": value for language, ways in found.items()
+                for way, values in ways.items() for k, value in values.items()}
+
+    trainer.fit(job, args, model, optimizer, loader, make_step(job, args, model, loader.languages), run, state,
+                after_step=clamp, evaluate=measure if test else None)
+    if job.main:
+        print(loader.report())
+        if test:
+            evaluate.report(args.out, model, test, tokenizer, candidates, args.classes)
+        print(f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl"
+              + (f"; look at {args.out}/index.html" if test else ""))
+    trainer.end_job(job)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"train_clip.py: {error}")
