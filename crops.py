@@ -66,7 +66,7 @@ BOX, FLIP, JITTER, GREY, BLUR = range(5)  # what draws are for
 def canvas_size(crops, scale=(0.4, 1.0), low_scale=(0.05, 0.4)):
     """The canvas, in pixels, on which the smallest box of a 4:3 picture has as many pixels as its crop."""
     sides = [size / math.sqrt((low_scale if group else scale)[0] * 3 / 4) for group, (_, size) in enumerate(crops)]
-    return -(-int(max(sides)) // 32) * 32
+    return -(-int(max(sides)) // 64) * 64
 
 
 def crop_boxes(seed, slots, crop, canvas, aspect=None, scale=(0.4, 1.0)):
@@ -115,9 +115,10 @@ def _resample_each(images, boxes, size):
 def _weights(start, length, size, canvas, device):
     """Rows of bicubic weights [N, size, canvas] that resample [start, start + length) to `size` pixels.
 
-    Pillow's rule: Keys' cubic with a = -0.5, stretched by the reduction, cut at the box's edges, each row summing to 1.
+    Pillow's rule: Keys' cubic with a = -0.5, stretched by the reduction, cut at the box's edges, each row summing to 1,
+    and in the same fixed point, so that the crops are the same numbers as _resample_each's.
     """
-    start, length = start.to(device, torch.float32)[:, None, None], length.to(device, torch.float32)[:, None, None]
+    start, length = (x.to(device, torch.float64)[:, None, None] for x in (start, length))          # [N, 1, 1]
     step = length / size
     centre = start + (torch.arange(size, device=device)[:, None] + 0.5) * step                     # [N, size, 1]
     pixel = torch.arange(canvas, device=device) + 0.5                                              # [canvas]
@@ -125,18 +126,22 @@ def _weights(start, length, size, canvas, device):
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     cubic = cubic * ((pixel > start) & (pixel < start + length))
-    return cubic / cubic.sum(2, keepdim=True)
+    weights = cubic / cubic.sum(2, keepdim=True)
+    unit = torch.exp2((32767.5 / weights.amax((1, 2), keepdim=True)).log2().floor())
+    return ((weights * unit).round() / unit).float()                                               # [N, size, canvas]
 
 
-def _resample_batch(images, boxes, size):
-    """All boxes at once, as two products with their weights: what a GPU likes. Rounds where integer kernels round."""
-    canvas = images.shape[-1]
-    x, y, w, h = boxes.unbind(1)
-    across = _weights(x, w, size, canvas, images.device)[:, None].transpose(2, 3)                  # [N, 1, S, size]
-    down = _weights(y, h, size, canvas, images.device)[:, None]                                    # [N, 1, size, S]
-    narrow = (images.float() @ across).round_().clamp_(0, 255)                                     # [N, 3, S, size]
+def _resample_batch(images, boxes, size, chunk=64):
+    """All boxes at once, as two products with their weights, what a GPU likes; rounds where the integer kernel rounds."""
+    canvas, out = images.shape[-1], []
     scale, offset = (x.view(3, 1, 1) for x in _affine(images.device))
-    return (down @ narrow).round_().clamp_(0, 255).mul_(scale).add_(offset)                        # [N, 3, size, size]
+    for pictures, part in zip(images.split(chunk), boxes.split(chunk)):  # bounds the memory that weights take
+        x, y, w, h = part.unbind(1)
+        across = _weights(x, w, size, canvas, images.device)[:, None].transpose(2, 3)              # [n, 1, S, size]
+        down = _weights(y, h, size, canvas, images.device)[:, None]                                # [n, 1, size, S]
+        narrow = (pictures.float() @ across).add_(0.5).floor_().clamp_(0, 255)                     # [n, 3, S, size]
+        out.append((down @ narrow).add_(0.5).floor_().clamp_(0, 255).mul_(scale).add_(offset))     # [n, 3, size, size]
+    return torch.cat(out)
 
 
 def _affine(device):
@@ -189,7 +194,10 @@ def distort(x, seed, slots, crop):
     x[chosen] = _grey(x[chosen]).expand(-1, 3, -1, -1)
     draws = uniform(seed, slots, crop, BLUR, 2).float()
     chosen = (draws[:, 0] < 0.5).nonzero()[:, 0]
-    x[chosen.to(x.device)] = blur(x[chosen.to(x.device)], (0.1 + 1.9 * draws[chosen, 1]).to(x.device))
+    sigma = (0.1 + 1.9 * draws[chosen, 1]).to(x.device)
+    chosen = chosen.to(x.device)
+    if len(chosen):
+        x[chosen] = blur(x[chosen], sigma).clamp(0, 1)
     return x
 
 

@@ -423,7 +423,7 @@ class Pairs:
         """Open a shard that still is what the index says, and close the one that was opened longest ago."""
         shard = self.shards[number]
         if shard.rows is None:
-            raise ValueError(f"shard {shard.left_out['gone']}: {shard.path}")
+            raise ValueError(f"{next(iter(shard.left_out))}: {shard.path}")
         try:
             file = open(shard.path, "rb")
         except OSError as error:
@@ -434,7 +434,10 @@ class Pairs:
             raise ValueError(f"shard changed: {shard.path} is not of the size that was indexed")
         if len(self._open) >= OPEN_SHARDS:
             self._open.pop(next(iter(self._open)))[0].close()
-        self._open[number] = file, shard_rows(shard)
+        try:
+            self._open[number] = file, shard_rows(shard)
+        except (OSError, ValueError):
+            raise ValueError(f"index damaged: {shard.rows}") from None
         return self._open[number]
 
     def describe(self):
@@ -457,8 +460,8 @@ def _as_they_were(old, shards):
     for name, size, count in old:
         shard = now[name].pop(0) if now[name] else None
         if shard is None or (shard.size, shard.count) != (size, count):
-            cause = "missing" if shard is None else "changed"
-            shard = Shard(name, size, 0, count, {}, {"gone": cause})
+            cause = "shard missing" if shard is None else "shard changed"
+            shard = Shard(name, size, 0, count, {}, {cause: count})
         result.append(shard)
     return result
 
@@ -721,8 +724,9 @@ class Loader:
                         self.skipped[cause] += 1
                         self.examples.setdefault(cause, what)
                     yield batch
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                gone = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+                if not self.workers or not gone or "Caught" in str(error):  # what a worker itself raised
                     raise
                 deaths += 1
                 if deaths == 3:
@@ -760,10 +764,12 @@ class Loader:
                 cause, _, what = str(error).partition(": ")
                 faults.append((cause, what))
                 continue
-            images[i, :pixels.shape[0], :pixels.shape[1]] = pixels
+            h, w, _ = pixels.shape
+            images[i, :h, :w], images[i, h:], images[i, :h, w:] = pixels, 0, 0
             valid[i] = True
             if self.tokenizer:
                 language[i], tokens[i] = captions[int(draws[i] * len(captions))]
+        images[~valid] = 0
         named = self.tokenizer and torch.from_numpy(language)
         return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(aspect), tokens, named,
                      torch.from_numpy(valid), torch.from_numpy(slots)), faults
@@ -798,13 +804,19 @@ class Loader:
 # --- Making and checking shards --------------------------------------------------------------------------------------
 
 def write_shard(path, pairs):
-    """Write (key, {suffix: bytes}) pairs into a tar that is the same, byte for byte, whenever it is made."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in pairs:
-            for suffix, data in members.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    """Write (key, {suffix: bytes}) pairs into a tar that is the same, byte for byte, whenever it is made.
+
+    Raises OSError, with the path, when it cannot be written.
+    """
+    try:
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, members in pairs:
+                for suffix, content in members.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 @contextlib.contextmanager

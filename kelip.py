@@ -70,8 +70,8 @@ def attend(q, k, v, mask):
         mask = mask if mask is None or mask.ndim == 2 else mask.unsqueeze(1)  # [N, 1, M, L]
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these three lines.
-    q, k, v = (t.reshape(N * H, -1, d) for t in (q * d ** -0.5, k, v))
-    scores = q @ k.transpose(1, 2)                                           # [N * H, M, L]
+    q, k, v = (t.reshape(N * H, -1, d) for t in (q, k, v))
+    scores = q @ k.transpose(1, 2) * d ** -0.5                               # [N * H, M, L]
     if mask is not None:
         scores = scores.view(N, H, M, -1).masked_fill(~mask.view(-1, 1, M, mask.shape[-1]), float("-inf"))
     weights = scores.view(N * H, M, -1).softmax(-1, dtype=v.dtype)           # [N * H, M, L]

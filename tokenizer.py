@@ -29,7 +29,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 
@@ -45,10 +45,10 @@ def learn_merges(pieces, count, progress=False):
     """The first `count` merges, pairs of ids, that BPE learns from `pieces`: {bytes read as ids: how often}.
 
     Ids below 256 are single bytes; merge number n makes the id 256 + n. Of pairs that are equally frequent,
-    the one with the lower ids goes first. Fewer merges are returned when every piece has become a single token.
+    the one with the lower ids goes first. Fewer merges are returned when every piece has become one token.
     """
     pairs, merges = PairCounts(pieces), []
-    for new in passing(range(256, 256 + count), "merges", progress):
+    for new in passing(range(256, 256 + count), "merges learned", progress):
         pair = pairs.most_frequent()
         if pair is None:
             break
@@ -60,18 +60,18 @@ def learn_merges(pieces, count, progress=False):
 def apply_merges(ids, ranks, made):
     """Replay merges on the list `ids`: the earliest learned goes first, and of equals the leftmost.
 
-    `ranks` maps a pair of ids to its place in the order of merges, `made` that place to the id it makes.
+    `ranks[a]` maps b to the place of the pair (a, b) among the merges, `made` that place to the id it makes.
     """
     never = len(made)
-    order = [ranks.get(pair, never) for pair in zip(ids, ids[1:])]
+    order = [ranks[a].get(b, never) for a, b in zip(ids, ids[1:])]
     while order and (rank := min(order)) < never:
         i = order.index(rank)
         ids[i] = made[rank]
         del ids[i + 1], order[i]
         if i > 0:
-            order[i - 1] = ranks.get((ids[i - 1], ids[i]), never)
+            order[i - 1] = ranks[ids[i - 1]].get(ids[i], never)
         if i < len(order):
-            order[i] = ranks.get((ids[i], ids[i + 1]), never)
+            order[i] = ranks[ids[i]].get(ids[i + 1], never)
     return ids
 
 
@@ -148,20 +148,20 @@ def apply_merges_long(ids, ranks, made):
     """`apply_merges` in O(n log n): a heap of pairs to merge, links from each token to its neighbours."""
     end = len(ids)
     after, before = array("l", range(1, end + 1)), array("l", range(-1, end - 1))
-    heap = [ranks[pair] * end + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heap = [ranks[a][b] * end + i for i, (a, b) in enumerate(zip(ids, ids[1:])) if b in ranks[a]]
     heapq.heapify(heap)
     while heap:
         rank, i = divmod(heapq.heappop(heap), end)
         j = after[i]
-        if ids[i] is None or j == end or ranks.get((ids[i], ids[j])) != rank:
+        if ids[i] is None or j == end or ranks[ids[i]].get(ids[j]) != rank:
             continue  # an earlier merge took one of the two
         ids[i], ids[j] = made[rank], None
         after[i] = after[j]
         if after[i] < end:
             before[after[i]] = i
         for left, right in ((before[i], i), (i, after[i])):
-            if left >= 0 and right < end and (ids[left], ids[right]) in ranks:
-                heapq.heappush(heap, ranks[ids[left], ids[right]] * end + left)
+            if left >= 0 and right < end and ids[right] in ranks[ids[left]]:
+                heapq.heappush(heap, ranks[ids[left]][ids[right]] * end + left)
     return [token for token in ids if token is not None]
 
 
@@ -277,7 +277,7 @@ def count_pieces(texts, workers=1, progress=False):
     White space is folded, so no piece reaches across a space and the pattern runs on each distinct word once.
     """
     texts, words, opening = iter(texts), Counter(), Counter()
-    batches = passing(iter(lambda: list(islice(texts, 50_000)), []), "batches of 50,000 texts", progress)
+    batches = passing(iter(lambda: list(islice(texts, 50_000)), []), "x 50,000 texts counted", progress)
     for counted in in_processes(count_words, batches, workers) if workers > 1 else map(count_words, batches):
         words.update(counted[0])
         opening.update(counted[1])
@@ -442,6 +442,14 @@ def token_bytes(token, suffix):
         return token.encode()
 
 
+def read_json(path):
+    """The content of a JSON file; ValueError when it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer, from `Tokenizer.train(texts, vocab_size)` or `Tokenizer.load(path)`.
 
@@ -460,14 +468,16 @@ class Tokenizer:
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]
                   if not (isinstance(pair, str) and pair.startswith("#version"))]
         self._made = [self._vocab[a + b] for a, b in merges]
-        self._ranks = {(self._vocab[a], self._vocab[b]): rank for rank, (a, b) in enumerate(merges)
-                       if self._made[rank] not in special}  # text never becomes a special token
+        self._ranks = [{} for _ in range(max(ids.values(), default=-1) + 1)]
+        for rank, (a, b) in enumerate(merges):
+            if self._made[rank] not in special:  # text never becomes a special token
+                self._ranks[self._vocab[a]][self._vocab[b]] = rank
         self._whole = {}
         if model.get("ignore_merges"):
             self._whole = {token: i for token, i in self._vocab.items() if i not in special}
         self._byte_ids = [self._vocab.get(char) for char in BYTE_TO_CHAR]
         self._last_ids = [self._vocab.get(char + suffix) for char in BYTE_TO_CHAR] if suffix else []
-        self._bytes = {i: b"" if i in special else token_bytes(token, suffix) for token, i in ids.items()}
+        self._tokens = {i: "" if i in special else token for token, i in ids.items()}
         names = special_names(spec, self._config)
         self.sot_id, self.eot_id, self.pad_id = (ids[name] if name else None for name in names)
         self.pad_id = self.pad_id or 0  # CLIP's, where the file names none
@@ -492,14 +502,20 @@ class Tokenizer:
 
     def __len__(self):
         """The number of rows that an embedding of the ids needs."""
-        return max(self._bytes) + 1
+        return len(self._ranks)
+
+    @cached_property
+    def _bytes(self):
+        """id -> the bytes that it decodes to; loader processes, which only encode, never build it."""
+        suffix = self.spec["model"].get("end_of_word_suffix")
+        return {i: token_bytes(token, suffix) for i, token in self._tokens.items()}
 
     @classmethod
     def train(cls, texts, vocab_size, progress=True, workers=1):
         """Learn `vocab_size` entries (256 bytes, merges, 3 special tokens) from an iterable of str.
 
-        They are fewer when the texts run out of pairs. `workers` processes count words; the merges are learned
-        in this one. Raises ValueError on a `vocab_size` below 259 and on a str in place of a list.
+        They are fewer when the texts run out of pairs. `workers` processes count words; the merges are
+        learned in this one. Raises ValueError on a `vocab_size` below 259 and on a str in place of a list.
         """
         if isinstance(texts, str):
             raise ValueError("texts is one string: give a list of texts, or another iterable of them")
@@ -526,11 +542,10 @@ class Tokenizer:
             if data.startswith(b"\x1f\x8b"):
                 return cls(clip_spec(gzip.decompress(data).decode()), clean=clip_clean)
             config = path.with_name("tokenizer_config.json")
-            return cls(json.loads(data), json.loads(config.read_bytes()) if config.exists() else None)
+            return cls(read_json(path), read_json(config) if config.exists() else None)
         except KeyError as error:
             raise ValueError(f"{path}: not a whole tokenizer.json: {error} is missing") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, EOFError, zlib.error,
-                gzip.BadGzipFile) as error:
+        except (TypeError, AttributeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -637,7 +652,7 @@ class Tokenizer:
         return (apply_merges if len(ids) < 100 else apply_merges_long)(ids, self._ranks, self._made)
 
     def _without_unknown(self, ids):
-        """`ids` with the file's unknown token, if it has one, for each (or each run) of the bytes it lacks."""
+        """`ids` with the file's unknown token, if it has one, for each byte (or run of bytes) it lacks."""
         model = self.spec["model"]
         if model.get("fuse_unk"):
             ids = [i for n, i in enumerate(ids) if i is not None or n == 0 or ids[n - 1] is not None]
@@ -659,7 +674,7 @@ def captions(paths):
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; give text files, .tar shards or -") from None
         except (tarfile.TarError, zlib.error, EOFError) as error:
-            raise ValueError(f"{path}: not a whole tar file: {error}") from error
+            raise ValueError(f"{path}: not a whole tar file: {str(error).splitlines()[0]}") from error
         except ValueError as error:
             raise ValueError(f"{path}: its captions cannot be read: {error}") from error
 
@@ -717,8 +732,9 @@ def main():
     parser = argparse.ArgumentParser(description="Byte-level BPE: train a tokenizer.json, and use it.")
     commands = parser.add_subparsers(required=True, metavar="train | encode | decode")
     train = commands.add_parser("train", help="learn a tokenizer from captions", description=(
-        "Learn a byte-level BPE from captions and write a Hugging Face tokenizer.json. Text is composed (NFC), "
-        "lower-cased, its white space folded. The paper: 98,000 entries from 2.0M English, 1.5M Korean texts."))
+        "Learn a byte-level BPE from captions and write a Hugging Face tokenizer.json. Text is composed (NFC) and "
+        "lower-cased, white space folded. The paper has 98,000 entries from 2.0M English and 1.5M Korean "
+        "sentences."))
     train.add_argument("files", nargs="+", metavar="FILE", help=(
         "text with one caption a line, a WebDataset .tar (.txt, else caption in .json), or - for stdin"))
     train.add_argument("--vocab-size", type=int, default=98_000, metavar="N", help=(

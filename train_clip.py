@@ -11,6 +11,12 @@ loss = mean over crops of InfoNCE(that crop of every picture, texts).
 What it leaves out: hard negatives, distillation, and a second loss of any kind.
 """
 
+import os
+
+# Threads that wait for each other asleep, not spinning: a spinning one is taken off its core by whatever else runs there,
+# and all others wait for it, at every operation. Read when torch is loaded, so it stands before all imports.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import hashlib
 import math

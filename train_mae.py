@@ -10,6 +10,12 @@ What it leaves out: everything of the release's own autoencoder that He et al. d
 and ours").
 """
 
+import os
+
+# Threads that wait for each other asleep, not spinning: a spinning one is taken off its core by whatever else runs there,
+# and all others wait for it, at every operation. Read when torch is loaded, so it stands before all imports.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import sys
 from pathlib import Path

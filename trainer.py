@@ -119,7 +119,7 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help=f"pairs a step over all processes together (default: {batch_size})")
     add("--epochs", type=float, default=epochs, metavar="N", help=f"passes over the data (default: {epochs:g})")
     add("--steps", type=int, metavar="N", help="length of the run in steps, instead of --epochs")
-    add("--warmup", type=int, metavar="N", help="steps of rising learning rate (default: 2,000, at most 5 %% of the run)")
+    add("--warmup", type=int, metavar="N", help="steps of rising learning rate (default: 2,000, at most 10 %% of the run)")
     add("--lr", type=float, default=lr, help=f"peak learning rate (default: {lr:g})")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast")
@@ -173,7 +173,7 @@ def describe_run(stage, args, model_config, pairs, state, **facts):
     steps = args.steps or int(args.epochs * data.Order(pairs, args.seed).slots_per_epoch // args.batch_size)
     if steps < 1:
         raise ValueError(f"{len(pairs):,} pairs are fewer than one batch: lower --batch-size {args.batch_size}")
-    warmup = min(2000, max(1, steps // 20)) if args.warmup is None else args.warmup
+    warmup = min(2000, max(1, steps // 10)) if args.warmup is None else args.warmup
     config = {"stage": stage, "model": dict(model_config), "preset": args.model, "pairs": len(pairs), **facts,
               **{key: value for key, value in vars(args).items() if key != "model"}, "steps": steps, "warmup": warmup}
     for key, value in config.items() if state else ():
@@ -370,7 +370,7 @@ class Log:
         for key, value in mean.items():
             if key.startswith("count/"):
                 name = key.removeprefix("count/")
-                line[name] = mean["sum/" + name] / value if value else None
+                line.update({name: mean["sum/" + name] / value} if value else {})
             elif not key.startswith("sum/"):
                 line[key] = value
         seconds = time.perf_counter() - self.since
