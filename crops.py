@@ -1,14 +1,15 @@
 """One uint8 picture a pair -> many crops, for the whole batch, on the batch's device.
 
-A worker process decodes each picture once and lays it in the corner of a square canvas (data.py). Everything after that
-happens here: random boxes drawn in the picture's own aspect ratio, antialiased bicubic resampling, flips, CLIP's
-normalisation, and, if asked for, SimCLR's colour distortion and blur (the paper's first finding).
+A worker process decodes each picture once and lays it in the corner of a square canvas (data.py). Everything
+after that happens here: random boxes drawn in the picture's own aspect ratio, antialiased bicubic resampling,
+flips, CLIP's normalisation, and, if asked for, SimCLR's colour distortion and blur (the paper's first
+finding).
 
-Randomness is a hash of (seed, slot, crop, purpose), not the state of a generator: however the slots are split over ranks,
-and on whatever device, slot 12345 gets the same boxes.
+Randomness is a hash of (seed, slot, crop, purpose), not the state of a generator: however the slots are split
+over ranks, and on whatever device, slot 12345 gets the same boxes.
 
-What it leaves out: decoding (data.py), evaluation's fixed preprocessing (kelip.py), and any policy search: no RandAugment,
-no MixUp.
+What it leaves out: decoding (data.py), evaluation's fixed preprocessing (kelip.py), and any policy search: no
+RandAugment, no MixUp.
 """
 
 import math
@@ -38,10 +39,12 @@ def parse_crops(text):
     return groups
 
 
-# --- Randomness by counter -------------------------------------------------------------------------------------------
+# --- Randomness by counter ----------------------------------------------------------------------------------
 
 def _mix(x):
-    """One round of splitmix64 (Steele et al., 2014) on int64 tensors, whose products wrap as unsigned ones do."""
+    """One round of splitmix64 (Steele et al., 2014) on int64 tensors, whose products wrap as unsigned ones
+    do.
+    """
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
     return x ^ ((x >> 31) & (1 << 33) - 1)
@@ -50,39 +53,40 @@ def _mix(x):
 def uniform(seed, slots, crop, purpose, draws=1):
     """Numbers in [0, 1), float64 [N, draws], that depend on the arguments alone.
 
-    slots: int64 [N], the slot of each sample in the run; crop: which crop of the sample; purpose: an int that keeps the
-    box, the flip and so on independent of each other.
+    slots: int64 [N], the slot of each sample in the run; crop: which crop of the sample; purpose: an int that
+    keeps the box, the flip and so on independent of each other.
     """
     slots = slots.to("cpu", torch.int64)
     key = _mix(_mix(torch.tensor([seed])) + (crop << 32) + (purpose << 16) + torch.arange(draws))  # [draws]
-    bits = _mix(_mix(slots)[:, None] + key)                                                        # [N, draws]
+    bits = _mix(_mix(slots)[:, None] + key)                                                       # [N, draws]
     return ((bits >> 11) & (1 << 53) - 1).double() / (1 << 53)
 
 
-# --- Boxes -----------------------------------------------------------------------------------------------------------
+# --- Boxes --------------------------------------------------------------------------------------------------
 
 BOX, FLIP, JITTER, GREY, BLUR = range(5)  # what draws are for
 
 def canvas_size(crops, scale=(0.4, 1.0), low_scale=(0.05, 0.4)):
     """The canvas, in pixels, on which the smallest box of a 4:3 picture has as many pixels as its crop."""
-    sides = [size / math.sqrt((low_scale if group else scale)[0] * 3 / 4) for group, (_, size) in enumerate(crops)]
+    sides = [size / math.sqrt((low_scale if group else scale)[0] * 3 / 4)
+             for group, (_, size) in enumerate(crops)]
     return -(-int(max(sides)) // 64) * 64
 
 
 def crop_boxes(seed, slots, crop, canvas, aspect=None, scale=(0.4, 1.0)):
     """Random boxes on the canvas: int64 [N, 4] of (left, top, width, height) in its pixels, on the CPU.
 
-    Each covers a part of the picture's area drawn from `scale` and has a width / height drawn from 3/4 to 4/3 (Szegedy
-    et al., arXiv 1409.4842). aspect: float [N], width / height of the pictures, which fill the canvas in their longer
-    side; None means square ones. A draw that does not fit is drawn again, and after ten the largest centred box of an
-    allowed shape is taken.
+    Each covers a part of the picture's area drawn from `scale` and has a width / height drawn from 3/4 to 4/3
+    (Szegedy et al., arXiv 1409.4842). aspect: float [N], width / height of the pictures, which fill the
+    canvas in their longer side; None means square ones. A draw that does not fit is drawn again, and after
+    ten the largest centred box of an allowed shape is taken.
     """
     aspect = torch.ones(len(slots)) if aspect is None else aspect.cpu()
     aspect = aspect.double()[:, None]                                                              # [N, 1]
     whole_w = (canvas * aspect).round().clamp(1, canvas)
     whole_h = (canvas / aspect).round().clamp(1, canvas)
     draws = uniform(seed, slots, crop, BOX, 2 * TRIES + 2)
-    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES]) * whole_w * whole_h               # [N, TRIES]
+    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES]) * whole_w * whole_h              # [N, TRIES]
     ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * draws[:, TRIES:2 * TRIES])
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width <= whole_w) & (height <= whole_h)
@@ -97,50 +101,53 @@ def crop_boxes(seed, slots, crop, canvas, aspect=None, scale=(0.4, 1.0)):
     return torch.cat([left, top, width, height], 1).long()
 
 
-# --- Resampling ------------------------------------------------------------------------------------------------------
+# --- Resampling ---------------------------------------------------------------------------------------------
 
 def _resample_each(images, boxes, size):
-    """Each box resampled by torch's integer kernel, which repeats Pillow's, and normalised: the fastest on a CPU."""
-    # numpy asks the system for huge pages, without which touching so much fresh memory costs as much as resampling.
+    """Each box resampled by torch's integer kernel, which repeats Pillow's, and normalised: fastest on a
+    CPU.
+    """
+    # numpy asks for huge pages, without which touching so much fresh memory costs as much as resampling.
     out = torch.from_numpy(np.empty((len(images), size, size * 3), np.float32))
-    scale, offset = (x.repeat(size) for x in _affine("cpu"))                                       # [size * 3]
+    scale, offset = (x.repeat(size) for x in _affine("cpu"))                                      # [size * 3]
     for i, (x, y, w, h) in enumerate(boxes.tolist()):
         box = images[i:i + 1, :, y:y + h, x:x + w]
         pixels = F.interpolate(box, (size, size), mode="bicubic", antialias=True)
         rows = pixels.permute(0, 2, 3, 1).reshape(size, size * 3)
         torch.addcmul(offset, rows.float(), scale, out=out[i])
-    return out.view(-1, size, size, 3).permute(0, 3, 1, 2)                                         # [N, 3, size, size]
+    return out.view(-1, size, size, 3).permute(0, 3, 1, 2)                                # [N, 3, size, size]
 
 
 def _weights(start, length, size, canvas, device):
     """Rows of bicubic weights [N, size, canvas] that resample [start, start + length) to `size` pixels.
 
-    Pillow's rule: Keys' cubic with a = -0.5, stretched by the reduction, cut at the box's edges, each row summing to 1,
-    and in the same fixed point, so that the crops are the same numbers as _resample_each's.
+    Pillow's rule: Keys' cubic with a = -0.5, stretched by the reduction, cut at the box's edges, each row
+    summing to 1, and in the same fixed point, so that the crops are the same numbers as _resample_each's.
     """
     start, length = (x.to(device, torch.float64)[:, None, None] for x in (start, length))          # [N, 1, 1]
     step = length / size
-    centre = start + (torch.arange(size, device=device)[:, None] + 0.5) * step                     # [N, size, 1]
+    centre = start + (torch.arange(size, device=device)[:, None] + 0.5) * step                  # [N, size, 1]
     pixel = torch.arange(canvas, device=device) + 0.5                                              # [canvas]
-    x = ((pixel - centre) / step.clamp(min=1)).abs()                                               # [N, size, canvas]
+    x = ((pixel - centre) / step.clamp(min=1)).abs()                                       # [N, size, canvas]
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     cubic = cubic * ((pixel > start) & (pixel < start + length))
     weights = cubic / cubic.sum(2, keepdim=True)
     unit = torch.exp2((32767.5 / weights.amax((1, 2), keepdim=True)).log2().floor())
-    return ((weights * unit).round() / unit).float()                                               # [N, size, canvas]
+    return ((weights * unit).round() / unit).float()                                       # [N, size, canvas]
 
 
 def _resample_batch(images, boxes, size, chunk=64):
-    """All boxes at once, as two products with their weights, what a GPU likes; rounds where the integer kernel rounds."""
+    """All boxes at once, as products with weights, what a GPU likes; rounds where the integer kernel does."""
     canvas, out = images.shape[-1], []
     scale, offset = (x.view(3, 1, 1) for x in _affine(images.device))
     for pictures, part in zip(images.split(chunk), boxes.split(chunk)):  # bounds the memory that weights take
         x, y, w, h = part.unbind(1)
-        across = _weights(x, w, size, canvas, images.device)[:, None].transpose(2, 3)              # [n, 1, S, size]
-        down = _weights(y, h, size, canvas, images.device)[:, None]                                # [n, 1, size, S]
-        narrow = (pictures.float() @ across).add_(0.5).floor_().clamp_(0, 255)                     # [n, 3, S, size]
-        out.append((down @ narrow).add_(0.5).floor_().clamp_(0, 255).mul_(scale).add_(offset))     # [n, 3, size, size]
+        across = _weights(x, w, size, canvas, images.device)[:, None].transpose(2, 3)        # [n, 1, S, size]
+        down = _weights(y, h, size, canvas, images.device)[:, None]                          # [n, 1, size, S]
+        narrow = (pictures.float() @ across).add_(0.5).floor_().clamp_(0, 255)               # [n, 3, S, size]
+        both = (down @ narrow).add_(0.5).floor_().clamp_(0, 255)                          # [n, 3, size, size]
+        out.append(both.mul_(scale).add_(offset))
     return torch.cat(out)
 
 
@@ -150,7 +157,7 @@ def _affine(device):
     return 1 / (255 * std), -mean / std
 
 
-# --- Strong augmentation ---------------------------------------------------------------------------------------------
+# --- Strong augmentation ------------------------------------------------------------------------------------
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
 
@@ -173,19 +180,19 @@ JITTERS = (  # of pictures in 0..1, by a factor [N, 1, 1, 1] drawn from -1..1
     lambda x, draw: x * (1 + 0.8 * draw),                                      # brightness
     lambda x, draw: torch.lerp(_grey(x).mean((2, 3), True), x, 1 + 0.8 * draw),  # contrast
     lambda x, draw: torch.lerp(_grey(x), x, 1 + 0.8 * draw),                   # saturation
-    lambda x, draw: _turn_hue(x, 0.4 * math.pi * draw),                        # hue, up to a fifth of the circle
+    lambda x, draw: _turn_hue(x, 0.4 * math.pi * draw),                     # hue, up to a fifth of the circle
 )
 
 
 def distort(x, seed, slots, crop):
     """SimCLR's colour distortion and blur (Chen et al., arXiv 2002.05709, appendix A; its strength 1).
 
-    x: float [N, 3, H, W] in 0..1. Four in five pictures have brightness, contrast, saturation and hue changed, in an order
-    of each one's own; one in five is made grey; half are blurred, sigma 0.1 to 2, over a tenth of the side. One thing
-    differs: hue is turned in YIQ and not in HSV.
+    x: float [N, 3, H, W] in 0..1. Four in five pictures have brightness, contrast, saturation and hue
+    changed, in an order of each one's own; one in five is made grey; half are blurred, sigma 0.1 to 2, over a
+    tenth of the side. One thing differs: hue is turned in YIQ and not in HSV.
     """
     draws = uniform(seed, slots, crop, JITTER, 9).float()                                          # [N, 9]
-    factors, orders = (2 * draws[:, :4] - 1).to(x.device), draws[:, 4:8].argsort(1)                # [N, 4] each
+    factors, orders = (2 * draws[:, :4] - 1).to(x.device), draws[:, 4:8].argsort(1)              # [N, 4] each
     for turn in range(4):
         for number, jitter in enumerate(JITTERS):
             chosen = ((orders[:, turn] == number) & (draws[:, 8] < 0.8)).nonzero()[:, 0].to(x.device)
@@ -206,25 +213,26 @@ def blur(x, sigma):
     n, _, h, w = x.shape
     reach = min(max(1, w // 20), h - 1, w - 1)
     offset = torch.arange(-reach, reach + 1, device=x.device)
-    kernel = torch.exp(-offset ** 2 / (2 * sigma[:, None] ** 2))                                   # [N, 2 * reach + 1]
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]         # [3N, 1, 1, K]
+    kernel = torch.exp(-offset ** 2 / (2 * sigma[:, None] ** 2))                          # [N, 2 * reach + 1]
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]     # [3N, 1, 1, K]
     x = F.pad(x.reshape(1, 3 * n, h, w), (reach,) * 4, mode="reflect")
     x = F.conv2d(F.conv2d(x, kernel, groups=3 * n), kernel.transpose(2, 3), groups=3 * n)
     return x.view(n, 3, h, w)
 
 
-# --- All crops -------------------------------------------------------------------------------------------------------
+# --- All crops ----------------------------------------------------------------------------------------------
 
 def multi_crop(images, crops, seed, slots, aspect=None, scale=(0.4, 1.0), low_scale=(0.05, 0.4), flip=False,
                augment=False):
     """Crops of every picture, ready for the model: a list of float32 [N, 3, size, size], one tensor a crop.
 
     images: uint8 [N, 3, S, S], pictures as `data.Batch` has them, on any device; crops: as parse_crops gives;
-    seed, slots: what the draws depend on, int and int64 [N]; aspect: float [N], width / height of the pictures; scale: area of a box in the first group of crops, low_scale: in the groups after it (SwAV, arXiv
-    2006.09882); flip: mirror half of the crops; augment: SimCLR's colour distortion and blur (arXiv 2002.05709).
-    Raises ValueError when images are not square uint8 pictures.
+    seed, slots: what the draws depend on, int and int64 [N]; aspect: float [N], width / height of the
+    pictures; scale: area of a box in the first group of crops, low_scale: in the groups after it (SwAV, arXiv
+    2006.09882); flip: mirror half of the crops; augment: SimCLR's colour distortion and blur (arXiv
+    2002.05709). Raises ValueError when images are not square uint8 pictures.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, *[images.shape[-1]] * 2):
         raise ValueError(f"images: uint8 [N, 3, S, S] expected, got {images.dtype} {list(images.shape)}")
     resample = _resample_each if images.device.type == "cpu" else _resample_batch
     out = []
@@ -239,6 +247,7 @@ def multi_crop(images, crops, seed, slots, aspect=None, scale=(0.4, 1.0), low_sc
                 pictures = torch.where(mirrored, pictures.flip(3), pictures)
             if augment:
                 factor, offset = (x.view(3, 1, 1) for x in _affine(images.device))
-                pictures = distort((pictures - offset) / (255 * factor), seed, slots, crop) * (255 * factor) + offset
+                pictures = (pictures - offset) / (255 * factor)
+                pictures = distort(pictures, seed, slots, crop) * (255 * factor) + offset
             out.append(pictures)
     return out

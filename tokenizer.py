@@ -732,9 +732,9 @@ def main():
     parser = argparse.ArgumentParser(description="Byte-level BPE: train a tokenizer.json, and use it.")
     commands = parser.add_subparsers(required=True, metavar="train | encode | decode")
     train = commands.add_parser("train", help="learn a tokenizer from captions", description=(
-        "Learn a byte-level BPE from captions and write a Hugging Face tokenizer.json. Text is composed (NFC) and "
-        "lower-cased, white space folded. The paper has 98,000 entries from 2.0M English and 1.5M Korean "
-        "sentences."))
+        "Learn a byte-level BPE from captions and write a Hugging Face tokenizer.json. Text is composed "
+        "(NFC) and lower-cased, white space folded. The paper has 98,000 entries from 2.0M English and 1.5M "
+        "Korean sentences."))
     train.add_argument("files", nargs="+", metavar="FILE", help=(
         "text with one caption a line, a WebDataset .tar (.txt, else caption in .json), or - for stdin"))
     train.add_argument("--vocab-size", type=int, default=98_000, metavar="N", help=(

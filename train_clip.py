@@ -34,7 +34,9 @@ import trainer
 from tokenizer import Tokenizer
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
-CROPS = {"tiny": "1x64"}         # by preset; the paper's kind, at 224 and 96 pixels, for the others
+# Crops by preset: a drawing of 72 pixels fills its picture and loses what it is when cut; the others have the paper's
+# kind, at 224 and 96 pixels, and DINO's scales.
+CROPS = {"tiny": ("1x64", (0.8, 1.0)), "": ("2x224+6x96", (0.4, 1.0))}
 
 
 def parse_arguments(argv=None):
@@ -44,14 +46,14 @@ def parse_arguments(argv=None):
                     "which pip packages bring; some minutes on two CPU cores.",
         epilog="A run's folder holds last.pt, tokenizer.json, config.json, metrics.jsonl and index.html; "
                "kelip.build_model(folder) opens it.")
-    trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=20)
+    trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=12)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
     add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py or of this script")
     add("--crops", metavar="SPEC", help="crops of a picture, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else "
                                         "2x224+6x96)")
-    add("--scale", nargs=2, type=float, default=(0.5, 1.0), metavar=("MIN", "MAX"),
-        help="area of the first group's crops, as a part of the picture's (default: 0.5 1)")
+    add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
+        help="area of the first group's crops, as a part of the picture's (default: 0.8 1 for tiny, else 0.4 1)")
     add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
         help="area of the other groups' crops (default: 0.05 0.4)")
     add("--augment", action="store_true", help="SimCLR's colour distortion and blur: helps classification, hurts "
@@ -64,7 +66,8 @@ def parse_arguments(argv=None):
     args.classes = None
     if args.model not in kelip.PRESETS:
         raise ValueError(f"--model {args.model}: no such preset; there are {', '.join(kelip.PRESETS)}")
-    args.crops = args.crops or CROPS.get(args.model, "2x224+6x96")
+    spec, scale = CROPS.get(args.model, CROPS[""])
+    args.crops, args.scale = args.crops or spec, args.scale or scale
     patch = kelip.PRESETS[args.model]["vision_patch_size"]
     for _, size in crops.parse_crops(args.crops):
         if size % patch:

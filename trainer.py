@@ -90,10 +90,14 @@ def _cpu_flags():
 
 
 def make_optimizer(module, lr, betas, eps, weight_decay):
-    """AdamW with decay on matrices only: not on biases, LayerNorms, the class embedding or logit_scale."""
+    """AdamW with decay on matrices only: not on biases, LayerNorms, the class embedding or logit_scale. A scalar, which is
+    logit_scale, learns ten times as fast: AdamW moves it by the learning rate a step at most, and a run of a thousand
+    steps would end before a logarithm came from 2.7 to 4."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, "times": 1},
+              {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0, "times": 1},
+              {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0, "times": 10}]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -266,7 +270,7 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
     evaluations = {round(steps * i / args.evals) for i in range(1, args.evals + 1)} if evaluate else set()
     for step, batch in log.timed(loader, first):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config["warmup"], args.lr)
+            group["lr"] = group["times"] * learning_rate(step, steps, config["warmup"], args.lr)
         optimizer.zero_grad(set_to_none=True)
         metrics = step_fn(batch, scaler)
         scaler.unscale_(optimizer)
