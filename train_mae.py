@@ -116,7 +116,7 @@ def main(argv=None):
     mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=args.mask_ratio).to(job.device)
     optimizer = trainer.make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay)
     run = trainer.describe_run("mae", args, config, pairs, state)
-    loader = trainer.open_loader(args, job, pairs, None, run, state, args.size)
+    loader = trainer.open_loader(args, job, pairs, None, run, state, crops.canvas_size([(1, args.size)], args.scale))
     few = next(iter(data.Loader(pairs, None, 8, loader.canvas, args.seed, steps=1)))
 
     def look(_):

@@ -188,10 +188,10 @@ def describe_run(stage, args, model_config, pairs, state, **facts):
     return config
 
 
-def open_loader(args, job, pairs, tokenizer, config, state, largest_crop):
-    """The loader of this process, from the slot on where the run stands. Its pictures are 9/8 as large as the largest crop:
-    72 pixels for 64, 252 for 224, which a crop of 4/5 of the area fills."""
-    canvas = largest_crop * 9 // 8
+def open_loader(args, job, pairs, tokenizer, config, state, canvas):
+    """The loader of this process, from the slot on where the run stands. canvas: as crops.canvas_size gives."""
+    if args.model == "tiny":
+        canvas = min(canvas, 72)  # the side of the drawings that it is for: a larger canvas would hold no more of them
     workers = args.workers if args.workers is not None else 8 if job.device.type == "cuda" else 0
     return data.Loader(pairs, tokenizer, args.batch_size, canvas, args.seed, start=state["slots"] if state else 0,
                        stop=config["steps"] * args.batch_size, rank=job.rank, world_size=job.world_size, workers=workers,
