@@ -1,0 +1,613 @@
+"""Speed and memory, beside the peers that are installed: the only place where speed is claimed.
+
+    python bench.py data                        # loader, crops, index: a few minutes
+    python bench.py tokenizer                   # 3.5M captions, 98K entries, as in the paper: some ten minutes
+    python bench.py tokenizer --size 0.05       # a twentieth of the captions
+
+Ratios are taken in one run, ours and the peer's in turns, best of several; a row whose peer is missing says which pip
+install mends it. Tokenizer rows run each in a fresh process, on captions drawn from the word frequencies of the package
+wordfreq and on the help of LibreOffice (`apt-get install libreoffice-help-ko libreoffice-help-en-us`, or unpack the two
+with `dpkg -x` and name the folder with --help-pages). Pictures are drawn at random with the spectrum of photographs.
+"""
+
+import argparse
+import html
+import importlib
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import accumulate, chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import crops
+import data
+import tokenizer
+
+HELP_PAGES = "/usr/share/libreoffice/help"
+PIP = {"tokenizers": "tokenizers", "tiktoken": "tiktoken",
+       "open_clip": "--no-deps open_clip_torch ftfy wcwidth"}
+
+
+# ---- tokenizer.py: the texts ----
+
+def write_captions(path, size):
+    """size x 3.5M captions of 4 to 16 words, 2.0M English and 1.5M Korean, one a line; the seed is fixed."""
+    import wordfreq
+    with open(path, "w", encoding="utf-8") as file:
+        for language, count in (("en", 2_000_000), ("ko", 1_500_000)):
+            rng, frequency = random.Random(0), wordfreq.get_frequency_dict(language, "best")
+            words, weights = list(frequency), list(accumulate(frequency.values()))
+            for _ in range(int(count * size)):
+                file.write(" ".join(rng.choices(words, cum_weights=weights, k=rng.randint(4, 16))) + "\n")
+    return Path(path).stat().st_size / 1e6
+
+
+def paragraphs(folder, limit, wanted):
+    """The paragraphs in a folder of HTML pages that `wanted` accepts, none twice, up to `limit` bytes."""
+    found, size = {}, 0
+    for page in sorted(Path(folder).rglob("*.html")):
+        text = re.sub(r"(?s)<(script|style|head).*?</\1>", "", page.read_text("utf-8", "replace"))
+        text = re.sub(r"</?(p|div|li|h\d|td|tr|dt|dd|pre|br|table|ul)\b[^>]*>", "\0", " ".join(text.split()))
+        for line in html.unescape(re.sub(r"<[^>]+>", "", text)).split("\0"):
+            line = " ".join(line.split())
+            if len(line) > 20 and line not in found and wanted(line):
+                found[line] = None
+                size += len(line.encode())
+                if size > limit:
+                    return list(found)
+    return list(found)
+
+
+def mostly_hangul(line):
+    """Whether a third of the characters are Korean syllables: untranslated pages are left out."""
+    return 3 * len(re.findall("[가-힣]", line)) > len(line)
+
+
+def write_real_text(path, help_pages, captions):
+    """Korean and English paragraphs, shuffled, or captions if the pages are missing. Returns what it is."""
+    korean = paragraphs(Path(help_pages) / "ko", 1.7e6, mostly_hangul)
+    english = paragraphs(Path(help_pages) / "en-US", 3.3e6, str.isascii)
+    if korean and english:
+        lines = korean + english
+        random.Random(0).shuffle(lines)
+        sizes = [sum(len(line.encode()) for line in part) / 1e6 for part in (korean, english)]
+        what = f"LibreOffice's help, {sizes[0]:.1f} MB Korean + {sizes[1]:.1f} MB English"
+    else:
+        lines = Path(captions).read_text(encoding="utf-8").splitlines()[-100_000:]
+        what = "captions, for want of real text (apt-get install libreoffice-help-ko libreoffice-help-en-us)"
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    return what
+
+
+# ---- what is measured, each function in a process of its own ----
+
+def lines_of(path):
+    return Path(path).read_text(encoding="utf-8").split("\n")
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train_ours(captions, entries, path, workers):
+    """Seconds and peak memory in MB; the tokenizer is saved at `path`."""
+    start = time.perf_counter()
+    tok = tokenizer.Tokenizer.train(read_lines(captions), entries, progress=False, workers=workers)
+    seconds = time.perf_counter() - start
+    tok.save(path)
+    return seconds, peak_memory(), tok.spec["model"]["merges"]
+
+
+def lean_normalizer():
+    """The peer's share of normalising: white space is folded in these texts, and folding doubles its time."""
+    from tokenizers import normalizers
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+def train_tokenizers(captions, entries, path, workers):
+    import tokenizers
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.normalizer = lean_normalizer()
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    start = time.perf_counter()
+    peer.train([captions], tokenizers.trainers.BpeTrainer(  # its fastest way: it reads the file itself
+        vocab_size=entries - 3, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return time.perf_counter() - start, peak_memory(), json.loads(peer.to_str())["model"]["merges"]
+
+
+def encode_ours(text, path):
+    """Seconds to load the file, to encode lines for the first time, the second time, and to a tensor."""
+    lines = lines_of(text)
+    load = timed(tokenizer.Tokenizer.load, path)
+    tok = tokenizer.Tokenizer.load(path)
+    return load, timed(tok.encode_ordinary_batch, lines), timed(tok.encode_ordinary_batch, lines)
+
+
+def tensor_ours(text, path):
+    """Seconds to a padded tensor, the first time and the second time."""
+    import torch
+    torch.set_num_threads(1)
+    lines, tok = lines_of(text), tokenizer.Tokenizer.load(path)
+    return timed(tok.encode, lines), timed(tok.encode, lines)
+
+
+def encode_tokenizers(text, path):
+    import tokenizers
+    lines = lines_of(text)
+    load = timed(tokenizers.Tokenizer.from_file, path)
+    peer = tokenizers.Tokenizer.from_file(path)
+    peer.normalizer = lean_normalizer()
+    return load, *(timed(lambda: peer.encode_batch_fast(lines, add_special_tokens=False)) for _ in range(2))
+
+
+def encode_tiktoken(text, path):
+    import tiktoken
+    lines, spec = lines_of(text), json.loads(Path(path).read_bytes())
+    tok = tokenizer.Tokenizer(spec)
+    ranks = {tok._bytes[i]: i for i in spec["model"]["vocab"].values() if tok._bytes[i]}
+    peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    lines = [tok.normalize(line) for line in lines]  # it has no normalizer, so its time is without
+    return 0, *(timed(lambda: [peer.encode_ordinary(line) for line in lines]) for _ in range(2))
+
+
+def open_clip_tokenizer():
+    folder = Path(importlib.util.find_spec("open_clip").origin).parent
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
+    module = importlib.util.module_from_spec(spec)  # the package itself would need torchvision
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
+
+
+def encode_open_clip(text, path):
+    lines, peer = lines_of(text), open_clip_tokenizer()
+    return 0, *(timed(lambda: [peer.encode(line) for line in lines]) for _ in range(2))
+
+
+def tensor_open_clip(text, path):
+    import torch
+    torch.set_num_threads(1)
+    lines, peer = lines_of(text), open_clip_tokenizer()
+    return timed(peer, lines), timed(peer, lines)
+
+
+def long_word_ours(path):
+    """Seconds and MB for one word of a million random Hangul syllables."""
+    rng, tok = random.Random(0), tokenizer.Tokenizer.load(path)
+    word = "".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(1_000_000))
+    return timed(tok.encode_ordinary, word), peak_memory()
+
+
+def alone(function, *arguments, threads=1):
+    """Run `function` in a fresh process whose libraries may use so many threads, and return its result."""
+    limits = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+              "OMP_NUM_THREADS": str(threads)}
+    before = {key: os.environ.get(key) for key in limits}
+    os.environ.update(limits)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value
+
+
+def best_of(rounds, ours, peer, package):
+    """The best of each of the times that the two give in alternating rounds; None for a missing peer."""
+    have = peer is not None and importlib.util.find_spec(package) is not None
+    results = [(ours(), peer() if have else None) for _ in range(rounds)]
+    return [min(times) for times in zip(*(pair[0] for pair in results))], (
+        [min(times) for times in zip(*(pair[1] for pair in results))] if have else None)
+
+
+def row(what, ours, package, peer, unit, better, note):
+    missing = f"; missing peer: pip install {PIP[package]}" if peer is None and package else ""
+    return {"what": what, "ours": ours, "peer_name": package, "peer": peer, "unit": unit, "better": better,
+            "note": note + missing}
+
+
+# ---- the rows ----
+
+def training_rows(captions, path, entries, note):
+    """Training on one thread, on two, and its peak memory. Leaves our tokenizer at `path`."""
+    have = importlib.util.find_spec("tokenizers") is not None
+    for threads in (1, 2):
+        seconds, memory, merges = alone(train_ours, captions, entries, path, threads)
+        peer = [None, None, None]
+        if have:
+            peer = alone(train_tokenizers, captions, entries, path, threads, threads=threads)
+        same = f"; {len(merges):,} merges {'equal' if merges == peer[2] else 'DIFFER'}" if have else ""
+        label = "one thread" if threads == 1 else "two processes or threads"
+        yield row(f"train, {label}", seconds, "tokenizers", peer[0], "s", "lower", note + same)
+        if threads == 1:
+            yield row("train, peak memory", memory, "tokenizers", peer[1], "MB", "lower", note)
+
+
+def encoding_rows(text, path, what, rounds):
+    """Encoding text never seen in the process, then seen, to lists and to a tensor; and loading the file."""
+    size = sum(len(line.encode()) for line in lines_of(text)) / 1e6
+    entries = len(json.loads(Path(path).read_bytes())["model"]["vocab"])
+    note = f"{what}, {len(lines_of(text)):,} lines, {entries:,} entries"
+    for package, peer in (("tokenizers", encode_tokenizers), ("tiktoken", encode_tiktoken),
+                          ("open_clip", encode_open_clip)):
+        ours, peers = best_of(rounds, partial(alone, encode_ours, text, path),
+                              partial(alone, peer, text, path), package)
+        peers = peers or [None] * 3
+        for label, i in (("first time", 1), ("seen before", 2)):
+            yield row(f"encode, {label}", size / ours[i], package, peers[i] and size / peers[i], "MB/s",
+                      "higher", note)
+        if package == "tokenizers":
+            yield row("load the file", ours[0], package, peers[0], "s", "lower", f"{entries:,} entries")
+    ours, peers = best_of(rounds, partial(alone, tensor_ours, text, path),
+                          partial(alone, tensor_open_clip, text, path), "open_clip")
+    peers = peers or [None] * 2
+    for label, i in (("first time", 0), ("seen before", 1)):
+        yield row(f"encode to [N, 77], {label}", size / ours[i], "open_clip", peers[i] and size / peers[i],
+                  "MB/s", "higher", note + ", open_clip with CLIP's 49,408")
+
+
+def tokenizer_rows(size=1.0, entries=98_000, help_pages=HELP_PAGES, rounds=3):
+    """All rows. `size` 1 is 3.5M captions; training has one round, encoding `rounds`."""
+    if importlib.util.find_spec("wordfreq") is None:
+        yield row("train", None, "tokenizers", None, "s", "lower",
+                  "no corpus: pip install --no-deps wordfreq langcodes locate msgpack ftfy wcwidth")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        captions, text, path = (f"{folder}/{name}" for name in ("captions.txt", "text.txt", "tokenizer.json"))
+        megabytes = write_captions(captions, size)
+        note = f"{megabytes:.0f} MB, {int(3.5e6 * size):,} captions, {entries:,} entries"
+        yield from training_rows(captions, path, entries, note)
+        yield from encoding_rows(text, path, write_real_text(text, help_pages, captions), rounds)
+        seconds, memory = alone(long_word_ours, path)
+        yield row("a word of 1,000,000 Hangul syllables", seconds, "", None, "s", "lower",
+                  f"{memory:.0f} MB peak")
+
+
+# ---- data.py and crops.py ----
+
+PICTURES, BATCH = 96, 96
+
+
+def photograph(seed, width=512, height=384):
+    """A random picture with the spectrum of photographs."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape)))
+    planes = np.stack([np.fft.irfft2(phase / frequency**1.5, (height, width)) for phase in phases], -1)
+    planes = 0.7 * planes.mean(-1, keepdims=True) + 0.3 * planes
+    return Image.fromarray(np.clip(128 + 55 * planes / planes.std(), 0, 255).astype(np.uint8))
+
+
+def jpegs(count=PICTURES):
+    """The bytes of some pictures."""
+    result = []
+    for seed in range(count):
+        file = io.BytesIO()
+        photograph(seed).save(file, "JPEG", quality=90)
+        result.append(file.getvalue())
+    return result
+
+
+def least_cpu(*functions, repeats=7):
+    """The least CPU seconds of each function, called in turns."""
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, kept in zip(functions, times):
+            start = time.process_time()
+            function()
+            kept.append(time.process_time() - start)
+    return [min(kept) for kept in times]
+
+
+def peer(name, install):
+    """(the module or None, a note for the row)."""
+    try:
+        return importlib.import_module(name), ""
+    except (ImportError, RuntimeError, OSError):
+        return None, f"pip install {install}"
+
+
+def through_webdataset(path, transform):
+    """A function that reads `path` once through webdataset, shuffled, decoded, transformed and batched."""
+    webdataset, _ = peer("webdataset", "webdataset")
+    stages = [
+        webdataset.SimpleShardList(path),
+        webdataset.tarfile_to_samples(),
+        webdataset.shuffle(100),
+        webdataset.decode("pilrgb"),
+        webdataset.to_tuple("jpg", "txt"),
+        webdataset.map_tuple(transform),
+        webdataset.batched(BATCH),
+    ]
+    return lambda: [None for _ in webdataset.DataPipeline(*stages)]
+
+
+def through_ours(path, spec, scale):
+    """A function that reads `path` once through data.py and crops.py."""
+    spec, pairs = crops.parse_crops(spec), data.Pairs(path)
+
+    def read():
+        loader = data.Loader(pairs, None, BATCH, 512)
+        loader._kept = None  # decode anew each time, as with more pairs than memory holds
+        for batch in loader:
+            crops.multi_crop(batch.images, spec, 0, batch.slots, batch.aspect, scale)
+
+    return read
+
+
+def bench_crops():
+    """Pictures a second from a shard to tensors ready for the model, for both kinds of crops."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, path = jpegs(), f"{folder}/x.tar"
+        data.write_shard(
+            path, [(f"{i:04d}", {"jpg": p, "txt": b"a photograph"}) for i, p in enumerate(pictures)]
+        )
+        size = (
+            f"JPEGs of 512 x 384, {np.mean([len(p) for p in pictures]) / 1000:.0f} KB; canvas 512; one core"
+        )
+        vision, note = peer("torchvision", "torchvision")
+        clip, clip_note = peer("open_clip", "open_clip_torch")
+        web, web_note = peer("webdataset", "webdataset")
+        each = lambda transform: lambda: [transform(Image.open(io.BytesIO(p))) for p in pictures]
+        rows = [
+            ("224", (0.9, 1.0), "open_clip's transform", clip and clip.image_transform(224, True), clip_note)
+        ]
+        if vision:
+            transforms = importlib.import_module("torchvision.transforms")
+            kinds = [
+                transforms.Compose(
+                    [
+                        transforms.RandomResizedCrop(
+                            side, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC
+                        ),
+                        transforms.ToTensor(),
+                        transforms.Normalize(crops.MEAN, crops.STD),
+                    ]
+                )
+                for side, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4)))
+            ]
+            many = lambda image: [kinds[k](image.convert("RGB")) for k in (0, 0, 1, 1, 1, 1, 1, 1)]
+        rows.append(("2x224+6x96", (0.4, 1.0), "torchvision", many if vision else None, note))
+        for spec, scale, name, transform, missing in rows:
+            functions = [through_ours(path, spec, scale)]
+            if transform:
+                functions.append(each(transform))
+                if web:
+                    tensor = lambda image, f=transform: f(image) if spec == "224" else f(image)[0]
+                    functions.append(through_webdataset(path, tensor))
+            rates = [PICTURES / seconds for seconds in least_cpu(*functions)] + [None] * 2
+            yield dict(
+                what=f"{spec}: pictures a second",
+                ours=rates[0],
+                peer_name=f"{name}, no shards",
+                peer=rates[1],
+                unit="pictures/s",
+                better="higher",
+                note=missing or size,
+            )
+            yield dict(
+                what=f"{spec}: pictures a second",
+                ours=rates[0],
+                peer_name=f"webdataset + {name}",
+                peer=rates[2],
+                unit="pictures/s",
+                better="higher",
+                note=missing or web_note or size,
+            )
+
+
+def bench_quality():
+    """How far our crops are from Pillow's crop and antialiased bicubic of the whole picture."""
+    for width, height in ((400, 300), (512, 384), (1024, 768)):
+        for side, error in measure_quality(width, height).items():
+            yield dict(
+                what=f"crops of {side} from {width} x {height}: mean absolute difference to Pillow's",
+                ours=error,
+                peer_name="the bound",
+                peer=2.0,
+                unit="of 255",
+                better="lower",
+                note="canvas 512",
+            )
+
+
+def measure_quality(width, height):
+    """Mean absolute difference in 0..255 by the crops' side, over four pictures of a size."""
+    spec = crops.parse_crops("2x224+6x96")
+    canvas, slots = crops.canvas_size(spec), torch.arange(8)
+    aspect = torch.full((8,), width / height)
+    factor, offset = (torch.tensor(x).view(3, 1, 1) * 255 for x in (crops.STD, crops.MEAN))
+    errors = {224: [], 96: []}
+    for seed in range(4):
+        file = io.BytesIO()
+        photograph(seed, width, height).save(file, "JPEG", quality=90)
+        whole = data.decode(file.getvalue())
+        pixels = data.fit(data.decode(file.getvalue(), canvas), canvas)
+        images = torch.zeros(8, 3, canvas, canvas, dtype=torch.uint8)
+        images[:, :, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        for crop, view in enumerate(crops.multi_crop(images, spec, 0, slots, aspect)):
+            side, scale = view.shape[-1], (0.4, 1.0) if crop < 2 else (0.05, 0.4)
+            boxes = crops.crop_boxes(0, slots, crop, canvas, aspect, scale)
+            for one, box in zip(view * factor + offset, boxes.tolist()):
+                x, y, w, h = (v * whole.width / canvas for v in box)
+                box = (x, y, min(x + w, whole.width), min(y + h, whole.height))
+                wanted = np.asarray(whole.resize((side, side), Image.BICUBIC, box=box), np.float32)
+                errors[side].append(np.abs(one.permute(1, 2, 0).numpy() - wanted).mean())
+    return {side: float(np.mean(kept)) for side, kept in errors.items()}
+
+
+def bench_index():
+    """Seconds to index a shard of 10,000 pairs of 53 KB, beside the standard library's walk over it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, body = f"{folder}/x.tar", os.urandom(53_000)
+        data.write_shard(
+            path,
+            ((f"{i:09d}", {"jpg": body, "json": b"{}" * 200, "txt": b"a caption"}) for i in range(10_000)),
+        )
+
+        def walk():
+            with tarfile.open(path) as tar:
+                return sum(1 for _ in tar)
+
+        ours, theirs = least_cpu(lambda: data.index_tar(path), walk, repeats=3)
+    yield dict(
+        what="index of 10,000 pairs",
+        ours=ours,
+        peer_name="tarfile alone",
+        peer=theirs,
+        unit="s",
+        better="lower",
+        note="jpg, json and txt each, 560 MB in the page cache",
+    )
+
+
+LISTED = """
+import numpy as np
+import data
+memory = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before, start = memory(), time.perf_counter()
+pairs = data.Pairs(sys.argv[1])
+loader = data.Loader(pairs, None, 4096, 224, seed=1, start=5 * len(pairs) // 2)
+numbers = loader.order(loader.start, 4096)
+rows = {}
+for number in numbers:
+    shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
+    if shard not in rows:
+        rows[shard] = data.shard_rows(pairs.shards[shard])
+    block, length = rows[shard][number - pairs.starts[shard]]
+print(time.perf_counter() - start, memory() - before, len(pairs))
+"""
+
+
+def bench_listed(shards=1000, rows=10_000):
+    """Start-up and memory with ten million listed pairs: open the index, go to the middle of the third epoch,
+    and find where on disk each of a batch's 4,096 pairs lies."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = []
+        table = np.stack([np.arange(rows, dtype=np.uint32) * 120, np.full(rows, 55_000, np.uint32)], 1)
+        for i in range(shards):
+            path = f"{folder}/{i:05d}.tar"
+            with open(path, "wb") as file:
+                file.truncate(rows * 120 * 512 + 1024)  # a file of holes: none of it is read
+            status = os.stat(path)
+            listed.append(
+                data.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table)
+            )
+        data._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
+        run = subprocess.run(
+            [sys.executable, "-c", LISTED, folder],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=os.path.dirname(os.path.abspath(data.__file__)),
+        )
+        seconds, megabytes, count = map(float, run.stdout.split())
+    note = f"{count / 1e6:.0f}M pairs in {shards:,} shards"
+    yield dict(
+        what="open the index and reach the 2.5th epoch",
+        ours=seconds,
+        peer_name="",
+        peer=None,
+        unit="s",
+        better="lower",
+        note=note,
+    )
+    yield dict(
+        what="memory that this takes",
+        ours=megabytes,
+        peer_name="",
+        peer=None,
+        unit="MB",
+        better="lower",
+        note=note,
+    )
+
+
+def bench_workers():
+    """Pictures a second against worker processes, as far as the cores go."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, path = jpegs(), f"{folder}/x.tar"
+        data.write_shard(
+            path, [(f"{i:04d}", {"jpg": pictures[i % PICTURES], "txt": b"x"}) for i in range(768)]
+        )
+        pairs, single = data.Pairs(path), None
+        for workers in range(1, len(os.sched_getaffinity(0)) + 1):
+            loader = data.Loader(pairs, None, BATCH, 512, workers=workers)
+            loader._kept = None
+            batches = iter(loader)
+            next(batches)  # workers are up
+            start = time.perf_counter()
+            count = sum(len(batch.slots) for batch in batches)
+            rate = count / (time.perf_counter() - start)
+            single = single or rate
+            yield dict(
+                what=f"loading with {workers} workers",
+                ours=rate,
+                peer_name="one worker",
+                peer=single,
+                unit="pictures/s",
+                better="higher",
+                note="decoded, on the canvas, in the training process",
+            )
+
+
+# ---- the command ----
+
+def main():
+    """Print the rows of one part, or of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", choices=["data", "tokenizer"], default=["data", "tokenizer"],
+                        help="what to measure (default: all)")
+    parser.add_argument("--size", type=float, default=1.0, help="of the corpus: 1 is 3.5M captions, 188 MB (default: 1)")
+    parser.add_argument("--vocab-size", type=int, default=98_000, help="entries of the tokenizer (default: 98000)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the encoding rows (default: 3)")
+    parser.add_argument("--help-pages", default=HELP_PAGES, help="LibreOffice's help, with ko and en-US")
+    args = parser.parse_args()
+    rows = {"data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
+            "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
+    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}")
+    for part in dict.fromkeys(args.part):
+        for row in rows[part]():
+            ours, peer = ("-" if row[key] is None else f"{row[key]:,.2f}" for key in ("ours", "peer"))
+            ratio = f"{row['ours'] / row['peer']:.2f}" if row["peer"] and row["ours"] else "-"
+            print(f"{row['what']:58} {ours:>10} {peer:>10} {ratio:>7}  {row['unit']}; {row['peer_name']}; {row['note']}",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"bench.py: {error}")
