@@ -321,7 +321,10 @@ def _plot(title, series, dots=False):
     points = [point for line in series.values() for point in line]
     if len(points) < 2:
         return ""
-    last, top = max(x for x, _ in points), max(y for _, y in points) * 1.05 or 1
+    last, highest = max(x for x, _ in points), max(y for _, y in points) or 1
+    unit = 10 ** math.floor(math.log10(highest / 4))
+    tick = next(unit * n for n in (1, 2, 2.5, 5, 10) if 4 * unit * n >= highest)  # four round steps reach the highest
+    top = 4 * tick
     W, H, left, base = 640, 220, 44, 196
 
     def place(x, y):
@@ -330,7 +333,7 @@ def _plot(title, series, dots=False):
     for i in range(5):
         _, y = place(0, top * i / 4).split(",")
         parts.append(f'<line class="axis" x1="{left}" x2="{W - 70}" y1="{y}" y2="{y}"/>'
-                     f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{top * i / 4:.3g}</text>')
+                     f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick * i:g}</text>')
     for language, line in series.items():
         if not line:
             continue
