@@ -31,13 +31,15 @@ from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-import crops
-import data
 import tokenizer
+
+if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, whose memory is a row, do without these
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import crops
+    import data
 
 HELP_PAGES = "/usr/share/libreoffice/help"
 PIP = {"tokenizers": "tokenizers", "tiktoken": "tiktoken",
@@ -98,22 +100,26 @@ def write_real_text(path, help_pages, captions):
 # ---- what is measured, each function in a process of its own ----
 
 def lines_of(path):
+    """The lines of a text file."""
     return Path(path).read_text(encoding="utf-8").split("\n")
 
 
 def timed(function, *arguments):
+    """Seconds that a call takes."""
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
 def read_lines(path):
+    """Yield the lines of a text file."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield line.rstrip("\n")
 
 
 def peak_memory():
+    """Most megabytes that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -180,6 +186,7 @@ def encode_tiktoken(text, path):
 
 
 def open_clip_tokenizer():
+    """open_clip's Python tokenizer, loaded without the rest of the package."""
     folder = Path(importlib.util.find_spec("open_clip").origin).parent
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)  # the package itself would need torchvision
@@ -231,6 +238,7 @@ def best_of(rounds, ours, peer, package):
 
 
 def row(what, ours, package, peer, unit, better, note):
+    """A row of the table."""
     missing = f"; missing peer: pip install {PIP[package]}" if peer is None and package else ""
     return {"what": what, "ours": ours, "peer_name": package, "peer": peer, "unit": unit, "better": better,
             "note": note + missing}
