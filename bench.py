@@ -39,6 +39,7 @@ if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, wh
     from PIL import Image
 
     import crops
+    import shards
     import data
 
 HELP_PAGES = "/usr/share/libreoffice/help"
@@ -379,7 +380,7 @@ def bench_crops():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         pictures, path = jpegs(), f"{folder}/x.tar"
-        data.write_shard(
+        shards.write_shard(
             path, [(f"{i:04d}", {"jpg": p, "txt": b"a photograph"}) for i, p in enumerate(pictures)]
         )
         size = (
@@ -461,8 +462,8 @@ def measure_quality(width, height):
     for seed in range(4):
         file = io.BytesIO()
         photograph(seed, width, height).save(file, "JPEG", quality=90)
-        whole = data.decode(file.getvalue())
-        pixels = data.fit(data.decode(file.getvalue(), canvas), canvas)
+        whole = shards.decode(file.getvalue())
+        pixels = data.fit(shards.decode(file.getvalue(), canvas), canvas)
         images = torch.zeros(8, 3, canvas, canvas, dtype=torch.uint8)
         images[:, :, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         for crop, view in enumerate(crops.multi_crop(images, spec, 0, slots, aspect)):
@@ -480,7 +481,7 @@ def bench_index():
     """Seconds to index a shard of 10,000 pairs of 53 KB, beside the standard library's walk over it."""
     with tempfile.TemporaryDirectory() as folder:
         path, body = f"{folder}/x.tar", os.urandom(53_000)
-        data.write_shard(
+        shards.write_shard(
             path,
             ((f"{i:09d}", {"jpg": body, "json": b"{}" * 200, "txt": b"a caption"}) for i in range(10_000)),
         )
@@ -489,7 +490,7 @@ def bench_index():
             with tarfile.open(path) as tar:
                 return sum(1 for _ in tar)
 
-        ours, theirs = least_cpu(lambda: data.index_tar(path), walk, repeats=3)
+        ours, theirs = least_cpu(lambda: shards.index_tar(path), walk, repeats=3)
     yield dict(
         what="index of 10,000 pairs",
         ours=ours,
@@ -513,27 +514,27 @@ rows = {}
 for number in numbers:
     shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
     if shard not in rows:
-        rows[shard] = data.shard_rows(pairs.shards[shard])
+        rows[shard] = shards.shard_rows(pairs.shards[shard])
     block, length = rows[shard][number - pairs.starts[shard]]
 print(time.perf_counter() - start, memory() - before, len(pairs))
 """
 
 
-def bench_listed(shards=1000, rows=10_000):
+def bench_listed(tars=1000, rows=10_000):
     """Start-up and memory with ten million listed pairs: open the index, go to the middle of the third epoch,
     and find where on disk each of a batch's 4,096 pairs lies."""
     with tempfile.TemporaryDirectory() as folder:
         listed = []
         table = np.stack([np.arange(rows, dtype=np.uint32) * 120, np.full(rows, 55_000, np.uint32)], 1)
-        for i in range(shards):
+        for i in range(tars):
             path = f"{folder}/{i:05d}.tar"
             with open(path, "wb") as file:
                 file.truncate(rows * 120 * 512 + 1024)  # a file of holes: none of it is read
             status = os.stat(path)
             listed.append(
-                data.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table)
+                shards.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table)
             )
-        data._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
+        shards._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
         run = subprocess.run(
             [sys.executable, "-c", LISTED, folder],
             capture_output=True,
@@ -542,7 +543,7 @@ def bench_listed(shards=1000, rows=10_000):
             cwd=os.path.dirname(os.path.abspath(data.__file__)),
         )
         seconds, megabytes, count = map(float, run.stdout.split())
-    note = f"{count / 1e6:.0f}M pairs in {shards:,} shards"
+    note = f"{count / 1e6:.0f}M pairs in {tars:,} shards"
     yield dict(
         what="open the index and reach the 2.5th epoch",
         ours=seconds,
@@ -567,7 +568,7 @@ def bench_workers():
     """Pictures a second against worker processes, as far as the cores go."""
     with tempfile.TemporaryDirectory() as folder:
         pictures, path = jpegs(), f"{folder}/x.tar"
-        data.write_shard(
+        shards.write_shard(
             path, [(f"{i:04d}", {"jpg": pictures[i % PICTURES], "txt": b"x"}) for i in range(768)]
         )
         pairs, single = data.Pairs(path), None

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import kelip
+import shards
 
 KS = (1, 5, 10)
 BATCH = 256
@@ -68,7 +69,7 @@ class Embedded:
         for i in tqdm(range(len(pairs)), desc="pictures", disable=not progress, leave=False, file=sys.stdout):
             pair = pairs[i]
             try:
-                batch.append(preprocess(data.decode(pair.image)))
+                batch.append(preprocess(shards.decode(pair.image)))
                 self.pairs.append(pair)
             except ValueError as error:
                 self.skipped[str(error).partition(":")[0]] += 1
@@ -288,7 +289,7 @@ def render_page(folder, embedded, found, examples=30):
 def _card(embedded, i):
     """A picture, and the names nearest to it."""
     pair = embedded.pairs[i]
-    image = data.decode(pair.image)
+    image = shards.decode(pair.image)
     image.thumbnail((144, 144))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

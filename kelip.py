@@ -512,11 +512,13 @@ def _gather(x, group):
 # ------------------------------------------------------------------------------------------------- preprocessing
 
 def to_rgb(image):
-    """Any PIL image -> RGB: turned as its EXIF orientation says, transparency on white, 16 bits a channel scaled to 8,
-    the first frame of an animation."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = image.convert("F").point(lambda value: value / 257).convert("L")  # 65535 -> 255
+    """Any PIL image -> RGB: turned as its EXIF orientation says, transparency on white, 16 bits and more a channel scaled
+    to 8, palettes and CMYK as Pillow converts them, the first frame of an animation."""
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # convert() would clip these at 255; floats may be of 0..255 as well as of 0..65535
+        full = 65535 if image.mode != "F" or image.getextrema()[1] > 255 else 255
+        image = image.convert("F").point(lambda value: value * (255 / full) + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -41,6 +41,8 @@ import crops
 import data
 import evaluate
 import kelip
+import packing
+import shards
 import tokenizer
 import train_clip
 import trainer
@@ -133,7 +135,7 @@ def test_round_trip_of_any_text(text):
 @settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_round_trip_of_bytes_read_as_text(data):
-    text = data.decode("utf-8", "replace")
+    text = shards.decode("utf-8", "replace")
     assert trained().decode(trained().encode_ordinary(text)) == plain_normalize(text)
 
 
@@ -777,11 +779,11 @@ def good(key, seed=0, **texts):
     return key, {"jpg": picture(seed), **(texts or {"txt": f"caption {key}".encode()})}
 
 
-def shards(folder, shapes, prefix="s"):
+def some_shards(folder, shapes, prefix="s"):
     """Write shards of as many pairs as `shapes` says, keys SHARD-ROW."""
     os.makedirs(folder, exist_ok=True)
     for i, count in enumerate(shapes):
-        data.write_shard(
+        shards.write_shard(
             f"{folder}/{prefix}{i:02d}.tar",
             [
                 good(f"{prefix}{i:02d}-{j}", j % 5, **{"en.txt": b"an apple", "ko.txt": "사과".encode()})
@@ -827,19 +829,19 @@ def test_walk_tar_finds_what_tarfile_finds(tmp_path, kind):
     content = (tmp_path / "x.tar").read_bytes()
     found = [
         (name, content[body : body + size])
-        for name, _, body, size in data.walk_tar(lambda n, at: content[at : at + n], 0, len(content))
+        for name, _, body, size in shards.walk_tar(lambda n, at: content[at : at + n], 0, len(content))
     ]
     assert found == [(name, bytes([i]) * 300 * i) for i, name in enumerate(names)]
 
 
 def test_split_name_as_webdataset_does():
-    assert data.split_name("a/b/0001.en.TXT") == ("a/b/0001", "en.txt")
-    assert data.split_name("./0001.jpg") == ("0001", "jpg")
-    assert data.split_name("../../etc/x.jpg") == ("../../etc/x", "jpg")
+    assert shards.split_name("a/b/0001.en.TXT") == ("a/b/0001", "en.txt")
+    assert shards.split_name("./0001.jpg") == ("0001", "jpg")
+    assert shards.split_name("../../etc/x.jpg") == ("../../etc/x", "jpg")
     assert (
-        data.split_name("a.b/._x") is None
-        and data.split_name("README") is None
-        and data.split_name("x.") is None
+        shards.split_name("a.b/._x") is None
+        and shards.split_name("README") is None
+        and shards.split_name("x.") is None
     )
 
 
@@ -853,7 +855,7 @@ def test_walk_tar_never_hangs_or_crashes_on_noise(noise, cut):
         tar.addfile(member, io.BytesIO(b"x" * 700))
     content = whole.getvalue()[:cut] + noise
     try:
-        for _, first, body, size in data.walk_tar(lambda n, at: content[at : at + n], 0, len(content)):
+        for _, first, body, size in shards.walk_tar(lambda n, at: content[at : at + n], 0, len(content)):
             assert 0 <= first < body <= body + size <= len(content)
     except ValueError as error:
         assert str(error).startswith(("damaged tar", "truncated tar"))
@@ -862,7 +864,7 @@ def test_walk_tar_never_hangs_or_crashes_on_noise(noise, cut):
 def test_index_lists_pairs_and_counts_what_it_leaves_out(tmp_path):
     texts = {"en.txt": b"x", "ko.txt": b"y"}
     path = f"{tmp_path}/a.tar"
-    data.write_shard(
+    shards.write_shard(
         path,
         [
             good("1"),
@@ -874,7 +876,7 @@ def test_index_lists_pairs_and_counts_what_it_leaves_out(tmp_path):
             ("6", {"jpg": picture(), "json": b'{"caption": "z"}'}),
         ],
     )
-    shard = data.index_tar(path)
+    shard = shards.index_tar(path)
     assert (shard.count, shard.left_out) == (
         4,
         {"no image": 1, "duplicate key": 1, "member without a key": 1},
@@ -892,17 +894,17 @@ def test_index_lists_pairs_and_counts_what_it_leaves_out(tmp_path):
 
 
 def test_index_is_cached_shared_and_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "INDEX_PIECE", 2)
-    folder = shards(tmp_path / "x", [3, 4])
+    monkeypatch.setattr(shards, "INDEX_PIECE", 2)
+    folder = some_shards(tmp_path / "x", [3, 4])
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert len(data.Pairs(folder)) == 7 and os.path.exists(f"{folder}/pairs.index")
     walked = []
-    walk = data.index_tar
-    monkeypatch.setattr(data, "index_tar", lambda path: walked.append(path) or walk(path))
+    walk = shards.index_tar
+    monkeypatch.setattr(shards, "index_tar", lambda path: walked.append(path) or walk(path))
     assert len(data.Pairs(folder)) == 7 and not walked
-    shards(folder, [5])
+    some_shards(folder, [5])
     assert len(data.Pairs(folder)) == 9 and walked == [f"{folder}/s00.tar"]
-    shards(folder, [2], prefix="t")
+    some_shards(folder, [2], prefix="t")
     pairs = data.Pairs(f"{folder}/t*.tar")
     assert len(pairs) == 2 and len(walked) == 2 and len(data.Pairs(folder)) == 11 and len(walked) == 2
     rows = [name for name in os.listdir(folder) if name.endswith(".rows")]
@@ -912,7 +914,7 @@ def test_index_is_cached_shared_and_renewed(tmp_path, monkeypatch):
         Path(folder, name).write_bytes(damage)
         assert [data.Pairs(folder)[i].key for i in (0, 4, 10)] == ["s00-0", "s00-4", "t00-1"]
     old = data.Pairs(folder)
-    shards(folder, [1], prefix="a")
+    some_shards(folder, [1], prefix="a")
     assert (
         len(data.Pairs(folder)) == 12 and old[10].key == "t00-1"
     )  # who read the index before goes on with it
@@ -929,10 +931,10 @@ def test_index_is_cached_shared_and_renewed(tmp_path, monkeypatch):
 
 
 def test_sources_expand_and_say_what_is_missing(tmp_path):
-    folder = shards(tmp_path, [1] * 12)
-    assert len(data.expand(f"{folder}/s{{00..11}}.tar")) == len(data.expand(folder)) == 12
-    assert data.expand(f"{folder}/s{{0,1}}{{0..1}}.tar") == [f"{folder}/s{i:02d}.tar" for i in (0, 1, 10, 11)]
-    assert len(data.expand(f"{folder}/s1*.tar")) == 2
+    folder = some_shards(tmp_path, [1] * 12)
+    assert len(shards.expand(f"{folder}/s{{00..11}}.tar")) == len(shards.expand(folder)) == 12
+    assert shards.expand(f"{folder}/s{{0,1}}{{0..1}}.tar") == [f"{folder}/s{i:02d}.tar" for i in (0, 1, 10, 11)]
+    assert len(shards.expand(f"{folder}/s1*.tar")) == 2
     state = data.Pairs(f"{folder}/s{{00..11}}.tar").state()
     os.rename(f"{folder}/s05.tar", f"{folder}/gone")
     assert len(data.Pairs(f"{folder}/s{{00..11}}.tar", state=state)) == 12  # resuming goes on without it
@@ -948,13 +950,13 @@ def test_sources_expand_and_say_what_is_missing(tmp_path):
     for bad in ("::0", "::-1", "::KO", "::1e9"):
         with pytest.raises(ValueError, match="--data"):
             data.Pairs(folder + bad)
-    data.write_shard(f"{tmp_path}/s00.tar", [])
+    shards.write_shard(f"{tmp_path}/s00.tar", [])
     with pytest.raises(ValueError, match="no pairs"):
         data.Pairs(f"{tmp_path}/s00.tar")
 
 
 def test_captions_are_read_and_cleaned():
-    read = data.read_captions
+    read = shards.read_captions
     assert read({"txt": "  Tom &amp;amp;\n Jerry\u3000 ".encode()}) == ({"": "Tom & Jerry"}, "")
     assert read({"txt": b"x", "json": b'{"caption": "y"}'}) == ({"": "x"}, "")
     assert read({"json": '{"caption": "사과"}'.encode()}, "ko") == ({"ko": "사과"}, "")
@@ -1056,7 +1058,7 @@ def encoded(image, kind="PNG", **options):
 
 def test_decode_brings_everything_to_upright_rgb_on_white():
     red, half = (200, 30, 60), (10, 200, 100, 128)
-    middle = lambda data_: data.decode(data_).getpixel((2, 2))
+    middle = lambda data_: shards.decode(data_).getpixel((2, 2))
     assert middle(encoded(Image.new("RGB", (5, 5), red))) == red
     palette = Image.new("P", (5, 5), 1)
     palette.putpalette([0, 0, 0, *red])
@@ -1085,7 +1087,7 @@ def test_decode_brings_everything_to_upright_rgb_on_white():
     image.putpixel((0, 0), red)
     exif = image.getexif()
     exif[0x0112] = 6
-    turned = data.decode(encoded(image, exif=exif))
+    turned = shards.decode(encoded(image, exif=exif))
     assert turned.size == (4, 8) and turned.getpixel((3, 0)) == red
     for kind in ("BMP", "TIFF", "PPM"):
         assert middle(encoded(Image.new("RGB", (5, 5), red), kind)) == red
@@ -1093,9 +1095,9 @@ def test_decode_brings_everything_to_upright_rgb_on_white():
 
 def test_decode_reads_jpegs_no_larger_than_asked():
     big = picture(1, (640, 480))
-    assert data.decode(big).size == (640, 480)
-    assert data.decode(big, 300).size == data.decode(big, 320).size == (320, 240)
-    assert data.decode(big, 321).size == (640, 480) and data.decode(big, 72).size == (80, 60)
+    assert shards.decode(big).size == (640, 480)
+    assert shards.decode(big, 300).size == shards.decode(big, 320).size == (320, 240)
+    assert shards.decode(big, 321).size == (640, 480) and shards.decode(big, 72).size == (80, 60)
 
 
 def test_decode_says_why_not():
@@ -1111,7 +1113,7 @@ def test_decode_says_why_not():
     ):
         start = time.perf_counter()
         with pytest.raises(ValueError, match=f"^{cause}: "):
-            data.decode(content)
+            shards.decode(content)
         assert time.perf_counter() - start < 1
 
 
@@ -1121,7 +1123,7 @@ def test_decode_survives_damage(place, byte, kind):
     content = bytearray(picture(size=(40, 30), kind=kind))
     content[place % len(content)] = byte
     try:
-        assert data.decode(bytes(content)).mode == "RGB"
+        assert shards.decode(bytes(content)).mode == "RGB"
     except ValueError as error:
         assert str(error).partition(": ")[0] in ("not an image", "too many pixels")
 
@@ -1151,7 +1153,7 @@ def same(a, b):
 
 
 def test_batches_are_the_same_for_any_ranks_and_workers_and_after_resuming(tmp_path):
-    pairs = data.Pairs([shards(tmp_path / "a", [30, 17, 9]), shards(tmp_path / "b", [11], "t") + "::2"])
+    pairs = data.Pairs([some_shards(tmp_path / "a", [30, 17, 9]), some_shards(tmp_path / "b", [11], "t") + "::2"])
     options = dict(batch_size=12, seed=3, stop=200)
     whole, [loader] = batches(pairs, **options)
     assert len(whole) == len(loader) == 17 and loader.order.slots_per_epoch == 78
@@ -1181,7 +1183,7 @@ def test_batches_are_the_same_for_any_ranks_and_workers_and_after_resuming(tmp_p
 
 def test_pictures_fill_the_canvas_in_their_longer_side(tmp_path):
     for width, height in ((48, 36), (30, 60), (20, 20), (200, 3)):
-        data.write_shard(
+        shards.write_shard(
             f"{tmp_path}/x.tar", [("a", {"png": picture(size=(width, height), kind="PNG"), "txt": b"x"})]
         )
         [batch], _ = batches(data.Pairs(f"{tmp_path}/x.tar"), batch_size=1)
@@ -1195,7 +1197,7 @@ def test_pictures_fill_the_canvas_in_their_longer_side(tmp_path):
             and boxes.min() >= 0
         )
     assert np.array_equal(
-        data.fit(data.decode(picture(kind="PNG")), 48), np.array(data.decode(picture(kind="PNG")))
+        data.fit(shards.decode(picture(kind="PNG")), 48), np.array(shards.decode(picture(kind="PNG")))
     )
 
 
@@ -1225,14 +1227,14 @@ def faulty(folder):
             pairs.append(good(key, j))
             pairs.append((f"bad{i}-{j}", bad[j % len(bad)]))
         pairs.append(good(f"{i}-5", 1))  # again, later in the shard
-        data.write_shard(f"{folder}/{i}.tar", pairs)
+        shards.write_shard(f"{folder}/{i}.tar", pairs)
     Path(folder, "empty.tar").write_bytes(b"")
-    data.write_shard(f"{folder}/nothing.tar", [])
-    data.write_shard(f"{folder}/cut.tar", [good(f"cut-{j}", j) for j in range(9)])
+    shards.write_shard(f"{folder}/nothing.tar", [])
+    shards.write_shard(f"{folder}/cut.tar", [good(f"cut-{j}", j) for j in range(9)])
     content = Path(folder, "cut.tar").read_bytes()
     starts = [
         first
-        for name, first, _, _ in data.walk_tar(lambda n, at: content[at : at + n], 0, len(content))
+        for name, first, _, _ in shards.walk_tar(lambda n, at: content[at : at + n], 0, len(content))
         if "jpg" in name
     ]
     Path(folder, "cut.tar").write_bytes(content[: starts[6] + 900])
@@ -1286,7 +1288,7 @@ def test_a_faulty_corpus_killed_and_resumed_gives_every_good_pair_once_an_epoch(
 
 
 def test_shards_that_vanish_or_change_under_an_open_loader_become_holes(tmp_path):
-    folder = shards(tmp_path / "x", [40, 40, 40])
+    folder = some_shards(tmp_path / "x", [40, 40, 40])
     pairs = data.Pairs(folder)
     [loader] = batches(pairs, batch_size=4, stop=0)[1]
     loader = data.Loader(pairs, None, 4, 24)
@@ -1313,7 +1315,7 @@ def test_shards_that_vanish_or_change_under_an_open_loader_become_holes(tmp_path
 def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch):
     wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(wait, "__defaults__", (0.3,))  # seconds until torch looks whether workers live
-    pairs = data.Pairs(shards(tmp_path, [200]))
+    pairs = data.Pairs(some_shards(tmp_path, [200]))
     loader = data.Loader(pairs, Letters(), 4, 24, workers=2, stop=400)
     plain = list(data.Loader(pairs, Letters(), 4, 24, stop=400))
     handler, before = signal.getsignal(signal.SIGCHLD), {p.pid for p in multiprocessing.active_children()}
@@ -1364,8 +1366,8 @@ def digest(folder):
 
 
 def test_emoji_are_packed_with_both_names_and_the_same_bytes(tmp_path):
-    assert data.pack_emoji(f"{tmp_path}/a") == (18_716, 3_623)
-    assert data.pack_emoji(f"{tmp_path}/b") == (18_716, 3_623)
+    assert packing.pack_emoji(f"{tmp_path}/a") == (18_716, 3_623)
+    assert packing.pack_emoji(f"{tmp_path}/b") == (18_716, 3_623)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") and sorted(os.listdir(tmp_path)) == ["a", "b"]
     train, test = data.Pairs(f"{tmp_path}/a/train-*.tar"), data.Pairs(f"{tmp_path}/a/test-*.tar")
     assert train.languages == {"en": 18_716, "ko": 18_716} and not train.left_out
@@ -1373,18 +1375,18 @@ def test_emoji_are_packed_with_both_names_and_the_same_bytes(tmp_path):
     vendors = Counter(train[i].key.partition("-")[0] for i in range(0, 18_716, 7))
     assert set(vendors) == {"FB", "Wind", "Sams", "Appl", "Goog", "Twtr"}
     apple = next(p for p in (test[i] for i in range(len(test))) if p.key == "Joy-U+1F34E")
-    assert apple.captions == {"en": "red apple", "ko": "빨간 사과"} and data.decode(apple.image).size == (
+    assert apple.captions == {"en": "red apple", "ko": "빨간 사과"} and shards.decode(apple.image).size == (
         72,
         72,
     )
     with pytest.raises(ValueError, match="vendors"):
-        data.pack_emoji(f"{tmp_path}/c", "None")
+        packing.pack_emoji(f"{tmp_path}/c", "None")
     drawings = {test[i].image for i in range(len(test))}
     assert not any(train[i].image in drawings for i in range(0, 18_716, 5))
     (tmp_path / "c").mkdir()
     (tmp_path / "c/mine.doc").write_text("x")
     with pytest.raises(FileExistsError, match="mine.doc"):
-        data.pack_emoji(f"{tmp_path}/c")
+        packing.pack_emoji(f"{tmp_path}/c")
 
 
 def test_a_missing_demo_package_is_one_line(tmp_path):
@@ -1414,7 +1416,7 @@ def test_pack_folders_and_tables_then_check_and_index_them(tmp_path, data_comman
     )
     (folder / "t.csv").write_text('path,caption\na.2.jpg,"one, two"\n')
     inputs = [str(folder), str(folder / "t.tsv"), str(folder / "t.csv")]
-    count, missing = data.pack(f"{tmp_path}/one", inputs, 5)
+    count, missing = packing.pack(f"{tmp_path}/one", inputs, 5)
     assert count == 12 and len(missing) == 1 and "none.jpg" in missing[0]
     code, text = data_command("pack", tmp_path / "two", *inputs, "--shard-pairs", 5, "--workers", 2)
     assert (
@@ -1448,7 +1450,7 @@ def test_pack_folders_and_tables_then_check_and_index_them(tmp_path, data_comman
 
 def test_check_reports_every_fault(tmp_path):
     keys, cut = faulty(tmp_path / "x")
-    faults = data.check([str(tmp_path / "x")])
+    faults = packing.check(shards.expand(str(tmp_path / "x")))
     assert faults == {
         "empty image": 18,
         "not an image": 36,
@@ -1503,7 +1505,7 @@ def test_crops_are_as_good_as_pillows_of_the_whole_picture(width, height):
     mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (crops.MEAN, crops.STD))
     for seed in range(2):
         content = encoded(photograph(seed, width, height), "JPEG", quality=90)
-        pixels = data.fit(data.decode(content, canvas), canvas)
+        pixels = data.fit(shards.decode(content, canvas), canvas)
         images = torch.zeros(4, 3, canvas, canvas, dtype=torch.uint8)
         images[:, :, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         aspect, slots = torch.full((4,), width / height), torch.arange(4) + 9 * seed
@@ -1513,7 +1515,7 @@ def test_crops_are_as_good_as_pillows_of_the_whole_picture(width, height):
         for crop, view in enumerate(views):
             boxes = crops.crop_boxes(3, slots, crop, canvas, aspect, (0.4, 1.0) if crop < 2 else (0.05, 0.4))
             for one, box in zip(view * std + mean, boxes.tolist()):
-                wanted = reference(data.decode(content), box, canvas, view.shape[-1])
+                wanted = reference(shards.decode(content), box, canvas, view.shape[-1])
                 errors[view.shape[-1]].append(np.abs(one.permute(1, 2, 0).numpy() - wanted).mean())
         assert max(np.mean(e) for e in errors.values()) < 2
 

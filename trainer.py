@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import packing
 from kelip import load_checkpoint, load_weights, save_checkpoint
 
 LOG_EVERY = 10  # steps
@@ -160,7 +161,7 @@ def open_run(args, job):
 def open_pairs(args, job, state):
     """The training pairs; the demo's are packed when they are missing. Prints what they are."""
     if any(source.startswith(DEMO) for source in args.data):
-        main_first(job, lambda: os.path.exists(DEMO) or data.pack_emoji(DEMO))
+        main_first(job, lambda: os.path.exists(DEMO) or packing.pack_emoji(DEMO))
     pairs = main_first(job, lambda: data.Pairs(args.data, state and state["data"]))
     if job.main:
         print(pairs.describe(), flush=True)
