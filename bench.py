@@ -505,6 +505,7 @@ def bench_index():
 LISTED = """
 import numpy as np
 import data
+import shards
 memory = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before, start = memory(), time.perf_counter()
 pairs = data.Pairs(sys.argv[1])
