@@ -256,7 +256,7 @@ class VisionTransformer(nn.Module):
         embedding, then patches, positions added. keep [N, L] says which patches; None is all, L = g*g."""
         positions = interpolate_positions(self.positional_embedding, images.shape[-1] // self.patch_size)
         first, positions = self.class_embedding + positions[0], positions[1:]
-        x = self.patchify(images)                                            # [N, g*g, 3*P*P]
+        x = self.patchify(images.to(self.conv1.weight.dtype))                # [N, g*g, 3*P*P]
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [N, L, 3*P*P]
             positions = positions[keep]                                      # [N, L, W]
