@@ -677,6 +677,20 @@ def test_contrastive_loss_leaves_holes_out():
         torch.testing.assert_close(x, y)
 
 
+def test_contrastive_loss_of_crops_is_the_mean_over_them():
+    torch.manual_seed(0)
+    a = F.normalize(torch.randn(3, 20, 24, dtype=torch.float64), dim=-1).requires_grad_()
+    b = F.normalize(torch.randn(20, 24, dtype=torch.float64), dim=-1).requires_grad_()
+    s = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(20) % 7 > 0
+    (ours, shares), each = kelip.contrastive_loss(a, b, s, valid=valid, per_pair=True, chunk=6), [
+        plain_loss(crop[valid], b[valid], s) for crop in a]
+    torch.testing.assert_close(ours, sum(each) / 3)
+    torch.testing.assert_close(shares[valid].mean(), ours)
+    for x, y in zip(torch.autograd.grad(ours, (a, b, s)), torch.autograd.grad(sum(each) / 3, (a, b, s))):
+        torch.testing.assert_close(x, y)
+
+
 def test_preprocess_resizes_crops_and_normalises():
     image = Image.effect_noise((90, 61), 60).convert("RGB")
     out = kelip.preprocess(32)(image)

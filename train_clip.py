@@ -140,11 +140,9 @@ def make_step(job, args, model, languages):
 
     def backward_of_loss(image_features, text_features, logit_scale, valid, scaler):
         """The mean over crops of InfoNCE, after its backward pass into the features: (loss, each own pair's share [n])."""
-        losses, shares = zip(*(kelip.contrastive_loss(features, text_features, logit_scale, job.group, valid,
-                                                      per_pair=True) for features in image_features))
-        loss = torch.stack(losses).mean()
+        loss, shares = kelip.contrastive_loss(image_features, text_features, logit_scale, job.group, valid, per_pair=True)
         scaler.scale(loss).backward()
-        return loss.detach(), torch.stack(shares).mean(dim=0)
+        return loss.detach(), shares
 
     def backward_in_pieces(batch, size, valid, scaler):
         """The same with only `size` pairs in the encoders at a time (GradCache, arXiv 2101.06983): features of all without
