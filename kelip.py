@@ -474,7 +474,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             row_norm[k, i] = torch.logsumexp(logits.add_(off_column), dim=1)
             part = torch.logsumexp(logits.add_(off_row[i, None]), dim=0)
             column_norm[k] = torch.logaddexp(column_norm[k], part)
-        column_norm = torch.logsumexp(_gather(column_norm[None], group), dim=0)  # [K, N], over all rows
+        column_norm = _logsumexp_over_ranks(column_norm, group)              # [K, N], over all rows
         column_norm.masked_fill_(valids == 0, float("inf"))
         diagonal = s * (image * text).sum(dim=-1)                            # [K, n]
         shares = ((row_norm + column_norm[:, own]) / 2 - diagonal).masked_fill(valid == 0, 0)  # [K, n]
@@ -503,13 +503,24 @@ class _ContrastiveLoss(torch.autograd.Function):
         return *((grad * d).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None
 
 
+def _logsumexp_over_ranks(x, group):
+    """log of the sum of exp(x) over all ranks, element by element."""
+    if group is None:
+        return x
+    top = x.clamp(min=torch.finfo(x.dtype).min)  # -inf - -inf would be no number
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    total = (x - top).exp_()
+    dist.all_reduce(total, group=group)
+    return total.log_().add_(top)
+
+
 def _gather(x, group):
     """x [n, ...] of every rank, in rank order: [world_size * n, ...]."""
     if group is None:
         return x
-    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------- preprocessing
