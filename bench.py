@@ -4,6 +4,7 @@
     python bench.py tokenizer                   # 3.5M captions, 98K entries, as in the paper: some ten minutes
     python bench.py tokenizer --size 0.05       # a twentieth of the captions
     python bench.py train                       # losses, steps, processes: some minutes
+    python bench.py network                     # what 80 GPUs would send each other, by arithmetic
 
 Ratios are taken in one run, ours and the peer's in turns, best of several; a row whose peer is missing says which pip
 install mends it. Tokenizer rows run each in a fresh process, on captions drawn from the word frequencies of the package
@@ -745,12 +746,40 @@ def bench_processes(steps=40):
               "train_clip.py, tiny, 128 pairs a process, torchrun")
 
 
+# ---- many GPUs, on paper ----
+
+NVLINK, INFINIBAND = 300e9, 25e9  # bytes a second and GPU, each way: A100 SXM's NVSwitch; 8 x HDR 200 Gbit/s a node of 8
+
+
+def print_network(nodes=10, gpus=8, batch=32_000, utilisation=0.4, caption=15):
+    """What one step of ViT-B/32 at 2x224+6x96 sends between A100s, by arithmetic; nothing is measured here.
+
+    A ring sends (W - 1) / W of the whole, twice for a sum; times are for the slower of NVLink, if all GPUs were on one
+    switch, and of InfiniBand, with every byte across it."""
+    config, world, crops_ = kelip.PRESETS["ViT-B/32"], nodes * gpus, [224] * 2 + [96] * 6
+    with torch.device("meta"):
+        weights = kelip.count_parameters(kelip.KELIP(**config))
+    flops = 3 * (trainer.image_flops(config, crops_) + trainer.text_flops(config, caption)) * batch / world
+    step = flops / (utilisation * trainer.PEAK["A100"])
+    ring = (world - 1) / world
+    width, K = config["embed_dim"], len(crops_)
+    parts = (("texts' features, gathered", ring * batch * width * 4), ("their gradients, summed", 2 * ring * batch * width * 4),
+             (f"normalisers of {K} x {batch:,} columns", 4 * ring * K * batch * 4),
+             (f"gradients of {weights / 1e6:.0f}M weights, summed", 2 * ring * weights * 4))
+    print(f"{world} x A100, batch {batch:,}: {flops / 1e12:.1f} Tflop a GPU, {1e3 * step:.0f} ms a step at {utilisation:.0%} "
+          f"of {trainer.PEAK['A100'] / 1e12:.0f} Tflop/s (assumed)")
+    print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} {'InfiniBand, ms':>15} {'of the step':>12}")
+    for what, size in (*parts, ("all", sum(size for _, size in parts))):
+        print(f"{what:42} {size / 1e6:8.0f} {1e3 * size / NVLINK:11.1f} {1e3 * size / INFINIBAND:15.1f} "
+              f"{size / INFINIBAND / step:12.1%}")
+
+
 # ---- the command ----
 
 def main():
     """Print the rows of one part, or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train"],
+    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train", "network"],
                         default=["data", "tokenizer", "train"], help="what to measure (default: all)")
     parser.add_argument("--batches", type=int, nargs="+", default=[8192], metavar="N",
                         help="batches of the loss's rows (default: 8192; 32768 takes minutes and open_clip 17 GB)")
@@ -762,7 +791,10 @@ def main():
     rows = {"train": lambda: chain(bench_loss(args.batches), bench_steps(), bench_autoencoder(), bench_processes()),
             "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
             "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
-    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}")
+    if "network" in args.part:
+        print_network()
+        args.part = [part for part in args.part if part != "network"]
+    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}" * bool(args.part))
     for part in dict.fromkeys(args.part):
         for row in rows[part]():
             ours, peer = ("-" if row[key] is None else f"{row[key]:,.2f}" for key in ("ours", "peer"))

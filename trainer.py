@@ -360,7 +360,8 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
             if stop.seen(job):
                 save(step)
                 log.close()
-                raise SystemExit(f"{stop.name} at step {step} of {steps}: saved {folder}/last.pt; --resume goes on")
+                line = f"{stop.name} at step {step} of {steps}: saved {folder}/last.pt; --resume goes on"
+                raise SystemExit(line if job.main else 1)
         if step in evaluations:
             if job.main:
                 log.note(step, evaluate(step))
