@@ -83,7 +83,7 @@ def trained():
 def by_steps():
     """The same tokenizer, but it takes the way of files that others saved."""
     tok = Tokenizer(trained().spec | {"pre_tokenizer": tokenizer.BYTE_LEVEL | {"trim_offsets": False}})
-    assert trained()._by_word and not tok._by_word
+    assert trained()._split is tokenizer.split_words and tok._split is not tokenizer.split_words
     return tok
 
 

@@ -183,7 +183,8 @@ def passing(items, label, progress):
 
 # ---- text to words, words to pieces, pieces to bytes ----
 
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+PATTERN = regex.compile(  # GPT-2's
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 SURROGATE, MANY_MARKS = regex.compile("[\ud800-\udfff]"), regex.compile(r"\p{M}{99,}")
 
 # GPT-2's printable stand-in for each of the 256 bytes: tokens are bytes, a tokenizer.json holds text.
@@ -220,14 +221,17 @@ def split_words(text):
 
 
 def normalize_word(word):
-    """One of `split_words`, composed (NFC) and in lower case, with the space that stands before it."""
+    """One of `split_words`, composed (NFC) and in lower case, with the space that stands before it.
+
+    Joined, they are the normalised text, of which NORMALIZER, below, tells other tools.
+    """
     before, word = ("", word[1:]) if word[0] == "\n" else (" ", word)
     return before + (word.lower() if word.isascii() else lower(compose("NFC", SURROGATE.sub("\ufffd", word))))
 
 
-def normalize(text):
-    """The text of the normalised words: what NORMALIZER, below, says to other tools."""
-    return "".join(map(normalize_word, split_words(text)))
+def find_pieces(text):
+    """The pieces that PATTERN finds in `text`; it would take letters alone, one space before them, whole."""
+    return [text] if text.removeprefix(" ").isalpha() else PATTERN.findall(text)
 
 
 def count_words(texts):
@@ -245,9 +249,8 @@ def count_pieces(texts, workers=1, progress=False):
     with Pool(workers) if workers > 1 else nullcontext() as pool:
         for counted in pool.imap(count_words, batches) if pool else map(count_words, batches):
             words.update(counted)
-    find = regex.compile(PATTERN).findall
     for word, count in words.items():
-        for piece in find(normalize_word(word)):
+        for piece in find_pieces(normalize_word(word)):
             pieces[piece] += count
     return {piece.encode().translate(BYTE_TO_ID): count for piece, count in pieces.items()}
 
@@ -307,7 +310,7 @@ def normalizer_steps(spec):
     if kind is None:
         return []
     if spec == NORMALIZER:
-        return [normalize]
+        return [lambda text: "".join(map(normalize_word, split_words(text)))]
     if kind == "Sequence":
         return [step for part in spec["normalizers"] for step in normalizer_steps(part)]
     if kind == "Lowercase":
@@ -326,14 +329,14 @@ def split_steps(spec):
     if kind == "Sequence":
         return [step for part in spec["pretokenizers"] for step in split_steps(part)]
     if kind == "ByteLevel":
-        prefix = [lambda text: [text if text[0] == " " else " " + text]] if spec["add_prefix_space"] else []
-        return prefix + [regex.compile(PATTERN).findall] * spec.get("use_regex", True)
+        prefix = [lambda text: [text if text.startswith(" ") else " " + text]] if spec["add_prefix_space"] else []
+        return prefix + [find_pieces] * spec.get("use_regex", True)
     if kind == "Split":
         pattern = regex.compile(f"({spec['pattern']['Regex']})")  # its split: gaps and matches in turns
         if spec["behavior"] == "Isolated" and pattern.groups == 1:
-            return [pattern.split]
+            return [lambda text: filter(None, pattern.split(text))]
         if spec["behavior"] == "Removed" and spec["invert"] and pattern.groups == 1:
-            return [lambda text: pattern.split(text)[1::2]]
+            return [lambda text: filter(None, pattern.split(text)[1::2])]
     raise ValueError(f"the pre-tokenizer is {spec or kind}, which is not read here")
 
 
@@ -381,9 +384,11 @@ class Tokenizer:
         self._last_ids = [vocab[char + suffix] for char in BYTE_TO_CHAR] if suffix else []
         whole = vocab.items() if model.get("ignore_merges") else ()
         self._whole = {token: i for token, i in whole if i not in self._special}
-        self._steps = [clean] if clean else normalizer_steps(spec.get("normalizer"))
-        self._splits = split_steps(spec.get("pre_tokenizer"))
-        self._by_word = self._steps == [normalize] and spec["pre_tokenizer"] == BYTE_LEVEL
+        self._split = lambda text: [SURROGATE.sub("\ufffd", text)]
+        self._normalizers = [clean] if clean else normalizer_steps(spec.get("normalizer"))
+        self._splitters = split_steps(spec.get("pre_tokenizer"))
+        if spec.get("normalizer") == NORMALIZER and spec["pre_tokenizer"] == BYTE_LEVEL:  # word by word is the same
+            self._split, self._normalizers = split_words, [normalize_word]
         self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
 
     def __reduce__(self):  # pickling takes the file's content along and leaves the caches
@@ -437,10 +442,7 @@ class Tokenizer:
 
     def normalize(self, text):
         """The text that `decode(encode_ordinary(text))` gives back."""
-        text = SURROGATE.sub("\ufffd", text)
-        for step in self._steps:
-            text = step(text)
-        return text
+        return "".join(map(self._normalize, self._split(text)))
 
     def encode_ordinary(self, text):
         """The ids (list of int) of `text` (str), without start and end token."""
@@ -495,20 +497,20 @@ class Tokenizer:
         return found
 
     def _encode(self, text):
-        """The ids of a text as the bytes of an array of int64, so that joining them is one call."""
-        if self._by_word:
-            return b"".join(map(self._words.__getitem__, split_words(text)))
-        pieces = [self.normalize(text)]
-        for split in self._splits:
-            pieces = [small for piece in pieces if piece for small in split(piece)]
-        return b"".join(map(self._pieces.__getitem__, pieces))
+        """The ids of a text as the bytes of an array of int64, so that joining those of its words is one call."""
+        return b"".join(map(self._words.__getitem__, self._split(text)))
+
+    def _normalize(self, word):
+        for step in self._normalizers:
+            word = step(word)
+        return word
 
     def _encode_word(self, word):
-        """`_encode` of one of `split_words`."""
-        word = normalize_word(word)
-        if word.lstrip(" ").isalpha():  # PATTERN would take it whole
-            return self._pieces[word]
-        return b"".join(map(self._pieces.__getitem__, self._splits[0](word)))
+        """`_encode` of one of `split_words`, or of a whole text where the file's rules may reach across spaces."""
+        pieces = filter(None, [self._normalize(word)])
+        for split in self._splitters:
+            pieces = chain.from_iterable(map(split, pieces))
+        return b"".join(map(self._pieces.__getitem__, pieces))
 
     def _encode_piece(self, piece):
         """`_encode` of one of the pattern's pieces: its bytes, merged."""
@@ -571,7 +573,7 @@ def main():
     add = parser.add_argument
     add("command", choices=["train", "encode", "decode"], help="captions to a tokenizer.json, text to ids, ids to text")
     add("inputs", nargs="*", default=["-"], metavar="INPUT", help=(
-        "files to train on, a caption a line, or .tar shards; texts to encode; ids to decode; -: lines of standard input"))
+        "files to train on, a caption a line, or .tar shards; texts to encode; ids to decode; - is standard input"))
     add("--vocab-size", type=int, default=98_000, help="256 bytes, merges and 3 special tokens (default: 98000)")
     add("--out", default="tokenizer.json", help="what train writes (default: tokenizer.json)")
     add("--tokenizer", default="tokenizer.json", help="what encode and decode read (default: tokenizer.json)")
