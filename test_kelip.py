@@ -297,6 +297,7 @@ FILES = {
     "no pattern": with_pre_tokenizer(use_regex=False),
     "llama": with_pre_tokenizer(LLAMA, use_regex=False),
     "removed": with_pre_tokenizer(WORDS),
+    "removed, a string": with_pre_tokenizer(WORDS | {"pattern": {"String": "a."}, "invert": False}),
     "removed, prefix space": with_pre_tokenizer(WORDS, LLAMA, add_prefix_space=True),
 }
 
@@ -421,6 +422,8 @@ def test_bad_files_are_named(tmp_path, content, complaint):
 @pytest.mark.parametrize("change, complaint", [
     (lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     (lambda spec: spec.update(pre_tokenizer=None), "missing"),
+    (lambda spec: spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [LLAMA]}), "ends in ByteLevel"),
+    (with_pre_tokenizer(tokenizer.BYTE_LEVEL), "part .*ByteLevel"),
     (lambda spec: spec.update(normalizer={"type": "BertNormalizer"}), "BertNormalizer"),
     (with_model(dropout=0.1), "dropout"), (with_model(continuing_subword_prefix="##"), "subword_prefix"),
     (with_model(fuse_unk=True), "fuse_unk"), (with_model(byte_fallback=True), "byte_fallback"),

@@ -240,10 +240,7 @@ def count_words(texts):
 
 
 def count_pieces(texts, workers=1, progress=False):
-    """The pieces that PATTERN finds in normalised `texts`: {bytes read as ids: how often}.
-
-    White space is folded, so no piece reaches across a space and the pattern runs on each distinct word once.
-    """
+    """The pieces of the normalised words in `texts`: {bytes read as ids: how often}. None reaches across a space."""
     texts, words, pieces = iter(texts), Counter(), Counter()
     batches = passing(iter(lambda: list(islice(texts, 50_000)), []), "x 50,000 texts counted", progress)
     with Pool(workers) if workers > 1 else nullcontext() as pool:
@@ -260,8 +257,7 @@ def count_pieces(texts, workers=1, progress=False):
 PAD, START, END = SPECIALS = ("[PAD]", "<|startoftext|>", "<|endoftext|>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 NORMALIZER = {"type": "Sequence", "normalizers": [
-    {"type": "NFC"},
-    {"type": "Lowercase"},
+    {"type": "NFC"}, {"type": "Lowercase"},
     {"type": "Replace", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "content": " "},  # where str.split() splits
     {"type": "Strip", "strip_left": True, "strip_right": True}]}
 CLIP_NORMALIZER = {"type": "Sequence", "normalizers": [
@@ -304,11 +300,16 @@ def clip_clean(text):
     return html.unescape(html.unescape(text)).lower()
 
 
+def pattern_text(spec):
+    """The pattern of a Replace or a Split: a regular expression, or a string that means itself."""
+    return spec["pattern"]["Regex"] if "Regex" in spec["pattern"] else regex.escape(spec["pattern"]["String"])
+
+
 def normalizer_steps(spec):
     """The functions from text to text that a "normalizer" names, in their order."""
-    kind = spec["type"] if spec else None
-    if kind is None:
+    if spec is None:
         return []
+    kind = spec["type"]
     if spec == NORMALIZER:
         return [lambda text: "".join(map(normalize_word, split_words(text)))]
     if kind == "Sequence":
@@ -316,28 +317,33 @@ def normalizer_steps(spec):
     if kind == "Lowercase":
         return [lower]
     if kind == "Replace":
-        pattern = regex.compile(spec["pattern"]["Regex"])
+        pattern = regex.compile(pattern_text(spec))
         return [lambda text: pattern.sub(lambda match: spec["content"], text)]
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
         return [lambda text: compose(kind, text)]
     raise ValueError(f"the normalizer is {kind}, which is not read here")
 
 
+def split_step(spec):
+    """The function from a text to its pieces that one part of a "pre_tokenizer" names."""
+    if spec["type"] == "Split":
+        pattern = regex.compile(f"({pattern_text(spec)})")  # its split: gaps and matches in turns
+        if spec["behavior"] == "Isolated" and pattern.groups == 1:
+            return lambda text: filter(None, pattern.split(text))
+        if spec["behavior"] == "Removed" and pattern.groups == 1:
+            return lambda text: filter(None, pattern.split(text)[bool(spec["invert"])::2])
+    raise ValueError(f"the pre-tokenizer has the part {spec}, which is not read here")
+
+
 def split_steps(spec):
     """The functions from a text to its pieces that a "pre_tokenizer" names, in their order."""
-    kind = spec["type"] if spec else "missing"
-    if kind == "Sequence":
-        return [step for part in spec["pretokenizers"] for step in split_steps(part)]
-    if kind == "ByteLevel":
-        prefix = [lambda text: [text if text.startswith(" ") else " " + text]] if spec["add_prefix_space"] else []
-        return prefix + [find_pieces] * spec.get("use_regex", True)
-    if kind == "Split":
-        pattern = regex.compile(f"({spec['pattern']['Regex']})")  # its split: gaps and matches in turns
-        if spec["behavior"] == "Isolated" and pattern.groups == 1:
-            return [lambda text: filter(None, pattern.split(text))]
-        if spec["behavior"] == "Removed" and spec["invert"] and pattern.groups == 1:
-            return [lambda text: filter(None, pattern.split(text)[1::2])]
-    raise ValueError(f"the pre-tokenizer is {spec or kind}, which is not read here")
+    *splits, last = spec["pretokenizers"] if spec and spec["type"] == "Sequence" else [spec or {"type": "missing"}]
+    if last["type"] != "ByteLevel":
+        raise ValueError(f"the pre-tokenizer is {last['type']}, where byte-level BPE ends in ByteLevel")
+    steps = [split_step(part) for part in splits]
+    if last["add_prefix_space"]:
+        steps.append(lambda text: [text if text.startswith(" ") else " " + text])
+    return steps + [find_pieces] * last.get("use_regex", True)
 
 
 def special_ids(spec, config, ids):
@@ -376,7 +382,7 @@ class Tokenizer:
 
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         self._made = [vocab[a + b] for a, b in merges]
-        self._ranks = [{} for _ in range(max(self._ids.values()) + 1)]
+        self._ranks = [{} for _ in range(max(self._ids.values(), default=-1) + 1)]
         for rank, (a, b) in enumerate(merges):
             if self._made[rank] not in self._special:  # text never becomes a special token
                 self._ranks[vocab[a]][vocab[b]] = rank
@@ -401,8 +407,8 @@ class Tokenizer:
     def train(cls, texts, vocab_size, progress=True, workers=1):
         """Learn `vocab_size` entries (256 bytes, merges, 3 special tokens) from an iterable of str.
 
-        They are fewer when the texts run out of pairs. `workers` processes count words; the merges are learned in this
-        one. Raises ValueError on a `vocab_size` below 259 and on a str in place of a list.
+        They are fewer when the texts run out of pairs. `workers` processes count words; this one learns the merges.
+        Raises ValueError on a `vocab_size` below 259 and on a str in place of a list.
         """
         if isinstance(texts, str):
             raise ValueError("texts is one string: give a list of texts, or another iterable of them")
