@@ -401,7 +401,7 @@ class Tokenizer:
         return Tokenizer, (self.spec, self._config, self._clean)
 
     def __len__(self):
-        return len(self._ranks)
+        return len(self._ranks)  # one more than the highest id
 
     @classmethod
     def train(cls, texts, vocab_size, progress=True, workers=1):
@@ -561,10 +561,10 @@ def train_command(args):
                 samples["Korean" if regex.search(r"\p{Hangul}", text) else "English"].append(text)
             yield text
 
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     tok = Tokenizer.train(texts(), args.vocab_size, workers=args.workers)
     if not samples:
         raise ValueError(f"{' '.join(args.inputs)}: no captions; give text files, one a line, or .tar shards")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     tok.save(args.out)
     print(f"{args.out}: {len(tok):,} entries in {time.monotonic() - start:.0f} s")
     for language, sample in samples.items():
