@@ -236,7 +236,12 @@ def find_pieces(text):
 
 def count_words(texts):
     """{word of `split_words`: how often} in a list of texts."""
-    return Counter(chain.from_iterable(map(split_words, texts)))
+    words, opening = Counter(), Counter(word for text in texts for word in text.split(None, 1)[:1])
+    for start in range(0, len(texts), 100):  # few enough to stay in the processor's cache
+        words.update(" ".join(texts[start:start + 100]).split())
+    words.subtract(opening)
+    words.update({"\n" + word: count for word, count in opening.items()})
+    return +words  # without those that only open texts
 
 
 def count_pieces(texts, workers=1, progress=False):
@@ -396,6 +401,7 @@ class Tokenizer:
         if spec.get("normalizer") == NORMALIZER and spec["pre_tokenizer"] == BYTE_LEVEL:  # word by word is the same
             self._split, self._normalizers = split_words, [normalize_word]
         self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
+        self._rows = Cache(lambda word: array("q", self._words[word]).tobytes())  # joining bytes is one call
 
     def __reduce__(self):  # pickling takes the file's content along and leaves the caches
         return Tokenizer, (self.spec, self._config, self._clean)
@@ -452,11 +458,11 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """The ids (list of int) of `text` (str), without start and end token."""
-        return array("q", self._encode(text)).tolist()
+        return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
 
     def encode_ordinary_batch(self, texts):
         """`encode_ordinary` of each of `texts`: a list of lists of int."""
-        return [array("q", self._encode(text)).tolist() for text in texts]
+        return [self.encode_ordinary(text) for text in texts]
 
     def encode(self, texts, context_length=77):
         """Start, text, end and padding of a str, or of each of a list: LongTensor [N, context_length].
@@ -472,7 +478,8 @@ class Tokenizer:
             raise ValueError(f"context_length is {context_length}: the start and the end token alone take 2")
         start, end, pad = (array("q", [token]).tobytes() for token in (self.sot_id, self.eot_id, self.pad_id))
         room, padding = 8 * (context_length - 2), pad * context_length
-        rows = [start + self._encode(text)[:room] + end for text in ([texts] if isinstance(texts, str) else texts)]
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [start + b"".join(map(self._rows.__getitem__, self._split(text)))[:room] + end for text in texts]
         if not rows:
             return torch.empty(0, context_length, dtype=torch.long)
         data = bytearray().join(row + padding[len(row):] for row in rows)
@@ -502,34 +509,29 @@ class Tokenizer:
             found[i] = b"" if i in self._special else data
         return found
 
-    def _encode(self, text):
-        """The ids of a text as the bytes of an array of int64, so that joining those of its words is one call."""
-        return b"".join(map(self._words.__getitem__, self._split(text)))
-
     def _normalize(self, word):
         for step in self._normalizers:
             word = step(word)
         return word
 
     def _encode_word(self, word):
-        """`_encode` of one of `split_words`, or of a whole text where the file's rules may reach across spaces."""
+        """The ids of one of `split_words`, or of a whole text where the file's rules may reach across spaces."""
         pieces = filter(None, [self._normalize(word)])
         for split in self._splitters:
             pieces = chain.from_iterable(map(split, pieces))
-        return b"".join(map(self._pieces.__getitem__, pieces))
+        return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
 
     def _encode_piece(self, piece):
-        """`_encode` of one of the pattern's pieces: its bytes, merged."""
+        """The ids of one of the pattern's pieces: its bytes, merged."""
         data = piece.encode()
         if self._whole and (token := "".join(BYTE_TO_CHAR[byte] for byte in data)) in self._whole:
-            return array("q", [self._whole[token]]).tobytes()
+            return (self._whole[token],)
         ids = [self._byte_ids[byte] for byte in data]
         if ids and self._last_ids:
             ids[-1] = self._last_ids[data[-1]]
         if None in ids:  # `tokenizers` drops a byte that the file lacks
             ids = [i for i in ids if i is not None]
-        ids = (apply_merges if len(ids) < 100 else apply_merges_long)(ids, self._ranks, self._made)
-        return array("q", ids).tobytes()
+        return tuple((apply_merges if len(ids) < 100 else apply_merges_long)(ids, self._ranks, self._made))
 
 
 # ---- the command ----
