@@ -401,7 +401,7 @@ class Tokenizer:
         if spec.get("normalizer") == NORMALIZER and spec["pre_tokenizer"] == BYTE_LEVEL:  # word by word is the same
             self._split, self._normalizers = split_words, [normalize_word]
         self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
-        self._rows = Cache(lambda word: array("q", self._words[word]).tobytes())  # joining bytes is one call
+        self._rows = Cache(lambda word: array("q", self._encode_word(word)).tobytes())  # joining bytes is one call
 
     def __reduce__(self):  # pickling takes the file's content along and leaves the caches
         return Tokenizer, (self.spec, self._config, self._clean)
