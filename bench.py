@@ -186,7 +186,7 @@ def encode_tiktoken(text, path):
     lines, spec = lines_of(text), json.loads(Path(path).read_bytes())
     tok = tokenizer.Tokenizer(spec)
     ranks = {tok._bytes[i]: i for i in spec["model"]["vocab"].values() if tok._bytes[i]}
-    peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN.pattern, mergeable_ranks=ranks, special_tokens={})
     lines = [tok.normalize(line) for line in lines]  # it has no normalizer, so its time is without
     return 0, *(timed(lambda: [peer.encode_ordinary(line) for line in lines]) for _ in range(2))
 
