@@ -377,12 +377,13 @@ class Tokenizer:
                           ("byte_fallback", False)):
             if (model.get(key) or read) != read:
                 raise ValueError(f"the model's {key} is {model[key]}: only plain byte-level BPE is read here")
-        if words := [token["content"] for token in added if not token["special"]]:
-            raise ValueError(f"the added tokens {words} are not special: no text becomes an added token here")
         vocab, suffix = model["vocab"], model.get("end_of_word_suffix")
         self._ids = vocab | {token["content"]: token["id"] for token in added}
         self._special = {token["id"] for token in added}
         self.sot_id, self.eot_id, self.pad_id = special_ids(spec, self._config, self._ids)
+        known = {self.sot_id, self.eot_id, self.pad_id}
+        if words := [token["content"] for token in added if not token["special"] and token["id"] not in known]:
+            raise ValueError(f"the added tokens {words} are not special: no text becomes an added token here")
         self.pad_id = self.pad_id or 0  # CLIP's, where the file names none
 
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
