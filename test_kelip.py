@@ -430,7 +430,7 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     (lambda spec: spec.update(normalizer={"type": "BertNormalizer"}), "BertNormalizer"),
     (with_model(dropout=0.1), "dropout"), (with_model(continuing_subword_prefix="##"), "subword_prefix"),
     (with_model(fuse_unk=True), "fuse_unk"), (with_model(byte_fallback=True), "byte_fallback"),
-    (lambda spec: spec["added_tokens"][0].update(special=False), r"\[PAD\]"),
+    (lambda spec: spec["added_tokens"].append({"id": 300, "content": "<tool>", "special": False}), "<tool>"),
     (lambda spec: spec["model"]["merges"].append(["a", "가"]), "KeyError.*a가"),
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(a)|b"}}), r"\(a\)"),
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "("}}), r"\("),
