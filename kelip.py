@@ -379,7 +379,7 @@ class MAE(nn.Module):
         patches = torch.cat([x[:, 1:], masked], dim=1)                       # [N, L, D], shuffled
         patches = patches.gather(1, restore.unsqueeze(-1).expand(-1, -1, D))  # [N, L, D], in order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions   # [N, 1 + L, D]
-        return self.decoder_pred(self.decoder_norm(self.decoder(x)))[:, 1:]
+        return self.decoder_pred(self.decoder_norm(self.decoder(x)[:, 1:]))
 
     def targets(self, images):
         """images -> (their patches normalised each by its own mean and deviation, the means, the deviations):

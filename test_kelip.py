@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from hypothesis import given, settings, strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import crops
 import data
@@ -2000,6 +2001,37 @@ def test_the_paper_s_model_trains_on_photographs_layout(shapes, tmp_path):
                shapes, OMP_NUM_THREADS="2")
     assert "2x224+6x96 crops" in done.stdout
     assert kelip.load_checkpoint(tmp_path / "b32" / "last.pt")["step"] == 2
+
+
+def test_operations_are_those_that_torch_counts():
+    with torch.device("meta"):
+        model, images = kelip.KELIP(**kelip.PRESETS["ViT-B/32"]), torch.empty(1, 3, 224, 224)
+        mae = kelip.MAE(model.visual)
+        noise, sequence = torch.empty(1, 49), torch.empty(1, 50, 768)
+
+    def counted(function, *arguments):
+        with FlopCounterMode(display=False) as counter:
+            function(*arguments)
+        return counter.get_total_flops()
+    assert trainer.transformer_flops(50, 768, 12) == counted(model.visual.transformer, sequence)
+    assert trainer.mae_flops(mae) == counted(mae, images, noise)
+    # the encoders compute one token only in their last blocks, and a projection, neither of which is counted
+    assert 0.9 < counted(model.visual, images) / trainer.image_flops(model.config, [224]) < 1
+    assert trainer.image_flops(model.config, [224, 224, 96]) == (
+        2 * trainer.image_flops(model.config, [224]) + trainer.image_flops(model.config, [96]))
+    assert trainer.text_flops(model.config, 20) == trainer.transformer_flops(20, 512, 12)
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="compiles for a minute or two: SLOW=1 pytest")
+def test_compiled_blocks_compute_the_same():
+    plain, compiled = (small_model(vision_layers=2, transformer_layers=2) for _ in range(2))
+    trainer.compile_blocks(compiled)
+    images, tokens = torch.randn(3, 3, 56, 56), some_tokens([5, 9, 3])
+    for model in (plain, compiled):
+        image_features, text_features, scale = train_clip.Towers(model)([images], tokens)
+        kelip.contrastive_loss(image_features, text_features, scale).backward()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    agree(*({key: p.grad for key, p in model.named_parameters()} for model in (plain, compiled)), 1e-5)
 
 
 def test_non_finite_gradients_skip_the_step(tmp_path):
