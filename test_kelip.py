@@ -1800,7 +1800,7 @@ def test_stage_1_draws_and_starts_stage_2(shapes, tmp_path):
         shutil.copy(shapes / "tokenizer.json", tmp_path / "mae")
         kelip.build_model(tmp_path / "mae")
     other = clip(shapes, tmp_path / "other", "--init", tmp_path / "mae" / "last.pt", "--model", "ViT-S/16", check=False)
-    assert other.returncode == 1 and re.search(r"last.pt: class_embedding is \[\d+\], the model's is \[384\]", other.stderr)
+    assert other.returncode == 1 and re.search(r"last.pt: visual.class_embedding is \[\d+\], the model's is \[384\]", other.stderr)
 
 
 def test_stage_1_in_two_processes_trains_as_in_one(shapes, tmp_path):
