@@ -60,11 +60,12 @@ FOREIGN = {"visual.layer1.": "of a ResNet", "visual.trunk.": "of an image encode
 # ------------------------------------------------------------------------------------------------------------- in
 
 def read(where, weights, tokenizer, given):
-    """What is in a file of weights that is neither a run's nor released KELIP's: (weights, config, Tokenizer).
+    """What is in a file of weights that is neither a run's nor released KELIP's: (weights, config, Tokenizer, name).
 
     where: the file, weights: its content; tokenizer: a path, None for the one beside it; given: keys of KELIP's
-    configuration that the caller knows. The weights returned have our names and are float32. Raises ValueError that names
-    the file and the key that is missing or not read here, FileNotFoundError without a tokenizer.
+    configuration that the caller knows. The weights returned have our names and are float32; name(ours) is the file's.
+    Raises ValueError that names the file and the key that is missing or not read here, FileNotFoundError without a
+    tokenizer.
     """
     weights = clean(where, weights)
     # Only what OpenAI published has these three; all of it has QuickGELU and heads of 64.
@@ -72,15 +73,15 @@ def read(where, weights, tokenizer, given):
     hf = any(key.startswith("vision_model.") for key in weights)
     path = where.with_name("config.json" if hf else "open_clip_config.json")
     weights = from_hf(where, weights) if hf else {key.removeprefix("text."): value for key, value in weights.items()}
-    if "logit_scale" in weights:
-        weights["logit_scale"] = weights["logit_scale"].reshape(())          # [1] in some of open_clip's
+    if "logit_scale" in weights and weights["logit_scale"].shape == (1,):    # some of open_clip's
+        weights["logit_scale"] = weights["logit_scale"][0]
     tokenizer = Tokenizer.load(tokenizer or find_tokenizer(where))
     if path.is_file():
         config, mean, std = hf_config(path, tokenizer) if hf else open_clip_config(path)
         take_over_pixels(weights, mean, std)
     else:
         config = ask(where, sizes(where, weights), path.name, openai, given)
-    return weights, config, tokenizer
+    return weights, config, tokenizer, hf_name if hf else str
 
 
 def clean(where, weights):
@@ -181,22 +182,46 @@ def hf_config(path, tokenizer):
     return found, pixels.get("image_mean", MEAN), pixels.get("image_std", STD)
 
 
+def hf_name(key):
+    """Our name of a weight -> transformers'. Queries, keys and values are three there: q_proj stands for them."""
+    if key in ("visual.proj", "text_projection"):
+        return key.replace("visual.proj", "visual_projection") + ".weight"
+    if not key.startswith(("visual.", "logit_scale")):
+        key = f"text_model.{key}"
+    for ours, theirs in NAMES:
+        key = key.replace(ours, theirs)
+    return key.replace("visual.", "vision_model.").replace("attn.in_proj_", "self_attn.q_proj.")
+
+
 def from_hf(where, weights):
-    """transformers' names -> ours. Queries, keys and values become one matrix, projections are transposed."""
+    """A CLIPModel's state dict -> ours. Queries, keys and values become one matrix, projections are transposed."""
     ours = {}
     for key, value in weights.items():
-        first = re.sub(r"self_attn\.[kv]_proj", "self_attn.q_proj", key)
-        if "self_attn.q_proj." in first:
-            parts = [first.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
-            if missing := [part for part in parts if part not in weights]:
-                raise ValueError(f"{where}: has no {missing[0]}, which the model needs")
-            key, value = first.replace("self_attn.q_proj.", "attn.in_proj_"), torch.cat([weights[part] for part in parts])
-        for name, theirs in NAMES:
-            key = key.replace(theirs, name)
+        key = re.sub(r"self_attn\.[kv]_proj\.", "self_attn.q_proj.", key)
+        if "self_attn.q_proj." in key:
+            parts = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+            for part in parts:
+                if part not in weights or weights[part].shape != value.shape:
+                    raise ValueError(f"{where}: has no {part} of {list(value.shape)}, which the model needs")
+            key, value = key.replace("self_attn.q_proj.", "attn.in_proj_"), torch.cat([weights[part] for part in parts])
         if key in ("visual_projection.weight", "text_projection.weight"):
             key, value = key.replace("visual_projection", "visual.proj").removesuffix(".weight"), value.T.contiguous()
+        for name, theirs in NAMES:
+            key = key.replace(theirs, name)
         ours[key.replace("vision_model.", "visual.").removeprefix("text_model.")] = value
     return ours
+
+
+def to_hf(weights):
+    """Our state dict -> a CLIPModel's."""
+    theirs = {}
+    for key, value in weights.items():
+        name = hf_name(key)
+        if "self_attn.q_proj." in name:
+            theirs |= {name.replace("q_proj", f"{letter}_proj"): part for letter, part in zip("qkv", value.chunk(3))}
+        else:
+            theirs[name] = value.T if key in ("visual.proj", "text_projection") else value
+    return theirs
 
 
 def take_over_pixels(weights, mean, std):
@@ -259,33 +284,14 @@ def write(weights, config, tokenizer, out, to):
                                          "projection_dim": full["embed_dim"], **parts})
 
 
-def to_hf(weights):
-    """Our names -> transformers', the reverse of from_hf."""
-    theirs = {}
-    for key, value in weights.items():
-        if key in ("visual.proj", "text_projection"):
-            theirs[key.replace("visual.proj", "visual_projection") + ".weight"] = value.T.contiguous()
-            continue
-        if not key.startswith("visual.") and key != "logit_scale":
-            key = f"text_model.{key}"
-        for name, their in NAMES:
-            key = key.replace(name, their)
-        key = key.replace("visual.", "vision_model.")
-        if "attn.in_proj_" in key:
-            for letter, part in zip("qkv", value.chunk(3)):
-                theirs[key.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part.clone()
-        else:
-            theirs[key] = value
-    return theirs
-
-
 def save_file(out):
     """safetensors' function that writes, with the word on the format that transformers asks for."""
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(f"{out}: writing it needs a package: pip install safetensors") from None
-    return lambda weights, path: save_file({key: value.contiguous() for key, value in weights.items()}, path, {"format": "pt"})
+    return lambda weights, path: save_file({key: value.clone(memory_format=torch.contiguous_format)
+                                            for key, value in weights.items()}, path, {"format": "pt"})
 
 
 def save_tokenizer(tokenizer, folder, length, template=True):

@@ -582,7 +582,9 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says two things of a TorchScript archive
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds objects other than tensors and plain values, which are never loaded "
                          f"({str(error).splitlines()[0]})") from None
@@ -611,17 +613,18 @@ def read_weights(path):
         raise ValueError(f"{path}: not a whole checkpoint ({error})") from None
 
 
-def load_weights(model, weights, where):
-    """Put a state dict into a model, key by key. Raises ValueError that names the file (where) and the first key that
-    is missing, left over or of another shape."""
+def load_weights(model, weights, where, name=str):
+    """Put a state dict into a model, key by key. Raises ValueError that names the file (where) and the first key that is
+    missing, left over or of another shape; name(key) is what the file calls it."""
     own = model.state_dict()
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights:
-            raise ValueError(f"{where}: has no {key}, which the model needs")
+            raise ValueError(f"{where}: has no {name(key)}, which the model needs")
         if key not in own:
-            raise ValueError(f"{where}: holds {key}, which the model does not have")
+            raise ValueError(f"{where}: holds {name(key)}, which the model does not have")
         if own[key].shape != weights[key].shape:
-            raise ValueError(f"{where}: {key} is {list(weights[key].shape)}, the model's is {list(own[key].shape)}")
+            found, needed = list(weights[key].shape), list(own[key].shape)
+            raise ValueError(f"{where}: {name(key)} is {found}, the model's is {needed}")
     model.load_state_dict(weights)
 
 
@@ -635,6 +638,7 @@ class Opened(NamedTuple):
     weights: dict      # named as ours
     config: dict       # KELIP's
     tokenizer: object
+    name: object = str  # our name of a weight -> the file's
 
 
 def open_weights(name_or_path, tokenizer=None, **given):
@@ -645,7 +649,7 @@ def open_weights(name_or_path, tokenizer=None, **given):
     if where is None:
         raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, or "
                                 "released weights (config.json, pytorch_model.bin or model.safetensors, tokenizer.json)")
-    weights, beside = read_weights(where), where.with_name("config.json")
+    weights, beside, name = read_weights(where), where.with_name("config.json"), str
     config = read_json(beside) if beside.is_file() else {}
     if not isinstance(weights, dict):
         raise ValueError(f"{where}: holds a {type(weights).__name__}, where weights are tensors by name")
@@ -654,21 +658,22 @@ def open_weights(name_or_path, tokenizer=None, **given):
         if "logit_scale" not in weights:
             return Opened(where, weights, None, None)
     elif "embed_dim" in config:  # released KELIP
-        config = {key: value for key, value in config.items() if key in {**PRESETS["tiny"], **KELIP.__init__.__kwdefaults__}}
+        known = {*PRESETS["tiny"], *KELIP.__init__.__kwdefaults__}
+        config = {key: value for key, value in config.items() if key in known}
         weights = {key.removeprefix("model."): value.float() for key, value in weights.items()}
         tokenizer = tokenizer or _released_tokenizer(where.parent)
     else:
         import convert
-        weights, config, tokenizer = convert.read(where, weights, tokenizer, given)
+        weights, config, tokenizer, name = convert.read(where, weights, tokenizer, given)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer or where.with_name("tokenizer.json"))
     rows = len(weights.get("token_embedding.weight", ()))
+    what = f"{where}: {name('token_embedding.weight')} has {rows} rows, and the tokenizer {len(tokenizer)} entries"
     if 0 < rows < len(tokenizer) or tokenizer.eot_id not in (None, len(tokenizer) - 1):
-        raise ValueError(f"{where}: token_embedding.weight has {rows} rows, and the tokenizer {len(tokenizer)} entries: it must "
-                         f"not have more, and its end token, number {tokenizer.eot_id}, must be the last of them")
+        raise ValueError(f"{what}: they must not be more, and the end token, {tokenizer.eot_id}, must be the last of them")
     if len(tokenizer) < rows:
-        warnings.warn(f"{where}: token_embedding.weight has {rows} rows, and the tokenizer only {len(tokenizer)} entries")
-    return Opened(where, weights, {**config, **given}, tokenizer)
+        warnings.warn(what, stacklevel=3)
+    return Opened(where, weights, {**config, **given}, tokenizer, name)
 
 
 def _released_tokenizer(folder):
@@ -694,7 +699,7 @@ def init_from(model, opened):
     positions, grid = "visual.positional_embedding", model.visual.resolution // model.visual.patch_size
     if positions in weights:
         weights[positions] = interpolate_positions(weights[positions], grid)
-    load_weights(model, weights, opened.where)
+    load_weights(model, weights, opened.where, opened.name)
     return f"{'all weights' if opened.config else 'the image encoder'} from {opened.where}"
 
 
@@ -708,14 +713,14 @@ def build_model(name_or_path="ViT-B/32", device="cpu", tokenizer=None, **given):
     the weights nor a file beside them say, such as activation="gelu", vision_heads=16.
     Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.
     """
-    where, weights, config, tokenizer = open_weights(name_or_path, tokenizer, **given)
+    where, weights, config, tokenizer, name = open_weights(name_or_path, tokenizer, **given)
     if config is None:
         raise ValueError(f"{where}: a run of stage 1, an image encoder alone; train_clip.py --init takes it")
     try:
         model = KELIP(**config)
     except TypeError as error:
         raise ValueError(f"{where}: its configuration does not fit: {error}") from None
-    load_weights(model, weights, where)
+    load_weights(model, weights, where, name)
     return model.to(device).eval(), preprocess(config["image_resolution"]), tokenizer
 
 

