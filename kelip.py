@@ -9,7 +9,8 @@ This file and tokenizer.py are all that is needed to use a trained model:
     import kelip
     model, preprocess, tokenizer = kelip.build_model("runs/clip")
 
-Left out: reading data (data.py), random crops (crops.py), the training loop (trainer.py, train_*.py).
+Left out: reading data (data.py), random crops (crops.py), the training loop (trainer.py, train_*.py), and the names and
+configurations of other libraries (convert.py, which may be missing).
 """
 
 import argparse
@@ -179,7 +180,8 @@ class Transformer(nn.Module):
             raise ValueError(f"a transformer of width {width} cannot have {heads} heads: heads must divide width")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r}: there are {', '.join(ACTIVATIONS)}")
-        self.resblocks = nn.ModuleList(Block(width, heads, causal, mlp_width or 4 * width, activation) for _ in range(layers))
+        blocks = (Block(width, heads, causal, mlp_width or 4 * width, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(blocks)
         residual = width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
@@ -286,21 +288,22 @@ def unit(x):
 class KELIP(nn.Module):
     """The bilingual CLIP: an image encoder and a GPT-2 style text encoder into one space.
 
-    KELIP(**config), the keys being those of PRESETS. model.config is that configuration, a plain dict. Relatives of
-    KELIP have some more keys, which stand in it where they are not the default: activation ("quick_gelu" or "gelu"),
-    vision_heads (width / 64), and the width inside the blocks' mlp (4 x width), vision_mlp_width and transformer_mlp_width.
+    KELIP(**config), the keys being those of PRESETS. model.config is that configuration, a plain dict. Its relatives
+    have some more keys, which stand there where they are not the default: activation ("quick_gelu" or "gelu"),
+    vision_heads (width / 64), and the width inside the mlps (4 x width), vision_mlp_width and transformer_mlp_width.
     """
 
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_heads, transformer_layers,
                  activation="quick_gelu", vision_heads=None, vision_mlp_width=None, transformer_mlp_width=None):
         super().__init__()
-        default = dict(activation="quick_gelu", vision_heads=vision_width // 64, vision_mlp_width=4 * vision_width,
-                       transformer_mlp_width=4 * transformer_width)
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "default")
-                       and (k not in default or v not in (None, default[k]))}
-        self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers, vision_heads
-                                        or vision_width // 64, embed_dim, mlp_width=vision_mlp_width, activation=activation)
+        usual = dict(activation="quick_gelu", vision_heads=vision_width // 64, vision_mlp_width=4 * vision_width,
+                     transformer_mlp_width=4 * transformer_width)
+        self.config = {k: v for k, v in locals().items()
+                       if k not in ("self", "__class__", "usual") and v not in (None, usual.get(k))}
+        self.visual = VisionTransformer(
+            image_resolution, vision_patch_size, vision_width, vision_layers, vision_heads or vision_width // 64,
+            embed_dim, mlp_width=vision_mlp_width, activation=activation)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True,
                                        mlp_width=transformer_mlp_width, activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
@@ -590,8 +593,8 @@ def load_checkpoint(path):
                          f"({str(error).splitlines()[0]})") from None
     except (RuntimeError, EOFError, OSError) as error:
         if "TorchScript" in str(error):
-            raise ValueError(f"{path}: a TorchScript archive, a program, which is never run; the same weights without it "
-                             "are at huggingface.co/openai (clip-vit-base-patch32 and others)") from None
+            raise ValueError(f"{path}: a TorchScript archive, a program, which is never run; the same as plain weights: "
+                             "huggingface.co/openai, clip-vit-base-patch32 and others") from None
         raise ValueError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
@@ -614,8 +617,8 @@ def read_weights(path):
 
 
 def load_weights(model, weights, where, name=str):
-    """Put a state dict into a model, key by key. Raises ValueError that names the file (where) and the first key that is
-    missing, left over or of another shape; name(key) is what the file calls it."""
+    """Put a state dict into a model, key by key. Raises ValueError that names the file (where) and the first key that
+    is missing, left over or of another shape; name(key) is what the file calls it."""
     own = model.state_dict()
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights:
@@ -628,16 +631,17 @@ def load_weights(model, weights, where, name=str):
     model.load_state_dict(weights)
 
 
-FILES = ("last.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-         "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+FILES = ("last.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+         "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+         "open_clip_pytorch_model.bin")
 
 
 class Opened(NamedTuple):
-    """What a file of weights says; a run of stage 1 holds an image encoder alone, and neither of the last two."""
+    """What a file of weights says; a run of stage 1 holds an image encoder alone, without config and tokenizer."""
     where: Path
-    weights: dict      # named as ours
-    config: dict       # KELIP's
-    tokenizer: object
+    weights: dict       # named as ours
+    config: dict = None
+    tokenizer: object = None
     name: object = str  # our name of a weight -> the file's
 
 
@@ -647,32 +651,31 @@ def open_weights(name_or_path, tokenizer=None, **given):
     path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
     where = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if where is None:
-        raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, or "
-                                "released weights (config.json, pytorch_model.bin or model.safetensors, tokenizer.json)")
+        raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, "
+                                "or released weights (config.json, pytorch_model.bin or model.safetensors, tokenizer.json)")
     weights, beside, name = read_weights(where), where.with_name("config.json"), str
-    config = read_json(beside) if beside.is_file() else {}
     if not isinstance(weights, dict):
         raise ValueError(f"{where}: holds a {type(weights).__name__}, where weights are tensors by name")
+    config = read_json(beside) if beside.is_file() else {}
     if "config" in weights:  # a run
         config, weights = weights["config"].get("model"), weights["model"]
         if "logit_scale" not in weights:
-            return Opened(where, weights, None, None)
+            return Opened(where, weights)
+        tokenizer = Tokenizer.load(tokenizer or where.with_name("tokenizer.json"))
     elif "embed_dim" in config:  # released KELIP
         known = {*PRESETS["tiny"], *KELIP.__init__.__kwdefaults__}
         config = {key: value for key, value in config.items() if key in known}
         weights = {key.removeprefix("model."): value.float() for key, value in weights.items()}
-        tokenizer = tokenizer or _released_tokenizer(where.parent)
+        tokenizer = Tokenizer.load(tokenizer) if tokenizer else _released_tokenizer(where.parent)
     else:
         import convert
         weights, config, tokenizer, name = convert.read(where, weights, tokenizer, given)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer or where.with_name("tokenizer.json"))
     rows = len(weights.get("token_embedding.weight", ()))
-    what = f"{where}: {name('token_embedding.weight')} has {rows} rows, and the tokenizer {len(tokenizer)} entries"
+    fit = f"{where}: {name('token_embedding.weight')} has {rows} rows, and the tokenizer {len(tokenizer)} entries"
     if 0 < rows < len(tokenizer) or tokenizer.eot_id not in (None, len(tokenizer) - 1):
-        raise ValueError(f"{what}: they must not be more, and the end token, {tokenizer.eot_id}, must be the last of them")
+        raise ValueError(f"{fit}: they must fit, and the end token, number {tokenizer.eot_id}, must be the last")
     if len(tokenizer) < rows:
-        warnings.warn(what, stacklevel=3)
+        warnings.warn(fit, stacklevel=3)
     return Opened(where, weights, {**config, **given}, tokenizer, name)
 
 
@@ -689,16 +692,15 @@ def _released_tokenizer(folder):
 
 
 def init_from(model, opened):
-    """Start a KELIP from what open_weights gave: all of a model, or the image encoder of stage 1 (but visual.proj, which
-    stage 1 does not train). Positions are interpolated where the resolution is another. Returns a line that says what
-    was taken. Raises ValueError when it does not fit."""
+    """Start a KELIP from what open_weights gave: all of a model, or the image encoder of stage 1 (but visual.proj,
+    which stage 1 does not train). Positions are interpolated where the resolution is another. Returns a line that says
+    what was taken. Raises ValueError when it does not fit."""
     def taken(key):
         return opened.config or key.startswith("visual.") and key != "visual.proj"
     weights = {key: value for key, value in model.state_dict().items() if not taken(key)}
     weights |= {key: value for key, value in opened.weights.items() if taken(key)}
-    positions, grid = "visual.positional_embedding", model.visual.resolution // model.visual.patch_size
-    if positions in weights:
-        weights[positions] = interpolate_positions(weights[positions], grid)
+    if (key := "visual.positional_embedding") in weights:
+        weights[key] = interpolate_positions(weights[key], model.visual.resolution // model.visual.patch_size)
     load_weights(model, weights, opened.where, opened.name)
     return f"{'all weights' if opened.config else 'the image encoder'} from {opened.where}"
 

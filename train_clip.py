@@ -179,7 +179,7 @@ def main(argv=None):
     candidates = evaluate.read_candidates(args.test) if args.test else None
 
     if opened and opened.tokenizer and not args.tokenizer and job.main and not state:
-        convert.save_tokenizer(opened.tokenizer, Path(args.out), config["context_length"])
+        convert.write_tokenizer(opened.tokenizer, Path(args.out), config["context_length"])
     tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"]))
     if not (opened and opened.config or state and state["config"]["init"]):
         config["vocab_size"] = len(tokenizer)
