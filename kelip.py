@@ -715,6 +715,7 @@ def build_model(name_or_path="ViT-B/32", device="cpu", tokenizer=None, **given):
     the weights nor a file beside them say, such as activation="gelu", vision_heads=16.
     Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.
     """
+    name_or_path = given.pop("model_name", name_or_path)  # the release's word for it
     where, weights, config, tokenizer, name = open_weights(name_or_path, tokenizer, **given)
     if config is None:
         raise ValueError(f"{where}: a run of stage 1, an image encoder alone; train_clip.py --init takes it")

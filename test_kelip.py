@@ -1033,7 +1033,7 @@ def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
     spec = dict(small_tokenizer().spec, normalizer={"type": "NFC"}, post_processor=None)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
-    _, _, tok = kelip.build_model(folder)
+    _, _, tok = kelip.build_model(model_name=folder)
     assert tok.encode("A Red APPLE 빨간 사과").equal(small_tokenizer().encode("a red apple 빨간 사과"))
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
