@@ -83,7 +83,14 @@ def read(where, weights, tokenizer, given):
         take_over_pixels(weights, mean, std)
     else:
         config = ask(where, sizes(where, weights), path.name, None not in own, given)
+    config = {key: value for key, value in config.items() if value != usual(config).get(key)}
     return weights, config, tokenizer, hf_name if hf else str
+
+
+def usual(config):
+    """The keys that a configuration of KELIP's leaves out where they have these values."""
+    return {"activation": "quick_gelu", "vision_heads": config["vision_width"] // 64,
+            "vision_mlp_width": 4 * config["vision_width"], "transformer_mlp_width": 4 * config["transformer_width"]}
 
 
 def clean(where, weights):
@@ -135,7 +142,7 @@ def ask(where, config, name, openai, given):
     counts are 64 wide, with a warning."""
     if not openai and "activation" not in given:
         raise ValueError(f"{where}: nothing says its activation: put {name} beside it, or give activation= (`kelip.py "
-                         "export --activation`): quick_gelu, as OpenAI's weights have it, or gelu, as most of open_clip's")
+                         "export --activation`): quick_gelu, as OpenAI's weights, or gelu, as most of open_clip's")
     heads = {"vision_heads": config["vision_width"] // 64, "transformer_heads": config["transformer_width"] // 64}
     if not openai and not heads.keys() <= given.keys():
         warnings.warn(f"{where}: nothing says how many heads it has; they are taken to be 64 wide, {heads | given}: if "
@@ -242,13 +249,10 @@ def write(weights, config, tokenizer, out, to):
         raise ValueError(f"{out}: not an empty folder, and nothing is written over")
     out.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(tokenizer, out, config["context_length"], template=to != "kelip")
-    more = {"activation": "quick_gelu", "vision_heads": config["vision_width"] // 64,
-            "vision_mlp_width": 4 * config["vision_width"], "transformer_mlp_width": 4 * config["transformer_width"]}
-    full = {**more, **config}
-    names = OPEN_CLIP if to == "open_clip" else HF
+    full, names = {**usual(config), **config}, OPEN_CLIP if to == "open_clip" else HF
     parts = {part: {theirs: full[ours] for ours, theirs in keys.items()} for part, keys in names.items()}
     if to == "kelip":
-        if unknown := ", ".join(config.keys() & more):
+        if unknown := ", ".join(sorted(config.keys() & usual(config).keys())):
             warnings.warn(f"{out}/config.json: the authors' own code does not know its {unknown}", stacklevel=3)
         save({f"model.{key}": value for key, value in weights.items()}, out / "pytorch_model.bin")
         write_json(out / "config.json", {"architectures": ["KelipModel"], "model_type": "kelip", **config})
@@ -316,14 +320,15 @@ def write_tokenizer(tokenizer, folder, context_length, template=True):
         raise ValueError(f"{folder}: the tokenizer has no start and end token, which a CLIP needs")
     if not any(token["special"] and token["id"] == tokenizer.pad_id for token in added):
         ids["pad_token"] = tokenizer.eot_id  # CLIP's 0 is a word; what stands behind the end does not matter
-    texts = {i: token for token, i in spec["model"]["vocab"].items()} | {token["id"]: token["content"] for token in added}
+    texts = {i: token for token, i in spec["model"]["vocab"].items()}
+    texts |= {token["id"]: token["content"] for token in added}
     names = {key: texts[i] for key, i in ids.items()}
     start, end = ({"SpecialToken": {"id": names[key], "type_id": 0}} for key in ("bos_token", "eos_token"))
     first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-    special = {names[key]: {"id": names[key], "ids": [ids[key]], "tokens": [names[key]]} for key in ("bos_token", "eos_token")}
-    write_json(folder / "tokenizer.json", {**spec, "post_processor": template and {
-        "type": "TemplateProcessing", "single": [start, first, end], "pair": [start, first, end, second, end],
-        "special_tokens": special} or None})
+    around = {"type": "TemplateProcessing", "single": [start, first, end], "pair": [start, first, end, second, end],
+              "special_tokens": {names[key]: {"id": names[key], "ids": [ids[key]], "tokens": [names[key]]}
+                                 for key in ("bos_token", "eos_token")}}
+    write_json(folder / "tokenizer.json", {**spec, "post_processor": around if template else None})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, "padding_side": "right",
         "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
@@ -351,7 +356,8 @@ def main(build_model, argv):
     add("--vision-heads", type=int, metavar="N", help="the same")
     add("--transformer-heads", type=int, metavar="N", help="the same, of the text encoder")
     args = parser.parse_args(argv)
-    given = {key: getattr(args, key) for key in ("activation", "vision_heads", "transformer_heads") if getattr(args, key)}
-    model, _, tokenizer = build_model(args.run, tokenizer=args.tokenizer, **given)
+    known = {key: getattr(args, key) for key in ("activation", "vision_heads", "transformer_heads")}
+    model, _, tokenizer = build_model(args.run, tokenizer=args.tokenizer,
+                                      **{key: value for key, value in known.items() if value is not None})
     write(model.state_dict(), model.config, tokenizer, args.out, args.to)
     print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")

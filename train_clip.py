@@ -51,8 +51,8 @@ def parse_arguments(argv=None):
     trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
-    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or whatever kelip.build_model opens, "
-                                      "whose sizes and tokenizer the run then has")
+    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model opens, "
+                                      "whose sizes and tokenizer follow")
     add("--freeze", choices=["image"], help="keep the image encoder as --init brings it, and train the rest")
     add("--crops", metavar="SPEC", help="crops of a picture, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else "
                                         "2x224+6x96)")
