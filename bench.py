@@ -3,6 +3,8 @@
     python bench.py data                        # loader, crops, index: a few minutes
     python bench.py tokenizer                   # 3.5M captions, 98K entries, as in the paper: some ten minutes
     python bench.py tokenizer --size 0.05       # a twentieth of the captions
+    python bench.py train                       # losses, steps, processes: some minutes
+    python bench.py network                     # what 80 GPUs would send each other, by arithmetic
 
 Ratios are taken in one run, ours and the peer's in turns, best of several; a row whose peer is missing says which pip
 install mends it. Tokenizer rows run each in a fresh process, on captions drawn from the word frequencies of the package
@@ -39,8 +41,11 @@ if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, wh
     from PIL import Image
 
     import crops
-    import shards
     import data
+    import kelip
+    import shards
+    import train_clip
+    import trainer
 
 HELP_PAGES = "/usr/share/libreoffice/help"
 PIP = {"tokenizers": "tokenizers", "tiktoken": "tiktoken",
@@ -503,6 +508,7 @@ def bench_index():
 
 
 LISTED = """
+import re, sys, time
 import numpy as np
 import data
 import shards
@@ -593,21 +599,202 @@ def bench_workers():
             )
 
 
+# ---- training ----
+
+def loss_and_backward(which, batch, width=512):
+    """Seconds and megabytes beyond its inputs of one loss of a library, forward and backward, in float32."""
+    import kelip
+    import torch
+    features = [kelip.unit(torch.randn(batch, width)).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(1 / 0.07, requires_grad=True)
+    if which == "open_clip":
+        from open_clip.loss import ClipLoss
+        loss = ClipLoss()
+    else:
+        loss = kelip.contrastive_loss
+    small = [x[:64].detach().requires_grad_() for x in features]
+    loss(*small, scale).backward()  # libraries are loaded and threads are up
+    before, start = peak_memory(), time.perf_counter()
+    loss(*features, scale).backward()
+    return time.perf_counter() - start, peak_memory() - before
+
+
+def bench_loss(batches, threads=2):
+    """The contrastive loss alone, each time in a fresh process."""
+    have = importlib.util.find_spec("open_clip") is not None
+    for batch in batches:
+        ours = alone(loss_and_backward, "ours", batch, threads=threads)
+        theirs = alone(loss_and_backward, "open_clip", batch, threads=threads) if have else (None, None)
+        note = f"batch {batch:,}, width 512, forward and backward, float32, {threads} threads"
+        yield row("contrastive loss", ours[0], "open_clip", theirs[0], "s", "lower", note)
+        yield row("contrastive loss, memory", ours[1], "open_clip", theirs[1], "MB", "lower", note)
+
+
+def fastest(*steps, repeats=5):
+    """Least seconds of each step, taken in turns after one round to warm up."""
+    times = [[] for _ in steps]
+    for turn in range(repeats + 1):
+        for step, kept in zip(steps, times):
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            kept += [time.perf_counter() - start] * (turn > 0)
+    return [min(kept) for kept in times]
+
+
+def batch_of(config, batch, sizes, seed=0):
+    """Crops of each size and captions of 6 to 25 tokens, as token ids padded to 77."""
+    torch.manual_seed(seed)
+    end = config["vocab_size"] - 1
+    tokens = torch.randint(300, end - 3, (batch, 77))
+    place, last = torch.arange(77), torch.randint(5, 25, (batch, 1))
+    tokens = tokens.masked_fill(place == last, end).masked_fill(place > last, 0)
+    return [torch.randn(batch, 3, size, size) for size in sizes], tokens
+
+
+def step_of(model, job, crops_or_images, tokens, encode, loss):
+    """A step of training: forward in bfloat16, loss, backward, AdamW."""
+    optimizer = trainer.make_optimizer(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(job.device.type, torch.bfloat16):
+            features = encode(crops_or_images, tokens)
+        loss(*features).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def our_step(config, job, views, tokens):
+    """A step of train_clip.py, from crops on."""
+    model = kelip.KELIP(**config).to(job.device)
+    towers = train_clip.Towers(model)
+    return step_of(model, job, views, tokens, towers, kelip.contrastive_loss)
+
+
+def open_clip_step(config, job, views, tokens):
+    """The same by open_clip, whose model is compiled on a GPU."""
+    import open_clip
+    model = open_clip.create_model("ViT-B-32-quickgelu").to(job.device)
+    encode = torch.compile(model) if job.device.type == "cuda" else model
+    return step_of(model, job, views[0], tokens.to(job.device), encode, open_clip.loss.ClipLoss())
+
+
+def bench_steps(batch=32):
+    """Whole steps of ViT-B/32 on this machine's device, open_clip's and ours in turns."""
+    job = trainer.start_job()
+    batch = 4096 if job.device.type == "cuda" else batch
+    config = dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
+    views, tokens = batch_of(config, batch, [224])
+    views = [view.to(job.device) for view in views]
+    note = f"ViT-B/32, 49,408 tokens, batch {batch:,}, bfloat16, captions of 6 to 25 tokens"
+    steps = [our_step(config, job, views, tokens)]
+    if importlib.util.find_spec("open_clip"):
+        steps.append(open_clip_step(config, job, views, tokens))
+    rates = [batch / seconds for seconds in fastest(*steps)]
+    length = float((tokens.argmax(1) + 1).float().mean())
+    tflops = 3 * (trainer.image_flops(config, [224]) + trainer.text_flops(config, length)) * rates[0] / 1e12
+    yield row("step, one 224 crop", rates[0], "open_clip", rates[1] if len(rates) > 1 else None, "pairs/s", "higher",
+              f"{note}; ours does {tflops:.2f} Tflop/s")
+    del steps
+    views, tokens = batch_of(config, batch, [224] * 2 + [96] * 6)
+    views = [view.to(job.device) for view in views]
+    [seconds] = fastest(our_step(config, job, views, tokens), repeats=3)
+    yield row("step, 2x224+6x96", batch / seconds, "", None, "pairs/s", "higher", note)
+
+
+def bench_autoencoder(batch=32):
+    """The encoder of stage 1 on a quarter of the patches, beside all of them; then the whole of stage 1."""
+    job = trainer.start_job()
+    config = dict(kelip.PRESETS["ViT-B/16"], vocab_size=512, transformer_layers=1)
+    mae = kelip.MAE(kelip.KELIP(**config).visual).to(job.device)
+    images = torch.randn(batch, 3, 224, 224, device=job.device)
+    patches = len(mae.decoder_positions) - 1
+    every = torch.arange(patches, device=job.device).expand(batch, -1)
+
+    def encoder(keep):
+        with torch.autocast(job.device.type, torch.bfloat16):
+            latent = mae.forward_encoder(images, keep)
+        latent.float().square().mean().backward()
+
+    def whole():
+        with torch.autocast(job.device.type, torch.bfloat16):
+            loss, _, _ = mae(images)
+        loss.backward()
+    quarter, full, stage = fastest(lambda: encoder(every[:, :patches // 4]), lambda: encoder(every), whole, repeats=3)
+    note = f"ViT-B/16, batch {batch}, bfloat16, forward and backward"
+    yield row("encoder on 25 % of the patches", quarter, "all patches", full, "s", "lower", note)
+    yield row("stage 1, with its decoder of 8 x 512", stage, "all patches", full, "s", "lower", note)
+
+
+def bench_processes(steps=40):
+    """Two gloo processes on two cores beside one on one core, through train_clip.py on the demo's pairs."""
+    rates = []
+    for processes in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+            subprocess.run([sys.executable, *launcher, "train_clip.py", "--steps", str(steps), "--evals", "1", "--batch-size",
+                            str(128 * processes), "--data", f"{trainer.DEMO}/train-*.tar", f"{trainer.DEMO}/train-0.tar",
+                            "--out", f"{folder}/run"], check=True, capture_output=True, cwd=Path(__file__).parent,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
+            found = sorted(line["images_per_second"] for line in lines if line["step"] > 10)
+            rates.append(found[len(found) // 2])
+    yield row("two processes, each on a core", rates[1], "one on one core", rates[0], "pairs/s", "higher",
+              "train_clip.py, tiny, 128 pairs a process, torchrun")
+
+
+# ---- many GPUs, on paper ----
+
+NVLINK, INFINIBAND = 300e9, 25e9  # bytes a second and GPU, each way: A100 SXM's NVSwitch; 8 x HDR 200 Gbit/s a node of 8
+
+
+def print_network(nodes=10, gpus=8, batch=32_000, utilisation=0.4, caption=15):
+    """What one step of ViT-B/32 at 2x224+6x96 sends between A100s, by arithmetic; nothing is measured here.
+
+    A ring sends (W - 1) / W of the whole, twice for a sum; times are for the slower of NVLink, if all GPUs were on one
+    switch, and of InfiniBand, with every byte across it."""
+    config, world, crops_ = kelip.PRESETS["ViT-B/32"], nodes * gpus, [224] * 2 + [96] * 6
+    with torch.device("meta"):
+        weights = kelip.count_parameters(kelip.KELIP(**config))
+    flops = 3 * (trainer.image_flops(config, crops_) + trainer.text_flops(config, caption)) * batch / world
+    step = flops / (utilisation * trainer.PEAK["A100"])
+    ring = (world - 1) / world
+    width, K = config["embed_dim"], len(crops_)
+    parts = (("texts' features, gathered", ring * batch * width * 4), ("their gradients, summed", 2 * ring * batch * width * 4),
+             (f"normalisers of {K} x {batch:,} columns", 4 * ring * K * batch * 4),
+             (f"gradients of {weights / 1e6:.0f}M weights, summed", 2 * ring * weights * 4))
+    print(f"{world} x A100, batch {batch:,}: {flops / 1e12:.1f} Tflop a GPU, {1e3 * step:.0f} ms a step at {utilisation:.0%} "
+          f"of {trainer.PEAK['A100'] / 1e12:.0f} Tflop/s (assumed)")
+    print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} {'InfiniBand, ms':>15} {'of the step':>12}")
+    for what, size in (*parts, ("all", sum(size for _, size in parts))):
+        print(f"{what:42} {size / 1e6:8.0f} {1e3 * size / NVLINK:11.1f} {1e3 * size / INFINIBAND:15.1f} "
+              f"{size / INFINIBAND / step:12.1%}")
+
+
 # ---- the command ----
 
 def main():
     """Print the rows of one part, or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=["data", "tokenizer"], default=["data", "tokenizer"],
-                        help="what to measure (default: all)")
+    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train", "network"],
+                        default=["data", "tokenizer", "train"], help="what to measure (default: all)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8192], metavar="N",
+                        help="batches of the loss's rows (default: 8192; 32768 takes minutes and open_clip 17 GB)")
     parser.add_argument("--size", type=float, default=1.0, help="of the corpus: 1 is 3.5M captions, 188 MB (default: 1)")
     parser.add_argument("--vocab-size", type=int, default=98_000, help="entries of the tokenizer (default: 98000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the encoding rows (default: 3)")
     parser.add_argument("--help-pages", default=HELP_PAGES, help="LibreOffice's help, with ko and en-US")
     args = parser.parse_args()
-    rows = {"data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
+    rows = {"train": lambda: chain(bench_loss(args.batches), bench_steps(), bench_autoencoder(), bench_processes()),
+            "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
             "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
-    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}")
+    if "network" in args.part:
+        print_network()
+        args.part = [part for part in args.part if part != "network"]
+    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}" * bool(args.part))
     for part in dict.fromkeys(args.part):
         for row in rows[part]():
             ours, peer = ("-" if row[key] is None else f"{row[key]:,.2f}" for key in ("ours", "peer"))

@@ -264,7 +264,7 @@ class VisionTransformer(nn.Module):
         embedding, then patches, positions added. keep [N, L] says which patches; None is all, L = g*g."""
         positions = interpolate_positions(self.positional_embedding, images.shape[-1] // self.patch_size)
         first, positions = self.class_embedding + positions[0], positions[1:]
-        x = self.patchify(images)                                            # [N, g*g, 3*P*P]
+        x = self.patchify(images.to(self.conv1.weight.dtype))                # [N, g*g, 3*P*P]
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [N, L, 3*P*P]
             positions = positions[keep]                                      # [N, L, W]
@@ -442,9 +442,10 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
     the cross-entropies over rows and over columns whose right answers are on the diagonal (CLIP, arXiv 2103.00020,
     figure 3).
 
-    image_features, text_features: [n, D], already of unit length. logit_scale: the factor itself, not its log.
-    valid: bool [n], False where there is no pair: such a row is in no sum and no mean. chunk: rows of the logits that
-    exist at a time, so that memory grows with chunk * N and not with N * N.
+    image_features: [n, D], or [K, n, D] for K crops of every image, whose losses' mean is the loss; text_features [n, D];
+    both already of unit length. logit_scale: the factor itself, not its log. valid: bool [n], False where there is no pair:
+    such a row is in no sum and no mean. chunk: rows of the logits that exist at a time, so that memory grows with chunk * N
+    and not with N * N.
     group: None is the plain formula over the features given, in this process. With a torch.distributed group the
     batch is that of all its processes together, N = n * world_size (n the same on each); the value is that of the
     whole batch on every rank, and gradients are such that their mean over the ranks, which is what
@@ -452,7 +453,8 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
     Returns a scalar, float32 (float64 for float64 features); with per_pair also each own pair's share [n] of it, without
     gradient, whose mean over all valid pairs is the loss.
     """
-    loss, shares = _ContrastiveLoss.apply(image_features, text_features, logit_scale, group, valid, chunk)
+    crops = image_features if image_features.ndim == 3 else image_features[None]
+    loss, shares = _ContrastiveLoss.apply(crops, text_features, logit_scale, group, valid, chunk)
     return (loss, shares) if per_pair else loss
 
 
@@ -463,51 +465,52 @@ class _ContrastiveLoss(torch.autograd.Function):
         G = (softmax over rows + softmax over columns - 2 * identity) / 2N,
 
     and sums G @ texts, G.T @ images and G * logits up at once. A rank has its own rows and all columns; what other
-    ranks add to a column's normaliser, and to the gradients of a rank's texts, is exchanged."""
+    ranks add to a column's normaliser, and to the gradients of a rank's texts, is exchanged, once for all crops."""
 
     @staticmethod
     def forward(ctx, image, text, scale, group, valid, chunk):
         ctx.dtypes = [t.dtype for t in (image, text, scale)]
         dtype = torch.promote_types(image.dtype, torch.float32)
         image, text, s = image.detach().to(dtype), text.detach().to(dtype), scale.detach().to(dtype)
-        n, rank, world = len(image), 0, 1
+        (K, n, _), rank, world = image.shape, 0, 1
         if group is not None:
             rank, world = dist.get_rank(group), dist.get_world_size(group)
+        own = slice(rank * n, rank * n + n)
         valid = torch.ones(n, device=image.device, dtype=dtype) if valid is None else valid.to(dtype)
+        image, text = image * valid[:, None], text * valid[:, None]          # what is not there adds nothing to products
         texts, valids = _gather(text, group), _gather(valid, group)          # [N, D], [N]
         off_row, off_column = torch.log(valid), torch.log(valids)            # 0 where valid, else -inf
-        count = valids.sum().clamp(min=1)
+        count = K * valids.sum().clamp(min=1)
+        pieces = [(k, slice(i, min(i + chunk, n))) for k in range(K) for i in range(0, n, chunk)]
 
-        row_norm = torch.empty_like(valid)                                   # [n]
-        column_norm = torch.full_like(valids, float("-inf"))                 # [N], over this rank's rows so far
-        for i in range(0, n, chunk):
-            logits = (s * image[i:i + chunk]) @ texts.T                      # [chunk, N]
-            row_norm[i:i + chunk] = torch.logsumexp(logits + off_column, dim=1)
-            part = torch.logsumexp(logits.add_(off_row[i:i + chunk, None]), dim=0)
-            column_norm = torch.logaddexp(column_norm, part)
-        column_norm = torch.logsumexp(_gather(column_norm[None], group), dim=0)  # [N], over all rows
-        diagonal = s * (image * text).sum(dim=1)                             # [n]
-        own = slice(rank * n, rank * n + n)
-        shares = ((row_norm + column_norm[own]) / 2 - diagonal).masked_fill(valid == 0, 0)  # [n]
+        row_norm = image.new_empty(K, n)
+        column_norm = image.new_full((K, world * n), float("-inf"))          # over this rank's rows so far
+        for k, i in pieces:
+            logits = (s * image[k, i]) @ texts.T                             # [chunk, N]
+            row_norm[k, i] = torch.logsumexp(logits.add_(off_column), dim=1)
+            part = torch.logsumexp(logits.add_(off_row[i, None]), dim=0)
+            column_norm[k] = torch.logaddexp(column_norm[k], part)
+        column_norm = _logsumexp_over_ranks(column_norm, group)              # [K, N], over all rows
+        column_norm.masked_fill_(valids == 0, float("inf"))
+        diagonal = s * (image * text).sum(dim=-1)                            # [K, n]
+        shares = ((row_norm + column_norm[:, own]) / 2 - diagonal).masked_fill(valid == 0, 0)  # [K, n]
         loss = _gather(shares.sum()[None], group).sum() / count
 
         if any(ctx.needs_input_grad[:3]):
             d_image, d_texts, d_scale = torch.empty_like(image), torch.zeros_like(texts), 0
-            for i in range(0, n, chunk):
-                rows = image[i:i + chunk]
-                logits = (s * rows) @ texts.T                                # [chunk, N]
-                G = (logits + (off_column - row_norm[i:i + chunk, None])).exp_()
-                G *= valid[i:i + chunk, None]
-                logits += off_row[i:i + chunk, None]
-                G += (logits - column_norm).exp_() * valids
-                G[torch.arange(len(G)), torch.arange(len(G)) + own.start + i] -= 2 * valid[i:i + chunk]
-                G *= world / (2 * count)                                     # DDP will take the mean over ranks
-                d_image[i:i + chunk] = G @ texts
-                d_texts += G.T @ rows
-                d_scale = d_scale + (d_image[i:i + chunk] * rows).sum()
+            for k, i in pieces:
+                logits = (s * image[k, i]) @ texts.T                         # [chunk, N]
+                G = (logits - row_norm[k, i, None]).exp_()
+                G += logits.sub_(column_norm[k]).exp_()
+                G[torch.arange(len(G)), torch.arange(own.start + i.start, own.start + i.stop)] -= 2
+                d_image[k, i] = G @ texts
+                d_texts.addmm_(G.T, image[k, i])
+                d_scale = d_scale + (d_image[k, i] * image[k, i]).sum()
             if group is not None:
                 dist.all_reduce(d_texts, group=group)
-            ctx.save_for_backward(s * d_image, s * d_texts[own], d_scale)
+            each = world / (2 * count)                                       # DDP will take the mean over ranks
+            ctx.save_for_backward(each * s * valid[:, None] * d_image, each * s * valid[:, None] * d_texts[own], each * d_scale)
+        shares = shares.mean(dim=0)                                          # [n]
         ctx.mark_non_differentiable(shares)
         return loss, shares
 
@@ -516,13 +519,24 @@ class _ContrastiveLoss(torch.autograd.Function):
         return *((grad * d).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None
 
 
+def _logsumexp_over_ranks(x, group):
+    """log of the sum of exp(x) over all ranks, element by element."""
+    if group is None:
+        return x
+    top = x.clamp(min=torch.finfo(x.dtype).min)  # -inf - -inf would be no number
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    total = (x - top).exp_()
+    dist.all_reduce(total, group=group)
+    return total.log_().add_(top)
+
+
 def _gather(x, group):
     """x [n, ...] of every rank, in rank order: [world_size * n, ...]."""
     if group is None:
         return x
-    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------- preprocessing

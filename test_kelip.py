@@ -5,6 +5,7 @@ missing.
 """
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -20,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -45,6 +47,7 @@ import packing
 import shards
 import tokenizer
 import train_clip
+import train_mae
 import trainer
 from tokenizer import Tokenizer
 
@@ -676,6 +679,20 @@ def test_contrastive_loss_leaves_holes_out():
         torch.testing.assert_close(x, y)
 
 
+def test_contrastive_loss_of_crops_is_the_mean_over_them():
+    torch.manual_seed(0)
+    a = F.normalize(torch.randn(3, 20, 24, dtype=torch.float64), dim=-1).requires_grad_()
+    b = F.normalize(torch.randn(20, 24, dtype=torch.float64), dim=-1).requires_grad_()
+    s = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(20) % 7 > 0
+    (ours, shares), each = kelip.contrastive_loss(a, b, s, valid=valid, per_pair=True, chunk=6), [
+        plain_loss(crop[valid], b[valid], s) for crop in a]
+    torch.testing.assert_close(ours, sum(each) / 3)
+    torch.testing.assert_close(shares[valid].mean(), ours)
+    for x, y in zip(torch.autograd.grad(ours, (a, b, s)), torch.autograd.grad(sum(each) / 3, (a, b, s))):
+        torch.testing.assert_close(x, y)
+
+
 def test_preprocess_resizes_crops_and_normalises():
     image = Image.effect_noise((90, 61), 60).convert("RGB")
     out = kelip.preprocess(32)(image)
@@ -1066,16 +1083,16 @@ def test_openai_s_vocabulary_travels(tmp_path):
         assert ours.equal(theirs(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids)
 
 
-def test_a_run_starts_from_any_model_and_keeps_what_is_frozen(shapes, tmp_path, capsys):
+def test_a_run_starts_from_any_model_and_keeps_what_is_frozen(shapes, tmp_path):
     model, folder = export(tmp_path, "kelip", transformer_heads=1)
     flags = ["--data", str(shapes / "train-*.tar"), "--out", str(tmp_path / "run"), *TRAIN[:2], "--steps", "2",
              *TRAIN[4:], "--crops", "1x40+1x24", "--freeze", "image", "--lr", "0.01"]
     with pytest.raises(ValueError, match="--freeze image: without --init"):
-        train_clip.main(flags)
+        here(train_clip.main, *flags)
     with pytest.raises(ValueError, match="--model ViT-B/32: --init brings a model of other sizes"):
-        train_clip.main([*flags, "--init", str(folder), "--model", "ViT-B/32"])
-    train_clip.main([*flags, "--init", str(folder)])
-    assert f"starts from all weights from {folder}" in capsys.readouterr().out
+        here(train_clip.main, *flags, "--init", folder, "--model", "ViT-B/32")
+    printed = here(train_clip.main, *flags, "--init", folder, "--micro-batch", "12")
+    assert f"starts from all weights from {folder}" in printed
     tuned, _, tok = kelip.build_model(tmp_path / "run")
     # sizes and tokenizer follow, and the first crops' resolution, to which positions are interpolated
     assert tuned.config == {**model.config, "image_resolution": 40}
@@ -1084,13 +1101,13 @@ def test_a_run_starts_from_any_model_and_keeps_what_is_frozen(shapes, tmp_path, 
     before["visual.positional_embedding"] = kelip.interpolate_positions(before["visual.positional_embedding"], 5)
     same = {key for key, value in tuned.state_dict().items() if torch.equal(value, before[key])}
     assert same == {key for key in before if key.startswith("visual.")}
-    train_clip.main([*flags, "--resume"])  # what --init said is in the run
+    here(train_clip.main, *flags, "--resume")  # what --init said is in the run
     with pytest.raises(ValueError, match="freeze was image and is now None"):
-        train_clip.main([flag for flag in flags if flag not in ("--freeze", "image")] + ["--resume"])
+        here(train_clip.main, *(flag for flag in flags if flag not in ("--freeze", "image")), "--resume")
     # a run starts another, here at its own resolution and with all of it learning
     last = tmp_path / "run" / "last.pt"
     flags = [*flags[:2], "--out", str(tmp_path / "next"), *flags[4:10], "--init", str(last), "--crops", "1x40"]
-    train_clip.main(flags)
+    here(train_clip.main, *flags)
     found = kelip.build_model(tmp_path / "next")[0]
     assert found.config == tuned.config and not any(
         torch.equal(value, tuned.state_dict()[key]) for key, value in found.state_dict().items())
@@ -2056,9 +2073,33 @@ def run(command, folder, processes=1, check=True, **environment):
     return done
 
 
+def here(main, *arguments):
+    """What a script's main() prints, in this process and on one thread: no start-up to wait for."""
+    printed, threads = io.StringIO(), torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(printed):
+            main([str(argument) for argument in arguments])
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return printed.getvalue()
+
+
+def clip_flags(shapes, out, *more):
+    return ["--data", shapes / "train-*.tar", "--tokenizer", shapes / "tokenizer.json", "--out", out, *TRAIN, *more]
+
+
 def clip(shapes, out, *more, processes=1, **options):
-    return run(["train_clip.py", "--data", shapes / "train-*.tar", "--tokenizer", shapes / "tokenizer.json", "--out", out,
-                *TRAIN, *more], shapes, processes, **options)
+    """A run of stage 2 on the shapes, in processes of its own."""
+    return run(["train_clip.py", *clip_flags(shapes, out, *more)], shapes, processes, **options)
+
+
+def clip_here(shapes, out, *more):
+    """The same in this one; returns what it printed."""
+    return here(train_clip.main, *clip_flags(shapes, out, *more))
 
 
 def weights_of(folder):
@@ -2079,13 +2120,14 @@ def one_run(shapes, tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_says(one_run, shapes):
     assert sorted(path.name for path in one_run.iterdir()) == [
-        "config.json", "evaluation.json", "index.html", "last.pt", "metrics.jsonl", "tokenizer.json"]
+        "config.json", "evaluation.json", "index.html", "last.pt", "metrics.jsonl", "step-3.pt", "tokenizer.json"]
     config = json.loads((one_run / "config.json").read_text(encoding="utf-8"))
     assert config["steps"] == 6 and config["model"]["vision_width"] == kelip.PRESETS["tiny"]["vision_width"]
     log = log_of(one_run)
     assert [line["step"] for line in log if "en/image_to_text/R@1" in line] == [3, 6]
-    last = next(line for line in log if "loss" in line)
-    assert 0 < last["loss"] < 5 and last["skipped"] == 0 and last["holes"] == 0
+    last = [line for line in log if "loss" in line][-1]
+    assert last["step"] == 6 and 0 < last["loss"] < 5 and last["skipped"] == 0 and last["holes"] == 0
+    assert {"grad_norm", "logit_scale", "images_per_second", "data_wait", "tflops", "memory_gb"} <= last.keys()
     # the loss of each language is a mean over its pairs, and the loss is between the two
     assert min(last["loss_en"], last["loss_ko"]) < last["loss"] < max(last["loss_en"], last["loss_ko"])
     page = (one_run / "index.html").read_text(encoding="utf-8")
@@ -2096,110 +2138,248 @@ def test_a_run_leaves_what_the_readme_says(one_run, shapes):
     assert logits.shape == (1, 2)
 
 
-def test_two_processes_train_as_one(one_run, shapes, tmp_path):
-    clip(shapes, tmp_path / "two", "--crops", "1x64+2x32", processes=2)
-    one, two = weights_of(one_run), weights_of(tmp_path / "two")
-    start = kelip.KELIP(**json.loads((one_run / "config.json").read_text(encoding="utf-8"))["model"]).state_dict()
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-5, msg=lambda m: f"{key}: {m}")
-    assert (one["visual.proj"] - start["visual.proj"]).abs().max() > 1e-3  # there was something to agree on
+def checkpoints(folder):
+    """Loss, gradients and weights by name after each of three steps: AdamW's first moments are sums of the gradients."""
+    found = []
+    for name in ("step-1.pt", "step-2.pt", "last.pt"):
+        state = kelip.load_checkpoint(Path(folder) / name)
+        shapes = [tuple(value.shape) for value in state["model"].values()]
+        moments = {str(key): value["exp_avg"] for key, value in state["optimizer"]["state"].items()}
+        assert sorted(shapes) == sorted(tuple(value.shape) for value in moments.values())
+        found.append((moments, state["model"]))
+    return found
+
+
+def agree(one, many, tolerance):
+    """Whether dicts of tensors agree, each in the norm of its difference. A bias of the keys changes nothing, so that its
+    true gradient is zero, and rounding is all that is ever in it: that third is compared in absolute terms."""
+    for key, value in one.items():
+        other = many[key]
+        if value.ndim == 1 and len(value) % 3 == 0 and len(value) // 3 in {len(x) for x in one.values() if x.ndim == 1}:
+            keys, other_keys = (x.chunk(3)[1] for x in (value, other))
+            assert (keys - other_keys).abs().max() <= tolerance, key
+            value, other = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, other))
+        assert (other - value).norm() <= tolerance * value.norm(), (key, ((other - value).norm() / value.norm()).item())
+
+
+THREE = ["--crops", "1x64+2x32", "--steps", "3", "--save-every", "1", "--keep", "3"]
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), ("fp32", 1e-5)])
+def test_any_split_of_a_global_batch_gives_the_same_steps(shapes, tmp_path, precision, tolerance):
+    """One process, two, four; all pairs at once or in pieces that do not even divide the batch; through the script."""
+    clip_here(shapes, tmp_path / "one", *THREE, "--precision", precision)
+    one = checkpoints(tmp_path / "one")
+    splits = {"micro": (1, 8), "two": (2, 5), "four": (4, None)} if precision == "fp64" else {"micro": (1, 8), "two": (2, 5)}
+    for name, (processes, size) in splits.items():
+        options = [*THREE, "--precision", precision, *(["--micro-batch", size] if size else [])]
+        if processes == 1:
+            clip_here(shapes, tmp_path / name, *options)
+        else:
+            clip(shapes, tmp_path / name, *options, processes=processes)
+        for step, ((moments, weights), (moments_one, weights_one)) in enumerate(zip(checkpoints(tmp_path / name), one)):
+            agree(moments_one, moments, tolerance)
+            if precision == "fp64":
+                agree(weights_one, weights, tolerance)
+        losses, losses_one = ([line["loss"] for line in log_of(tmp_path / x) if line["step"] == 1] for x in (name, "one"))
+        assert losses == pytest.approx(losses_one, rel=1e-5)  # the log keeps six digits
+    start = kelip.KELIP(**json.loads((tmp_path / "one" / "config.json").read_text(encoding="utf-8"))["model"]).state_dict()
+    assert (weights_one["visual.proj"] - start["visual.proj"]).abs().max() > 1e-3  # there was something to agree on
 
 
 def _gradients(rank, port, folder):
-    """One of four processes: gradients of the loss over one global batch, cut for 1, 2 and 4 of them, averaged as
+    """One of two processes: gradients of the loss over one global batch, with a hole in it, averaged as
     DistributedDataParallel does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
-    for world, dtype in itertools.product((1, 2, 4), (torch.float64, torch.float32)):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for world in (1, 2):
         group = dist.new_group(range(world))
         if rank >= world:
             continue
-        model = small_model(dtype=dtype)
+        model = small_model(dtype=torch.float64)
         torch.manual_seed(5)
-        images, tokens = torch.randn(8, 3, 56, 56, dtype=dtype), some_tokens([5, 7, 3, 9, 20, 4, 6, 8])
+        images, tokens = torch.randn(8, 3, 56, 56, dtype=torch.float64), some_tokens([5, 7, 3, 9, 20, 4, 6, 8])
         valid = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
         own = slice(rank * 8 // world, (rank + 1) * 8 // world)
         towers = torch.nn.parallel.DistributedDataParallel(train_clip.Towers(model), process_group=group)
-        views = [images[own], images[own][:, :, :24, :24].contiguous()]
-        image_features, text_features, scale = towers(views, tokens[own])
-        loss = torch.stack([kelip.contrastive_loss(features, text_features, scale, group if world > 1 else None, valid[own])
-                            for features in image_features]).mean()
+        image_features, text_features, scale = towers([images[own]], tokens[own])
+        loss = kelip.contrastive_loss(image_features[0], text_features, scale, group if world > 1 else None, valid[own])
         loss.backward()
         if rank == 0:
-            torch.save({"loss": loss.detach(), **{key: p.grad for key, p in model.named_parameters()}},
-                       f"{folder}/{world}-{dtype}.pt")
+            torch.save({"loss": loss.detach(), **{key: p.grad for key, p in model.named_parameters()}}, f"{folder}/{world}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_gradients_of_a_global_batch_do_not_depend_on_the_processes(tmp_path):
-    torch.multiprocessing.spawn(_gradients, (20000 + os.getpid() * 7 % 20000, str(tmp_path)), nprocs=4)
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-        one = torch.load(tmp_path / f"1-{dtype}.pt", weights_only=True)
-        for world in (2, 4):
-            many = torch.load(tmp_path / f"{world}-{dtype}.pt", weights_only=True)
-            for key, value in one.items():
-                if key.endswith("in_proj_bias"):  # a bias of the keys changes nothing: its true gradient is zero
-                    assert max(value.chunk(3)[1].abs().max(), many[key].chunk(3)[1].abs().max()) < tolerance
-                    value, many[key] = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, many[key]))
-                assert (many[key] - value).norm() <= tolerance * value.norm(), key
+def test_holes_count_nowhere_on_any_rank(tmp_path):
+    torch.multiprocessing.spawn(_gradients, (20000 + os.getpid() * 7 % 20000, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    agree(one, two, 1e-9)
     assert one["loss"] > 0.1 and one["visual.proj"].norm() > 1e-3
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(one_run, shapes, tmp_path):
-    """Stopped by a signal after a checkpoint, gone on with from there: the same weights, bit for bit."""
-    out, options = tmp_path / "cut", ["--crops", "1x64+2x32", "--save-every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, HERE / "train_clip.py", "--data", shapes / "train-*.tar", "--tokenizer", shapes / "tokenizer.json",
-         "--out", out, *TRAIN, *options], cwd=shapes, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert 0 < kelip.load_checkpoint(out / "last.pt")["step"] < 6
-    refused = clip(shapes, out, *options, check=False)
-    assert refused.returncode == 1 and f"{out} holds a run already: --resume goes on with it" in refused.stderr
-    other = clip(shapes, out, *options, "--resume", "--lr", "5e-4", check=False)
-    assert other.returncode == 1 and "lr was 0.001 and is now 0.0005" in other.stderr
-    clip(shapes, out, *options, "--resume")
-    cut, whole = weights_of(out), weights_of(one_run)
-    assert all(torch.equal(cut[key], whole[key]) for key in whole)
-    assert [line["step"] for line in log_of(out)] == [6]
+def test_half_precisions_agree_with_float32_as_far_as_they_can(shapes, tmp_path):
+    first = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        clip_here(shapes, tmp_path / precision, *THREE, "--precision", precision, "--lr", "1e-4")
+        assert kelip.load_checkpoint(tmp_path / precision / "last.pt")["scaler"].get("scale", 0) == (precision == "fp16") * 65536
+        first[precision] = [line["loss"] for line in log_of(tmp_path / precision)]
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=2e-2) and first["bf16"] != first["fp32"]
+    assert first["fp16"] == pytest.approx(first["fp32"], rel=4e-3) and first["fp16"] != first["fp32"]
 
 
-def test_a_signal_saves_and_leaves(shapes, tmp_path):
+def start(shapes, out, *more, launcher=()):
+    """train_clip.py in the background, its own process group, so that a test can kill it."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, HERE / "train_clip.py", "--data", shapes / "train-*.tar", "--tokenizer",
+         shapes / "tokenizer.json", "--out", out, *TRAIN, *map(str, more)], cwd=shapes, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(one_run, shapes, tmp_path):
+    """kill -9 while a checkpoint is written, then at random moments; every time the same command with --resume. The same
+    weights in the end, bit for bit."""
+    out, rng = tmp_path / "cut", random.Random(0)
+    options = ["--crops", "1x64+2x32", "--save-every", "1", "--evals", "2"]
+    killed_at = []
+    for moment in ("write", "later", "write"):
+        had = kelip.load_checkpoint(out / "last.pt")["step"] if (out / "last.pt").exists() else 0
+        process = start(shapes, out, *options, *["--resume"] * bool(had))
+
+        def reached():
+            if moment == "write":
+                return list(out.glob(f".last.pt.{process.pid}"))
+            return (out / "last.pt").exists() and kelip.load_checkpoint(out / "last.pt")["step"] > had
+        while process.poll() is None and not reached():
+            time.sleep(0.002)
+        time.sleep(0.05 * rng.random())
+        process.kill()
+        process.communicate()
+        found = [kelip.load_checkpoint(path)["step"] for path in out.glob("*.pt")]  # whole, whatever happened
+        killed_at.append(max(found, default=0))
+    assert killed_at[0] < killed_at[1] <= killed_at[2] < 6
+    with pytest.raises(ValueError, match=f"{out} holds a run already: --resume goes on with it"):
+        clip_here(shapes, out, *options)
+    clip_here(shapes, out, *options, "--resume", "--keep", "3")
+    cut, whole = (kelip.load_checkpoint(folder / "last.pt") for folder in (out, one_run))
+    assert cut["step"] == whole["step"] == 6 and all(torch.equal(cut["model"][key], whole["model"][key]) for key in whole["model"])
+    for key, value in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value[name], cut["optimizer"]["state"][key][name]) for name in value)
+    assert not list(out.glob(".*")) and len(list(out.glob("step-*.pt"))) == 2
+
+
+def test_a_run_goes_on_as_it_was_or_says_what_differs(one_run, shapes, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(one_run, out)
+    for name in ("train-0.tar", "train-1.tar"):
+        shutil.copy(shapes / name, tmp_path)
+    write_pairs(tmp_path / "other.tar", [3])
+    Tokenizer.train(["something else"], 300, progress=False).save(tmp_path / "other.json")
+    given = {"--data": [tmp_path / "train-*.tar"], "--tokenizer": [shapes / "tokenizer.json"], "--crops": ["1x64+2x32"]}
+
+    def resume(**changes):
+        options = {**given, **{f"--{key}": value for key, value in changes.items()}}
+        flat = [str(x) for key, values in options.items() for x in (key, *values)]
+        with pytest.raises((ValueError, OSError)) as caught:
+            train_clip.main(["--out", str(out), "--resume", *TRAIN, *flat])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+    assert "lr was 0.001 and is now 0.0005" in resume(lr=["5e-4"])
+    assert "preset was tiny and is now ViT-S/16" in resume(model=["ViT-S/16"], crops=["1x64"])
+    assert "crops was 1x64+2x32 and is now 1x64" in resume(crops=["1x64"])
+    assert "other.json: not that of the run" in resume(tokenizer=[tmp_path / "other.json"])
+    assert "shard missing: train-0.tar, of 64 pairs" in resume(data=[tmp_path / "other.tar"])
+    shutil.copy(tmp_path / "other.tar", tmp_path / "train-1.tar")
+    assert "shard changed: train-1.tar, of 64 pairs" in resume()
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-1000])
+    assert "last.pt: not a whole checkpoint" in resume() and "step-3.pt in the same folder" in resume()
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
+@pytest.mark.parametrize("number, launcher", [
+    (signal.SIGTERM, []),
+    (signal.SIGUSR1, [*TORCHRUN, "--nproc-per-node=2", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"])])
+def test_a_signal_saves_and_leaves(shapes, tmp_path, number, launcher):
     out = tmp_path / "long"
-    process = subprocess.Popen(
-        [sys.executable, HERE / "train_clip.py", "--data", shapes / "train-*.tar", "--tokenizer", shapes / "tokenizer.json",
-         "--out", out, *TRAIN[:2], "--steps", "5000", "--workers", "0"], cwd=shapes, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(shapes, out, "--steps", "5000", launcher=launcher)
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1 and "SIGTERM at step" in error and "--resume goes on" in error
-    assert kelip.load_checkpoint(out / "last.pt")["step"] % 10 == 0
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and re.search(rf"{number.name} at step \d+ of 5000: saved {out}/last.pt; --resume goes", text)
+    assert kelip.load_checkpoint(out / "last.pt")["step"] > 0
+
+
+def test_torchrun_starts_a_job_again_that_lost_a_process(shapes, tmp_path):
+    """kill -9 of one of two workers: torchrun ends the other, starts both again, and they go on from the checkpoint."""
+    out = tmp_path / "run"
+    process = start(shapes, out, "--crops", "1x64+2x32", "--save-every", "1", launcher=[
+        *TORCHRUN, "--nproc-per-node=2", "--max-restarts=1"])
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    at = kelip.load_checkpoint(out / "last.pt")["step"]
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert 0 < at < 6 and kelip.load_checkpoint(out / "last.pt")["step"] == 6
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_error(shapes, tmp_path):
+    """The second rank alone cannot read its half: the job ends at once, with that rank's line, and does not hang."""
+    script = tmp_path / "fails.py"
+    script.write_text("import os, sys, torch\nimport data, train_clip\n"
+                      "make = data.Loader.__getitem__\n"
+                      "def broken(self, step):\n"
+                      "    if self.rank == 1 and step == 2: raise OSError('the disk of rank 1 is gone')\n"
+                      "    return make(self, step)\n"
+                      "data.Loader.__getitem__ = broken\n"
+                      "try:\n    train_clip.main()\nexcept OSError as error:\n    sys.exit(f'train_clip.py: {error}')\n")
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, *TORCHRUN, "--nproc-per-node=2", script, "--data", shapes / "train-*.tar",
+                           "--tokenizer", shapes / "tokenizer.json", "--out", tmp_path / "run", *TRAIN], cwd=shapes, text=True,
+                          capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode != 0 and "train_clip.py: the disk of rank 1 is gone" in done.stderr
+    assert time.monotonic() - begin < 60
+
+
+def test_two_nodes_meet_through_c10d(one_run, shapes, tmp_path):
+    """Two torchruns on one machine, as on two, a process each: the weights of one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [start(shapes, tmp_path / "run", "--crops", "1x64+2x32", launcher=[
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1",
+        f"--rdzv-endpoint=localhost:{port}"]) for _ in range(2)]
+    texts = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert sum("2 x cpu" in text for text in texts) == 1  # one of the two says what runs
+    one, two = weights_of(one_run), weights_of(tmp_path / "run")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-5, msg=lambda m: f"{key}: {m}")
 
 
 def test_stage_1_draws_and_starts_stage_2(shapes, tmp_path):
-    run(["train_mae.py", "--data", shapes / "train-*.tar", "--out", tmp_path / "mae", *TRAIN], shapes)
+    here(train_mae.main, "--data", shapes / "train-*.tar", "--out", tmp_path / "mae", *TRAIN)
     picture = Image.open(tmp_path / "mae" / "reconstructions.png")
     assert picture.size == (3 * 128, 8 * 128)
-    done = clip(shapes, tmp_path / "clip", "--init", tmp_path / "mae" / "last.pt", "--lr", "0")
-    assert "starts from the image encoder" in done.stdout
+    text = clip_here(shapes, tmp_path / "clip", "--init", tmp_path / "mae" / "last.pt", "--lr", "0")
+    assert "starts from the image encoder" in text
     first, second = weights_of(tmp_path / "mae"), weights_of(tmp_path / "clip")
     shared = [key for key in first if key.startswith("visual.") and key != "visual.proj"]
     assert len(shared) > 50 and all(torch.equal(first[key], second[key]) for key in shared)
     with pytest.raises(ValueError, match="a run of stage 1"):
         shutil.copy(shapes / "tokenizer.json", tmp_path / "mae")
         kelip.build_model(tmp_path / "mae")
-    other = clip(shapes, tmp_path / "other", "--init", tmp_path / "mae" / "last.pt", "--model", "ViT-S/16", check=False)
-    assert other.returncode == 1 and re.search(r"last.pt: visual.class_embedding is \[\d+\], the model's is \[384\]", other.stderr)
+    with pytest.raises(ValueError, match=r"last.pt: visual.class_embedding is \[\d+\], the model's is \[384\]"):
+        clip_here(shapes, tmp_path / "other", "--init", tmp_path / "mae" / "last.pt", "--model", "ViT-S/16")
 
 
 def test_stage_1_in_two_processes_trains_as_in_one(shapes, tmp_path):
-    for processes in (1, 2):
-        run(["train_mae.py", "--data", shapes / "train-*.tar", "--out", tmp_path / str(processes), *TRAIN], shapes, processes)
+    here(train_mae.main, "--data", shapes / "train-*.tar", "--out", tmp_path / "1", *TRAIN)
+    run(["train_mae.py", "--data", shapes / "train-*.tar", "--out", tmp_path / "2", *TRAIN], shapes, processes=2)
     one, two = weights_of(tmp_path / "1"), weights_of(tmp_path / "2")
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-5, msg=lambda m: f"{key}: {m}")
@@ -2223,17 +2403,17 @@ def test_non_finite_gradients_skip_the_step(tmp_path):
         skipped, pairs = {}, Pairs()
     module = torch.nn.Linear(3, 1)
     before = module.weight.detach().clone()
-    args = argparse.Namespace(out=tmp_path, precision="fp32", lr=0.1, evals=0, save_every=100, batch_size=1)
+    args = argparse.Namespace(out=tmp_path, precision="fp32", lr=0.1, evals=0, save_every=100, keep=1, batch_size=1)
     job = trainer.Job(0, 1, torch.device("cpu"), None)
     optimizer = trainer.make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
 
     def step(batch, scaler):
         loss = module(torch.full((1, 3), batch)).sum()
         loss.backward()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "flops": torch.tensor(1.0)}
     trainer.fit(job, args, module, optimizer, Batches([float("inf")] * 3), step, {"steps": 3, "warmup": 0})
     assert torch.equal(module.weight, before) and log_of(tmp_path)[0]["skipped"] == 1
-    with pytest.raises(ValueError, match="gradients of the last 10 steps were not finite"):
+    with pytest.raises(ValueError, match="gradients of the last 10 steps were not finite: start again with a lower --lr"):
         trainer.fit(job, args, module, optimizer, Batches([float("nan")] * 12), step, {"steps": 12, "warmup": 0})
     trainer.fit(job, args, module, optimizer, Batches([1.0] * 3), step, {"steps": 3, "warmup": 0})
     assert not torch.equal(module.weight, before)
@@ -2277,10 +2457,10 @@ def test_bad_pairs_are_counted_and_the_run_goes_on(shapes, tmp_path):
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    done = run(["train_clip.py", "--data", tmp_path / "*.tar", "--tokenizer", shapes / "tokenizer.json", "--out",
-                tmp_path / "run", "--batch-size", "33", "--steps", "2", "--workers", "0"], tmp_path)
-    assert all(text in done.stdout for text in ("skipped 2 pairs", "1 not an image", "1 empty caption"))
-    assert log_of(tmp_path / "run")[0]["holes"] == 2
+    text = here(train_clip.main, "--data", tmp_path / "*.tar", "--tokenizer", shapes / "tokenizer.json", "--out",
+                tmp_path / "run", "--batch-size", "33", "--steps", "2", "--workers", "0")
+    assert all(line in text for line in ("skipped 2 pairs", "1 not an image", "1 empty caption"))
+    assert log_of(tmp_path / "run")[-1]["holes"] == 2
 
 
 def test_recall_at_k_by_hand():

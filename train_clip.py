@@ -6,7 +6,8 @@
 
 Every pair brings one caption a step, drawn from those that it has, so that both languages meet in one batch; no loss ties
 the languages to each other. Each crop of the batch is contrasted with the same texts, which are encoded once:
-loss = mean over crops of InfoNCE(that crop of every picture, texts).
+loss = mean over crops of InfoNCE(that crop of every picture, texts). The batch is that of all processes together, and
+means the same however it is cut: into ranks, or by --micro-batch into pieces that fit a GPU.
 
 What it leaves out: hard negatives, distillation, and a second loss of any kind.
 """
@@ -18,6 +19,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -62,6 +64,9 @@ def parse_arguments(argv=None):
         help="area of the other groups' crops (default: 0.05 0.4)")
     add("--augment", action="store_true", help="SimCLR's colour distortion and blur: helps classification, hurts "
                                                "retrieval (the paper's first finding)")
+    add("--micro-batch", type=int, metavar="N",
+        help="encode this many pairs at a time in each process, twice, and have the loss over all of them all the same "
+             "(GradCache): for batches that do not fit (default: all at once)")
     add("--weight-decay", type=float, default=0.2, help="of matrices (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS", help="held-out pairs, for retrieval during the run and after it "
                                                     f"(default with the demo's data: {trainer.DEMO}/test-*.tar)")
@@ -106,13 +111,19 @@ def starting_point(args):
     return name, dict(config), opened
 
 
-def open_tokenizer(args, pairs, vocab_size):
-    """The run's tokenizer: --tokenizer, or the one in the run's folder, or one trained on the captions and put there."""
+def open_tokenizer(args, pairs, vocab_size, state):
+    """The run's tokenizer, in its folder: --tokenizer, or the checkpoint's, or one trained on the captions. Raises
+    ValueError when a run goes on with another."""
     path = Path(args.out) / "tokenizer.json"
+    if state and not path.exists():
+        path.write_text(state["tokenizer"], encoding="utf-8")
     if args.tokenizer:
-        tokenizer = Tokenizer.load(args.tokenizer)
-        if not path.exists():
-            tokenizer.save(path)
+        given = path.with_name(".tokenizer.json.given")
+        Tokenizer.load(args.tokenizer).save(given)
+        if state and given.read_text(encoding="utf-8") != state["tokenizer"]:
+            given.unlink()
+            raise ValueError(f"--tokenizer {args.tokenizer}: not that of the run in {args.out}: leave it out to resume")
+        given.replace(path)
     elif not path.exists():
         if len(pairs) > 5_000_000:
             raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on in passing: "
@@ -130,14 +141,15 @@ class Towers(nn.Module):
         self.model = model
 
     def forward(self, views, tokens):
-        """views: a list of [N, 3, size, size], tokens [N, L] -> (features of each view, of the texts, all [N, D] and of
-        unit length; the logit scale itself)."""
+        """views: a list of K crops [N, 3, size, size], tokens [N, L] -> (features of the views [K, N, D] and of the texts
+        [N, D], all of unit length; the logit scale itself, not its log)."""
         image_features = []
         sizes = [view.shape[-1] for view in views]
         for size in dict.fromkeys(sizes):  # crops of one size go through the encoder together
             group = [view for view in views if view.shape[-1] == size]
             image_features += self.model.encode_image(torch.cat(group), l2norm=True).chunk(len(group))
-        return image_features, self.model.encode_text(tokens, l2norm=True), self.model.logit_scale.exp()
+        text_features = self.model.encode_text(tokens, l2norm=True)
+        return torch.stack(image_features), text_features, self.model.logit_scale.exp()
 
 
 def make_step(job, args, model, languages):
@@ -145,20 +157,55 @@ def make_step(job, args, model, languages):
     towers = trainer.wrap(Towers(model), job)
     dtype = trainer.choose_precision(args.precision, job.device)
     spec = crops.parse_crops(args.crops)
+    sizes = [size for number, size in spec for _ in range(number)]
 
-    def step(batch, scaler):
-        images, aspect = (t.to(job.device, non_blocking=True) for t in (batch.images, batch.aspect))
-        valid = batch.valid.to(job.device, non_blocking=True)
-        views = crops.multi_crop(images, spec, args.seed, batch.slots, aspect, scale=args.scale,
+    def encode(batch, rows):
+        """Crops of some rows of the batch, and their features as Towers gives them."""
+        images, aspect = (t[rows].to(job.device, non_blocking=True) for t in (batch.images, batch.aspect))
+        views = crops.multi_crop(images, spec, args.seed, batch.slots[rows], aspect, scale=args.scale,
                                  low_scale=args.low_scale, augment=args.augment)
         with torch.autocast(job.device.type, dtype, enabled=dtype is not None):
-            image_features, text_features, logit_scale = towers(views, batch.tokens)
-        losses, shares = zip(*(kelip.contrastive_loss(features, text_features, logit_scale, job.group, valid,
-                                                      per_pair=True) for features in image_features))
-        loss = torch.stack(losses).mean()
+            return towers(views, batch.tokens[rows])
+
+    def backward_of_loss(image_features, text_features, logit_scale, valid, scaler):
+        """The mean over crops of InfoNCE, after its backward pass into the features: (loss, each own pair's share [n])."""
+        loss, shares = kelip.contrastive_loss(image_features, text_features, logit_scale, job.group, valid, per_pair=True)
         scaler.scale(loss).backward()
-        metrics = {"loss": loss.detach(), "logit_scale": logit_scale.detach()}
-        share = torch.stack(shares).mean(dim=0)                              # [n]
+        return loss.detach(), shares
+
+    def backward_in_pieces(batch, size, valid, scaler):
+        """The same with only `size` pairs in the encoders at a time (GradCache, arXiv 2101.06983): features of all without
+        a graph, the loss and its gradients by them, then each piece again with a graph, from these gradients on."""
+        pieces = [slice(i, i + size) for i in range(0, len(valid), size)]
+        with torch.no_grad():
+            parts = [encode(batch, rows) for rows in pieces]
+        images, texts, scales = zip(*parts)
+        features = torch.cat(images, dim=1), torch.cat(texts), scales[0].clone()
+        result = backward_of_loss(*(t.requires_grad_() for t in features), valid, scaler)
+        by_images, by_texts, by_scale = (t.grad for t in features)           # [K, n, D], [n, D], []
+        for rows in pieces:
+            last = rows is pieces[-1]
+            # Gradients stay in this process until the last piece, which sends the sum; the scale's go in once, with it.
+            with contextlib.nullcontext() if last or job.group is None else towers.no_sync():
+                grads = by_images[:, rows], by_texts[rows], by_scale * last
+                # an encoder that --freeze keeps has no graph
+                pairs = [(output, grad) for output, grad in zip(encode(batch, rows), grads) if output.requires_grad]
+                torch.autograd.backward(*zip(*pairs))
+        return result
+
+    def step(batch, scaler):
+        valid = batch.valid.to(job.device, non_blocking=True)
+        pieces = args.micro_batch is not None and args.micro_batch < len(valid)
+        if pieces:
+            loss, share = backward_in_pieces(batch, args.micro_batch, valid, scaler)
+        else:
+            image_features, text_features, logit_scale = encode(batch, slice(None))
+            loss, share = backward_of_loss(image_features, text_features, logit_scale, valid, scaler)
+        length = (batch.tokens.argmax(dim=1) + 1).float().mean()             # of a caption, in tokens
+        flops = trainer.image_flops(model.config, sizes) + trainer.text_flops(model.config, length)
+        # A backward pass costs twice its forward pass; pieces go forward once more.
+        metrics = {"loss": loss, "logit_scale": model.logit_scale.detach().exp(),
+                   "flops": ((4 if pieces else 3) * flops).to(job.device, non_blocking=True)}
         language = batch.language.to(job.device, non_blocking=True)
         for i, name in enumerate(languages):
             chosen = (valid & (language == i)).float()
@@ -180,7 +227,7 @@ def main(argv=None):
 
     if opened and opened.tokenizer and not args.tokenizer and job.main and not state:
         convert.write_tokenizer(opened.tokenizer, Path(args.out), config["context_length"])
-    tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"]))
+    tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"], state))
     if not (opened and opened.config or state and state["config"]["init"]):
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
@@ -190,9 +237,13 @@ def main(argv=None):
         if job.main:
             print(f"starts from {taken}")
     model.visual.requires_grad_(args.freeze != "image")
-    model.to(job.device)
+    trainer.place(model, args, job)
+    if args.compile:
+        trainer.compile_blocks(model)
     optimizer = trainer.make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=args.weight_decay)
-    run = trainer.describe_run("clip", args, config, pairs, state, vocabulary=hashlib.sha256(Path(args.out, "tokenizer.json").read_bytes()).hexdigest()[:16])
+    vocabulary = Path(args.out, "tokenizer.json").read_text(encoding="utf-8")
+    run = trainer.describe_run("clip", args, config, pairs, state,
+                               vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:16])
     loader = trainer.open_loader(args, job, pairs, tokenizer, run, state,
                                  crops.canvas_size(crops.parse_crops(args.crops), args.scale, args.low_scale))
     if job.main:
@@ -210,7 +261,7 @@ def main(argv=None):
                 for way, values in ways.items() for k, value in values.items()}
 
     trainer.fit(job, args, model, optimizer, loader, make_step(job, args, model, loader.languages), run, state,
-                after_step=clamp, evaluate=measure if test else None)
+                after_step=clamp, evaluate=measure if test else None, extra={"tokenizer": vocabulary})
     if job.main:
         print(loader.report())
         if test:

@@ -61,6 +61,7 @@ def parse_arguments(argv=None):
 def make_step(job, args, mae):
     """The step of this stage for trainer.fit: one crop, the masks, the loss, and the backward pass."""
     model = trainer.wrap(mae, job)
+    flops = torch.tensor(3.0 * trainer.mae_flops(mae))
     dtype = trainer.choose_precision(args.precision, job.device)
 
     def step(batch, scaler):
@@ -73,7 +74,7 @@ def make_step(job, args, mae):
         everyone = trainer.sum_over_ranks(count.clone(), job)
         loss = loss * count * job.world_size / everyone.clamp(min=1)
         scaler.scale(loss).backward()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "flops": flops.to(job.device, non_blocking=True)}
 
     return step
 
@@ -84,7 +85,7 @@ def prepare(batch, args, mae, device):
                                 batch.aspect, scale=args.scale, flip=True)
     patches = len(mae.decoder_positions) - 1
     noise = crops.uniform(args.seed, batch.slots, 0, NOISE, patches).float()
-    return images, noise.to(device, non_blocking=True)
+    return images.to(mae.mask_token.dtype), noise.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -113,7 +114,10 @@ def main(argv=None):
     pairs = trainer.open_pairs(args, job, state)
     torch.manual_seed(args.seed)
     config = dict(kelip.PRESETS[args.model], image_resolution=args.size)
-    mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=args.mask_ratio).to(job.device)
+    mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=args.mask_ratio)
+    trainer.place(mae, args, job)
+    if args.compile:
+        trainer.compile_blocks(mae)
     optimizer = trainer.make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay)
     run = trainer.describe_run("mae", args, config, pairs, state)
     loader = trainer.open_loader(args, job, pairs, None, run, state, crops.canvas_size([(1, args.size)], args.scale))

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -28,10 +29,15 @@ from tqdm import tqdm
 
 import data
 import packing
-from kelip import load_checkpoint, load_weights, save_checkpoint
+from kelip import Block, load_checkpoint, load_weights, save_checkpoint
 
-LOG_EVERY = 10  # steps
+LOG_EVERY = 10         # steps, at most
+LOG_SECONDS = 5        # and about this long at most: a signal to stop is seen at log steps, and has 30 seconds
+BAD_STEPS = 10         # steps in a row whose loss or gradients are not finite end a run
 DEMO = "data/emoji"
+# Dense bfloat16 and float16 operations a second by the maker's data sheets, for the log's utilisation.
+PEAK = {"V100": 125e12, "A100": 312e12, "A800": 312e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12, "H100 PCIe": 756e12,
+        "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
 
 
 class Job(NamedTuple):
@@ -69,17 +75,29 @@ def start_job():
 
 
 def choose_precision(name, device):
-    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype of autocast, None for none. auto is bfloat16 where matrix units
-    take it: GPUs from Ampere on, CPUs with AMX or AVX-512's bfloat16 instructions."""
+    """'auto', 'fp64', 'fp32', 'bf16' or 'fp16' -> the dtype of autocast, None for none. auto is bfloat16 where matrix
+    units take it: GPUs from Ampere on, CPUs with AMX or AVX-512's bfloat16 instructions."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
             fast = _cpu_flags() & {"amx_bf16", "avx512_bf16"}
         name = "bf16" if fast else "fp32"
-    if name == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def place(module, args, job):
+    """Move a module to its device and to the type its weights are kept in: float64 under --precision fp64, else float32."""
+    return module.to(job.device, torch.float64 if args.precision == "fp64" else torch.float32)
+
+
+def compile_blocks(module):
+    """torch.compile for every transformer block, one by one: the blocks of a tower share their code, so that compiling
+    takes a minute, and state dicts keep their names."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile(dynamic=True)
+            block.forward_one = torch.compile(block.forward_one, dynamic=True)
 
 
 def _cpu_flags():
@@ -126,12 +144,14 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--steps", type=int, metavar="N", help="length of the run in steps, instead of --epochs")
     add("--warmup", type=int, metavar="N", help="steps of rising learning rate (default: 2,000, at most 10 %% of the run)")
     add("--lr", type=float, default=lr, help=f"peak learning rate (default: {lr:g})")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="auto is bf16 where the hardware multiplies it fast")
+    add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
+        help="auto is bf16 where the hardware multiplies it fast, else fp32")
+    add("--compile", action="store_true", help="torch.compile the transformer blocks: slow to start, faster on GPUs")
     add("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
     add("--workers", type=int, metavar="N",
         help="processes that decode, for each training process (default: 0 on a CPU, 8 on a GPU)")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints (default: 1000)")
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep: last.pt, and step-*.pt before it (default: 2)")
 
 
 def open_run(args, job):
@@ -145,7 +165,11 @@ def open_run(args, job):
     state, problem = None, None
     if (folder / "last.pt").exists():
         if args.resume or restarted:
-            state = load_checkpoint(folder / "last.pt")
+            try:
+                state = load_checkpoint(folder / "last.pt")
+            except ValueError as error:
+                older = [path.name for path in older_checkpoints(folder)][-1:]
+                problem = ValueError(f"{error}" + (f"; {older[0]} in the same folder can take its place" if older else ""))
         else:
             problem = ValueError(f"{folder} holds a run already: --resume goes on with it, --out FOLDER starts another")
     elif args.resume and not restarted:
@@ -155,21 +179,50 @@ def open_run(args, job):
         raise problem
     if job.main:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".last.pt.*"):  # of a process that was killed while it wrote
+            leftover.unlink()
     return state
 
 
+def older_checkpoints(folder):
+    """The checkpoints before last.pt, oldest first."""
+    return sorted(folder.glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def save_run(folder, state, before, keep):
+    """Write folder/last.pt, whole or not at all. before: the step of the last.pt that is there, which stays as
+    step-N.pt (None: there is none); keep: how many checkpoints stay, last.pt among them."""
+    last, aside = folder / "last.pt", folder / f"step-{before}.pt"
+    if before is not None and keep > 1 and not aside.exists():
+        try:
+            os.link(last, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, aside)
+    save_checkpoint(last, state)
+    older = older_checkpoints(folder)
+    for path in older[:max(0, len(older) - keep + 1)]:
+        path.unlink()
+
+
 def open_pairs(args, job, state):
-    """The training pairs; the demo's are packed when they are missing. Prints what they are."""
+    """The training pairs; the demo's are packed when they are missing. Prints what they are. Raises ValueError when a
+    run goes on and its shards are no longer what they were; one that is missing is worth holes, and is printed."""
     if any(source.startswith(DEMO) for source in args.data):
         main_first(job, lambda: os.path.exists(DEMO) or packing.pack_emoji(DEMO))
     pairs = main_first(job, lambda: data.Pairs(args.data, state and state["data"]))
+    for cause in ("shard changed", "shard missing") if state else ():
+        shard = next((shard for shard in pairs.shards if cause in shard.left_out), None)
+        if shard and (cause == "shard changed" or 2 * pairs.left_out[cause] > len(pairs)):
+            raise ValueError(f"--data: {cause}: {shard.path}, of {shard.count:,} pairs and {shard.size:,} bytes when the run "
+                             f"began; put it back, or start another run with another --out")
     if job.main:
         print(pairs.describe(), flush=True)
     return pairs
 
 
 # What a resumed run may change: where and how fast it runs, not what it computes.
-FREE = {"data", "out", "resume", "workers", "save_every", "precision", "init", "evals", "test", "tokenizer", "epochs"}
+FREE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile", "micro_batch", "init", "evals", "test",
+        "tokenizer", "epochs"}
 
 
 def describe_run(stage, args, model_config, pairs, state, **facts):
@@ -179,7 +232,7 @@ def describe_run(stage, args, model_config, pairs, state, **facts):
     if steps < 1:
         raise ValueError(f"{len(pairs):,} pairs are fewer than one batch: lower --batch-size {args.batch_size}")
     warmup = min(2000, max(1, steps // 10)) if args.warmup is None else args.warmup
-    config = {"stage": stage, "model": dict(model_config), "preset": args.model, "pairs": len(pairs), **facts,
+    config = {"stage": stage, "preset": args.model, "model": dict(model_config), "pairs": len(pairs), **facts,
               **{key: value for key, value in vars(args).items() if key != "model"}, "steps": steps, "warmup": warmup}
     for key, value in config.items() if state else ():
         before = state["config"].get(key)
@@ -241,13 +294,14 @@ def wrap(module, job):
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after_step=None, evaluate=None):
+def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after_step=None, evaluate=None, extra=None):
     """Train: the loop of both stages.
 
-    module: what is trained and kept in the checkpoint. step_fn(batch, scaler) -> dict of detached tensors, "loss" among
-    them, after its backward pass. config: as describe_run gives. state: the checkpoint to go on from. after_step(): what
-    is done to the weights after each step. evaluate(step) -> dict for the log, args.evals times, on rank 0. Raises
-    ValueError when gradients stay non-finite, SystemExit after a signal that asked for an end.
+    module: what is trained and kept in the checkpoint. step_fn(batch, scaler) -> dict of detached tensors, "loss" and
+    "flops" (for a pair) among them, after its backward pass. config: as describe_run gives. state: the checkpoint to go on
+    from. after_step(): what is done to the weights after each step. evaluate(step) -> dict for the log, args.evals times,
+    on rank 0. extra: more for the checkpoint. Raises ValueError when the loss or gradients stay non-finite, SystemExit
+    after a signal that asked for an end.
     """
     folder, steps = Path(args.out), config["steps"]
     first = state["step"] if state else 0
@@ -259,11 +313,16 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
     elif job.main:
         (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
 
+    saved = state and first
+
     def save(step):
-        if job.main:
-            save_checkpoint(folder / "last.pt", {
+        nonlocal saved
+        if job.main and saved != step:
+            save_run(folder, {
                 "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "slots": step * args.batch_size, "config": config, "data": loader.pairs.state()})
+                "step": step, "slots": step * args.batch_size, "config": config, "data": loader.pairs.state(),
+                **(extra or {})}, saved, args.keep)
+        saved = step
 
     stop = StopSignal()
     log = Log(job, folder, first, steps, args.batch_size, loader)
@@ -275,26 +334,34 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
         optimizer.zero_grad(set_to_none=True)
         metrics = step_fn(batch, scaler)
         scaler.unscale_(optimizer)
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).detach()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).detach()
+        finite, finite_loss = norm.isfinite().float(), metrics["loss"].isfinite().float()
+        metrics.update({"sum/grad_norm": norm.nan_to_num(0, 0), "count/grad_norm": finite})
         # Gradients that are not finite skip the step, on all ranks together since all have the same ones; the fused
-        # kernel reads found_inf on the device, so that nothing waits for it.
-        if not scaler.is_enabled():
-            metrics["skipped"] = optimizer.found_inf = 1.0 - metrics["grad_norm"].isfinite().float()
+        # kernel reads found_inf on the device, so that nothing waits for it. Under fp16 the scaler does that, and gradients
+        # that overflow while the loss is finite are its ordinary way to find a scale.
+        metrics["skipped"] = 1 - finite
+        if scaler.is_enabled():
+            metrics["overflow"], metrics["skipped"] = finite_loss * (1 - finite), 1 - finite_loss
+        else:
+            optimizer.found_inf = metrics["skipped"]
         scaler.step(optimizer)
         scaler.update()
         if after_step:
             after_step()
         step += 1
         log.add(metrics)
-        if step % LOG_EVERY == 0 or step == steps:
+        if log.due(step):
             log.write(step, optimizer.param_groups[0]["lr"])
-            if log.bad >= LOG_EVERY:
-                raise ValueError(f"the gradients of the last {log.bad} steps were not finite; {folder}/last.pt is the last "
-                                 "good checkpoint: --resume it with a lower --lr")
+            if log.bad >= BAD_STEPS:
+                good = f"start from the last good checkpoint, {folder}/last.pt of step {saved}, by --init" if saved else "start again"
+                raise ValueError(f"the loss or the gradients of the last {log.bad} steps were not finite: {good} with a lower "
+                                 "--lr and another --out")
             if stop.seen(job):
                 save(step)
                 log.close()
-                raise SystemExit(f"{stop.name} at step {step} of {steps}: saved {folder}/last.pt; --resume goes on")
+                line = f"{stop.name} at step {step} of {steps}: saved {folder}/last.pt; --resume goes on"
+                raise SystemExit(line if job.main else 1)
         if step in evaluations:
             if job.main:
                 log.note(step, evaluate(step))
@@ -334,6 +401,7 @@ class Log:
 
     def __init__(self, job, folder, first, steps, batch_size, loader):
         self.job, self.batch_size, self.loader, self.bad = job, batch_size, loader, 0
+        self.steps, self.next, self.peak = steps, first + 1, peak_flops(job.device)
         self.path = folder / "metrics.jsonl"
         if job.main:
             _drop_lines_after(self.path, first)
@@ -363,8 +431,14 @@ class Log:
         self.count += 1
         self.bar.update()
 
+    def due(self, step):
+        """Whether a line is written after this step: the same on all ranks."""
+        return step >= self.next or step == self.steps
+
     def write(self, step, lr):
         """A line of means over the steps since the last; sums of "sum/..." are over all ranks, for their quotients."""
+        seconds = time.perf_counter() - self.since
+        self.sums["seconds"] = torch.tensor(seconds, device=self.job.device)
         keys = sorted(self.sums)
         values = torch.stack([self.sums[key].float() for key in keys])
         if self.job.group is not None:
@@ -378,10 +452,14 @@ class Log:
                 line.update({name: mean["sum/" + name] / value} if value else {})
             elif not key.startswith("sum/"):
                 line[key] = value
-        seconds = time.perf_counter() - self.since
-        self.bad = self.bad + self.count if line.get("skipped") == 1 else 0
+        # The next line stands where all ranks have one, since it follows from their mean: after ten steps, or fewer slow ones.
+        self.next = step + max(1, min(LOG_EVERY - step % LOG_EVERY, int(LOG_SECONDS / line["seconds"])))
+        self.bad = self.bad + self.count if line["skipped"] == 1 else 0
         line["images_per_second"] = self.batch_size * self.count / seconds
         line["data_wait"] = self.waited / seconds
+        line["tflops"] = line.pop("flops") * line["images_per_second"] / 1e12
+        if self.peak:
+            line["utilisation"] = line["tflops"] * 1e12 / (self.peak * self.job.world_size)
         line["memory_gb"] = peak_memory(self.job.device) / 1e9
         line["holes"] = sum(self.loader.skipped.values())
         self._append(line)
@@ -396,6 +474,7 @@ class Log:
     def _append(self, line):
         if self.job.main:
             line = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()}
+            line = {key: value if value == value and abs(value) != math.inf else None for key, value in line.items()}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -419,3 +498,37 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device):
+    """Operations a second that a GPU could do at most in half precision; None where they are not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((PEAK[key] for key in sorted(PEAK, key=len, reverse=True) if key in name), None)
+
+
+def transformer_flops(tokens, width, layers):
+    """Operations of the matrix products of a transformer's forward pass over one sequence, a multiplication and an addition
+    being two: 24 width^2 for each token and layer, and 4 width for each pair of tokens."""
+    return layers * tokens * (24 * width ** 2 + 4 * width * tokens)
+
+
+def image_flops(config, sizes):
+    """Operations of the image encoder's forward pass over crops of these sizes of one picture. What the last block and the
+    projection leave out or add, for one token of each, is not counted."""
+    width, patch = config["vision_width"], config["vision_patch_size"]
+    patches = [(size // patch) ** 2 for size in sizes]
+    return sum(2 * n * 3 * patch ** 2 * width + transformer_flops(n + 1, width, config["vision_layers"]) for n in patches)
+
+
+def text_flops(config, length):
+    """Operations of the text encoder's forward pass over a caption of `length` tokens, start and end included."""
+    return transformer_flops(length, config["transformer_width"], config["transformer_layers"])
+
+
+def mae_flops(mae):
+    """Operations of the autoencoder's forward pass over one picture: the encoder on the patches that stay, the decoder on all."""
+    patches, pixels = len(mae.decoder_positions) - 1, mae.decoder_pred.out_features
+    kept, width, decoder = max(1, round(patches * (1 - mae.mask_ratio))), mae.decoder_embed.in_features, mae.decoder_embed.out_features
+    encoder_layers, decoder_layers = len(mae.visual.transformer.resblocks), len(mae.decoder.resblocks)
+    return (2 * kept * pixels * width + transformer_flops(kept + 1, width, encoder_layers) + 2 * (kept + 1) * width * decoder
+            + transformer_flops(patches + 1, decoder, decoder_layers) + 2 * patches * decoder * pixels)
