@@ -242,7 +242,8 @@ def write(weights, config, tokenizer, out, to):
     """Make a folder that another library opens.
 
     weights: a KELIP's state dict, config: its configuration; to: "hf" (transformers' CLIPModel), "open_clip" or "kelip"
-    (as the authors released theirs). Raises ValueError when out is not an empty folder, ImportError without safetensors.
+    (as the authors released theirs). Raises ValueError when out is not an empty folder, ImportError without
+    safetensors.
     """
     out, save = Path(out), torch.save if to == "kelip" else safetensors_save(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -350,8 +351,8 @@ def main(build_model, argv):
     add("out", help="the folder to make")
     add("--to", choices=["hf", "open_clip", "kelip"], required=True,
         help="transformers' CLIPModel, open_clip, or the layout of released KELIP")
-    add("--tokenizer", metavar="FILE", help="a tokenizer.json or OpenAI's bpe_simple_vocab_16e6.txt.gz, where none lies "
-                                            "beside the weights")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json or OpenAI's bpe_simple_vocab_16e6.txt.gz, where none "
+                                            "lies beside the weights")
     add("--activation", choices=["quick_gelu", "gelu"], help="where no configuration lies beside the weights")
     add("--vision-heads", type=int, metavar="N", help="the same")
     add("--transformer-heads", type=int, metavar="N", help="the same, of the text encoder")

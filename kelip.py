@@ -607,7 +607,7 @@ def load_checkpoint(path):
                          f"({str(error).splitlines()[0]})") from None
     except (RuntimeError, EOFError, OSError) as error:
         if "TorchScript" in str(error):
-            raise ValueError(f"{path}: a TorchScript archive, a program, which is never run; the same as plain weights: "
+            raise ValueError(f"{path}: a TorchScript archive, a program, which is never run; as plain weights: "
                              "huggingface.co/openai, clip-vit-base-patch32 and others") from None
         raise ValueError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
@@ -665,8 +665,8 @@ def open_weights(name_or_path, tokenizer=None, **given):
     path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
     where = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if where is None:
-        raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, "
-                                "or released weights (config.json, pytorch_model.bin or model.safetensors, tokenizer.json)")
+        raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, or "
+                                "a release's config.json, pytorch_model.bin or model.safetensors, and tokenizer.json")
     weights, beside, name = read_weights(where), where.with_name("config.json"), str
     if not isinstance(weights, dict):
         raise ValueError(f"{where}: holds a {type(weights).__name__}, where weights are tensors by name")
@@ -723,8 +723,8 @@ def build_model(name_or_path="ViT-B/32", device="cpu", tokenizer=None, **given):
     """A trained model and what goes with it: (model in eval mode, preprocess, tokenizer).
 
     name_or_path: a run folder of train_clip.py; released KELIP (config.json, pytorch_model.bin or model.safetensors,
-    tokenizer.json); with convert.py beside this file OpenAI's, open_clip's or transformers' CLIP, a folder or a file; or
-    a preset's name, such as 'ViT-B/32', which looks in ./weights.
+    tokenizer.json); with convert.py beside this file OpenAI's, open_clip's or transformers' CLIP, a folder or a file;
+    or a preset's name, such as 'ViT-B/32', which looks in ./weights.
     tokenizer: the path of one, where none stands beside the weights. given: keys of KELIP's configuration that neither
     the weights nor a file beside them say, such as activation="gelu", vision_heads=16.
     Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.

@@ -795,7 +795,7 @@ def export(folder, to, **changes):
     return model, folder / to
 
 
-def agree(found, expected):
+def same_logits(found, expected):
     assert (found - expected).abs().max() <= 1e-5 and expected.std() > 0.1
 
 
@@ -841,7 +841,7 @@ def test_transformers_opens_our_export(tmp_path, changes):
     with torch.no_grad():
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         found = theirs(pixel_values=pixels, **batch).logits_per_image
-    agree(found, logits(model, kelip.preprocess(56), small_tokenizer()))
+    same_logits(found, logits(model, kelip.preprocess(56), small_tokenizer()))
 
 
 def clip_model(transformers, activation, heads, **text):
@@ -874,12 +874,12 @@ def test_transformers_models_open(tmp_path, activation, heads, eos):
     with torch.no_grad():
         pixels = torch.stack([preprocess(image) for image in images])
         theirs = model(input_ids=tok.encode(texts, 20), pixel_values=pixels)
-    agree(logits(ours, preprocess, opened_tok), theirs.logits_per_image)
+    same_logits(logits(ours, preprocess, opened_tok), theirs.logits_per_image)
 
     (tmp_path / "model.safetensors").unlink()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    agree(logits(*kelip.build_model(tmp_path)), theirs.logits_per_image)
+    same_logits(logits(*kelip.build_model(tmp_path)), theirs.logits_per_image)
     (tmp_path / "model.safetensors.index.json").unlink()  # older ones: fp16 in a pickle, with buffers
     old = {**model.half().state_dict(), "text_model.embeddings.position_ids": torch.arange(20)[None]}
     torch.save(old, tmp_path / "pytorch_model.bin")
@@ -898,7 +898,8 @@ def test_transformers_models_open(tmp_path, activation, heads, eos):
             kelip.build_model(tmp_path)
         assert "\n" not in str(caught.value)
         (tmp_path / "config.json").write_text(before)
-    refused(r"text_config.eos_token_id is 7; what is read here is 2 or \d+", lambda c: c["text_config"].update(eos_token_id=7))
+    refused(r"text_config.eos_token_id is 7; what is read here is 2 or \d+",
+            lambda c: c["text_config"].update(eos_token_id=7))
     refused("config.json: vision_config.hidden_act is 'relu'", lambda c: c["vision_config"].update(hidden_act="relu"))
     refused("config.json: text_config.layer_norm_eps is 1e-06", lambda c: c["text_config"].update(layer_norm_eps=1e-6))
     refused("config.json: model_type is 'siglip'", lambda c: c.update(model_type="siglip"))
@@ -935,7 +936,7 @@ def test_open_clip_opens_our_export(tmp_path, changes):
     open_clip = pytest.importorskip("open_clip")
     model, folder = export(tmp_path, "open_clip", **changes)
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    agree(their_logits(theirs.eval(), 56), logits(model, preprocess, small_tokenizer()))
+    same_logits(their_logits(theirs.eval(), 56), logits(model, preprocess, small_tokenizer()))
     if importlib.util.find_spec("transformers"):
         texts = drawings_and_names()[1]
         assert open_clip.get_tokenizer(f"local-dir:{folder}")(texts).equal(small_tokenizer().encode(texts, 20))
@@ -955,15 +956,15 @@ def test_open_clip_checkpoints_open(tmp_path, activation, custom, vision):
     with pytest.raises(ValueError, match="epoch_1.pt: nothing says its activation: put open_clip_config.json beside"):
         kelip.build_model(file)
     known = {"vision_heads": 128 // vision.get("head_width", 64), "transformer_heads": 4}
-    agree(logits(*kelip.build_model(file, activation=activation, **known)), expected)
+    same_logits(logits(*kelip.build_model(file, activation=activation, **known)), expected)
     with pytest.warns(UserWarning, match="epoch_1.pt: nothing says how many heads it has; they are taken to be 64"):
         kelip.build_model(file, activation=activation)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "custom_text": custom}}))
-    agree(logits(*kelip.build_model(file)), expected)
+    same_logits(logits(*kelip.build_model(file)), expected)
     if importlib.util.find_spec("safetensors"):
         import safetensors.torch
         safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-        agree(logits(*kelip.build_model(tmp_path)), expected)
+        same_logits(logits(*kelip.build_model(tmp_path)), expected)
 
 
 def test_weights_of_other_pixels_take_ours(tmp_path):
@@ -981,13 +982,13 @@ def test_weights_of_other_pixels_take_ours(tmp_path):
         content = {"model_cfg": config, "preprocess_cfg": pixels}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     say(mean=mean, std=std)
-    agree(logits(*kelip.build_model(tmp_path)), expected)
+    same_logits(logits(*kelip.build_model(tmp_path)), expected)
     say(resize_mode="squash")
-    with pytest.raises(ValueError, match="open_clip_config.json: preprocess_cfg.resize_mode is 'squash', which is not"):
+    with pytest.raises(ValueError, match="open_clip_config.json: preprocess_cfg.resize_mode is 'squash', which"):
         kelip.build_model(tmp_path)
     config["vision_cfg"]["pool_type"] = "avg"
     say()
-    with pytest.raises(ValueError, match="open_clip_config.json: vision_cfg.pool_type is 'avg', which is not read here"):
+    with pytest.raises(ValueError, match="open_clip_config.json: vision_cfg.pool_type is 'avg', which"):
         kelip.build_model(tmp_path)
 
 
@@ -1004,7 +1005,7 @@ def test_openai_state_dicts_open(tmp_path):
         kelip.build_model(tmp_path / "ViT.pt")
     ours, preprocess, tok = kelip.build_model(tmp_path / "ViT.pt", tokenizer=path)
     assert all(p.dtype == torch.float32 for p in ours.parameters()) and "activation" not in ours.config
-    agree(logits(ours, preprocess, tok), their_logits(model.float()))
+    same_logits(logits(ours, preprocess, tok), their_logits(model.float()))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1073,7 +1074,8 @@ def test_openai_s_vocabulary_travels(tmp_path):
     convert.main(kelip.build_model, sys_argv)
     opened, preprocess, tok = kelip.build_model(tmp_path / "out")
     theirs, texts = Tokenizer.load(path), drawings_and_names()[1]
-    assert opened.config == model.config and torch.equal(logits(opened, preprocess, tok), logits(model, preprocess, theirs))
+    assert opened.config == model.config
+    assert torch.equal(logits(opened, preprocess, tok), logits(model, preprocess, theirs))
     # it pads with its end, as transformers' CLIPTokenizer does, and not with the word number 0
     ids, ours = theirs.encode(texts, 20), tok.encode(texts, 20)
     assert ours.equal(torch.where(torch.arange(20) > ids.argmax(dim=1, keepdim=True), tok.eot_id, ids))

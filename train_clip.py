@@ -53,8 +53,8 @@ def parse_arguments(argv=None):
     trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
-    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model opens, "
-                                      "whose sizes and tokenizer follow")
+    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model "
+                                      "opens, and then of its sizes and with its tokenizer")
     add("--freeze", choices=["image"], help="keep the image encoder as --init brings it, and train the rest")
     add("--crops", metavar="SPEC", help="crops of a picture, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else "
                                         "2x224+6x96)")
@@ -93,8 +93,8 @@ def parse_arguments(argv=None):
 
 
 def starting_point(args):
-    """(the name of the model's sizes, its configuration, what --init holds): those of --model, unless --init holds a whole
-    model, or did so when the run that --resume goes on with began."""
+    """(the name of the model's sizes, its configuration, what --init holds): those of --model, unless --init holds a
+    whole model, or did so when the run that --resume goes on with began."""
     path, opened, config = Path(args.out) / "config.json", None, None
     begun = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
     if begun.get("init"):
