@@ -271,6 +271,14 @@ CLIP_WORDS = {"type": "Split", "behavior": "Removed", "invert": True, "pattern":
     "Regex": r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"}}
 
 
+def read_json(path):
+    """The content of a JSON file. Raises ValueError that names it."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
 def build_spec(tokens, merges, specials=SPECIALS, normalizer=NORMALIZER, pre_tokenizer=BYTE_LEVEL, suffix=None):
     """The content of a tokenizer.json: `tokens`, then `specials`, as ids go, start and end last."""
     vocab = {token: i for i, token in enumerate([*tokens, *specials])}
@@ -434,18 +442,16 @@ class Tokenizer:
 
         Raises FileNotFoundError when there is no such file, ValueError when it is not a byte-level BPE.
         """
-        path = reading = Path(path)
-        data = path.read_bytes()
+        path = Path(path)
+        data, beside = path.read_bytes(), path.with_name("tokenizer_config.json")
+        config = read_json(beside) if beside.exists() else {}
         try:
             if data.startswith(b"\x1f\x8b"):
                 return cls(clip_spec(gzip.decompress(data).decode()), clean=clip_clean)
-            spec, reading = json.loads(data), path.with_name("tokenizer_config.json")
-            config = json.loads(reading.read_bytes()) if reading.exists() else {}
-            reading = path
-            return cls(spec, config)
+            return cls(json.loads(data), config)
         except Exception as error:  # whatever is wrong with the file, one line says it
             what = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{reading}: not a tokenizer that is read here: {what}") from error
+            raise ValueError(f"{path}: not a tokenizer that is read here: {what}") from error
 
     def save(self, path):
         """Write a Hugging Face tokenizer.json; a file that stood there is replaced in one step."""
