@@ -2474,13 +2474,15 @@ def test_decay_is_on_matrices_only_and_the_schedule_is_warmup_then_cosine():
     (["--tokenizer", "none.json"], "none.json"),
     (["--init", "none.pt"], "none.pt: no such checkpoint"),
     (["--resume"], "no run to resume"),
-    (["--batch-size", "100000", "--epochs", "1", "--steps", "0"], "fewer than one batch"),
+    (["--batch-size", "100000", "--epochs", "0.1"], "fewer than one batch"),
+    (["--batch-size", "0"], "--batch-size 0: at least 1"),
+    (["--micro-batch", "-1"], "--micro-batch -1: at least 1"),
 ])
 def test_bad_flags_are_one_line(shapes, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(shapes)
     with pytest.raises((ValueError, OSError)) as caught:
-        train_clip.main(["--data", "train-*.tar", "--tokenizer", "tokenizer.json", "--out", str(tmp_path / "x"), *TRAIN,
-                         *arguments])
+        train_clip.main(["--data", "train-*.tar", "--tokenizer", "tokenizer.json", "--out", str(tmp_path / "x"),
+                         *(TRAIN[:2] if "--epochs" in arguments else TRAIN), *arguments])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -158,8 +158,11 @@ def open_run(args, job):
     """Make or open the run folder args.out. Returns the checkpoint to go on from, None for a fresh run.
 
     A folder that holds a run is refused without --resume, so that nothing good is written over; a job that torchrun
-    starts again after a failure resumes by itself.
+    starts again after a failure resumes by itself. Raises ValueError for numbers that make no run.
     """
+    for flag in ("batch_size", "micro_batch", "save_every", "keep", "steps"):
+        if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
     folder = Path(args.out)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     state, problem = None, None
