@@ -510,7 +510,8 @@ class _ContrastiveLoss(torch.autograd.Function):
             if group is not None:
                 dist.all_reduce(d_texts, group=group)
             each = world / (2 * count)                                       # DDP will take the mean over ranks
-            ctx.save_for_backward(each * s * valid[:, None] * d_image, each * s * valid[:, None] * d_texts[own], each * d_scale)
+            by_row = each * s * valid[:, None]                               # [n, 1]
+            ctx.save_for_backward(by_row * d_image, by_row * d_texts[own], each * d_scale)
         shares = shares.mean(dim=0)                                          # [n]
         ctx.mark_non_differentiable(shares)
         return loss, shares

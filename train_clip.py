@@ -14,9 +14,10 @@ What it leaves out: hard negatives, distillation, and a second loss of any kind.
 
 import os
 
-# Threads that wait for each other asleep, not spinning: a spinning one is taken off its core by whatever else runs there,
-# and all others wait for it, at every operation. Read when torch is loaded, so it stands before all imports.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long a thread spins that waits for the others before it sleeps: some tenths of a millisecond. Between the many short
+# operations of a step that saves waking it up; for ever, as is usual, all wait for one whose core something else has
+# taken. Read by libgomp when torch is loaded, so it stands before all imports.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import contextlib
@@ -50,7 +51,7 @@ def parse_arguments(argv=None):
                     "which pip packages bring; some minutes on two CPU cores.",
         epilog="A run's folder holds last.pt, tokenizer.json, config.json, metrics.jsonl and index.html; "
                "kelip.build_model(folder) opens it.")
-    trainer.add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=6)
+    trainer.add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=8)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
     add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model "

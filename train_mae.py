@@ -12,9 +12,10 @@ and ours").
 
 import os
 
-# Threads that wait for each other asleep, not spinning: a spinning one is taken off its core by whatever else runs there,
-# and all others wait for it, at every operation. Read when torch is loaded, so it stands before all imports.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long a thread spins that waits for the others before it sleeps: some tenths of a millisecond. Between the many short
+# operations of a step that saves waking it up; for ever, as is usual, all wait for one whose core something else has
+# taken. Read by libgomp when torch is loaded, so it stands before all imports.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import sys

@@ -151,7 +151,8 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--workers", type=int, metavar="N",
         help="processes that decode, for each training process (default: 0 on a CPU, 8 on a GPU)")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints (default: 1000)")
-    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep: last.pt, and step-*.pt before it (default: 2)")
+    add("--keep", type=int, default=2, metavar="N",
+        help="checkpoints to keep: last.pt, and step-*.pt before it (default: 2)")
 
 
 def open_run(args, job):
@@ -216,16 +217,16 @@ def open_pairs(args, job, state):
     for cause in ("shard changed", "shard missing") if state else ():
         shard = next((shard for shard in pairs.shards if cause in shard.left_out), None)
         if shard and (cause == "shard changed" or 2 * pairs.left_out[cause] > len(pairs)):
-            raise ValueError(f"--data: {cause}: {shard.path}, of {shard.count:,} pairs and {shard.size:,} bytes when the run "
-                             f"began; put it back, or start another run with another --out")
+            raise ValueError(f"--data: {cause}: {shard.path}, of {shard.count:,} pairs and {shard.size:,} bytes when the "
+                             f"run began; put it back, or start another run with another --out")
     if job.main:
         print(pairs.describe(), flush=True)
     return pairs
 
 
 # What a resumed run may change: where and how fast it runs, not what it computes.
-FREE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile", "micro_batch", "init", "evals", "test",
-        "tokenizer", "epochs"}
+FREE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile", "micro_batch", "init",
+        "evals", "test", "tokenizer", "epochs"}
 
 
 def describe_run(stage, args, model_config, pairs, state, **facts):
@@ -357,9 +358,9 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
         if log.due(step):
             log.write(step, optimizer.param_groups[0]["lr"])
             if log.bad >= BAD_STEPS:
-                good = f"start from the last good checkpoint, {folder}/last.pt of step {saved}, by --init" if saved else "start again"
-                raise ValueError(f"the loss or the gradients of the last {log.bad} steps were not finite: {good} with a lower "
-                                 "--lr and another --out")
+                good = f"from the last good checkpoint, {folder}/last.pt of step {saved}, by --init" if saved else "again"
+                raise ValueError(f"the loss or the gradients of the last {log.bad} steps were not finite: start {good} "
+                                 "with a lower --lr and another --out")
             if stop.seen(job):
                 save(step)
                 log.close()
@@ -455,7 +456,7 @@ class Log:
                 line.update({name: mean["sum/" + name] / value} if value else {})
             elif not key.startswith("sum/"):
                 line[key] = value
-        # The next line stands where all ranks have one, since it follows from their mean: after ten steps, or fewer slow ones.
+        # The next line is after ten steps, or fewer slow ones: on all ranks after the same, since it is their mean that says.
         self.next = step + max(1, min(LOG_EVERY - step % LOG_EVERY, int(LOG_SECONDS / line["seconds"])))
         self.bad = self.bad + self.count if line["skipped"] == 1 else 0
         line["images_per_second"] = self.batch_size * self.count / seconds
@@ -529,9 +530,11 @@ def text_flops(config, length):
 
 
 def mae_flops(mae):
-    """Operations of the autoencoder's forward pass over one picture: the encoder on the patches that stay, the decoder on all."""
+    """Operations of the autoencoder's forward pass over one picture: the encoder on the patches that stay, the decoder on
+    all."""
     patches, pixels = len(mae.decoder_positions) - 1, mae.decoder_pred.out_features
-    kept, width, decoder = max(1, round(patches * (1 - mae.mask_ratio))), mae.decoder_embed.in_features, mae.decoder_embed.out_features
+    kept = max(1, round(patches * (1 - mae.mask_ratio)))
+    width, decoder = mae.decoder_embed.in_features, mae.decoder_embed.out_features
     encoder_layers, decoder_layers = len(mae.visual.transformer.resblocks), len(mae.decoder.resblocks)
     return (2 * kept * pixels * width + transformer_flops(kept + 1, width, encoder_layers) + 2 * (kept + 1) * width * decoder
             + transformer_flops(patches + 1, decoder, decoder_layers) + 2 * patches * decoder * pixels)
