@@ -134,12 +134,13 @@ def chance_recall(owner, images, ks=KS):
             "text_to_image": {f"R@{k}": min(1, k / images) for k in ks}}
 
 
-def retrieve(model, pairs, tokenizer, candidates=None, progress=True):
+def retrieve(model, pairs, tokenizer, candidates=None, progress=True, embedded=None):
     """Zero-shot retrieval in each language by itself: {language: {way: {"R@1": ...}}}, in 0..1.
 
-    candidates: {language: texts} of captions that stand beside those of the pairs, of no picture.
+    candidates: {language: texts} of captions that stand beside those of the pairs, of no picture. embedded: the pairs as
+    Embedded has them, where that is done already.
     """
-    embedded = Embedded(model, pairs, tokenizer, candidates, progress)
+    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
     return {language: recall_at_k(embedded.images, embedded.texts[language], embedded.owner[language])
             for language in sorted(embedded.texts)}
 
@@ -199,9 +200,10 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
 
 # -------------------------------------------------------------------------------------------------------- the page
 
-def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True):
-    """Measure, print, and write evaluation.json and index.html into folder. classes: a set's name in prompts.json."""
-    embedded = Embedded(model, pairs, tokenizer, candidates, progress)
+def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True, embedded=None):
+    """Measure, print, and write evaluation.json and index.html into folder. classes: a set's name in prompts.json;
+    embedded: as retrieve has it."""
+    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
     languages = sorted(embedded.texts)
     found = {"pictures": len(embedded.pairs), "skipped": dict(embedded.skipped), "retrieval": {}, "chance": {},
              "candidates": {language: len(embedded.captions[language]) for language in languages}}

@@ -256,8 +256,12 @@ def main(argv=None):
     def clamp():
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
+    latest = None  # what the last evaluation embedded: the page at the end shows the same
+
     def measure(_):
-        found = evaluate.retrieve(model, test, tokenizer, candidates, progress=False)
+        nonlocal latest
+        latest = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
+        found = evaluate.retrieve(model, test, tokenizer, embedded=latest)
         return {f"{language}/{way}/{k}": value for language, ways in found.items()
                 for way, values in ways.items() for k, value in values.items()}
 
@@ -266,7 +270,7 @@ def main(argv=None):
     if job.main:
         print(loader.report())
         if test:
-            evaluate.report(args.out, model, test, tokenizer, candidates, args.classes)
+            evaluate.report(args.out, model, test, tokenizer, candidates, args.classes, embedded=latest)
         print(f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl"
               + (f"; look at {args.out}/index.html" if test else ""))
     trainer.end_job(job)
