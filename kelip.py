@@ -45,7 +45,7 @@ def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, conte
 # "ViT-B/32" is the paper's; the others are the field's usual sizes, and "tiny" is for drawings of 72 pixels on a
 # laptop. vocab_size is the paper's "about 98K"; training replaces it with the size of the tokenizer it is given.
 PRESETS = {
-    "tiny": _preset(16, 64, (256, 6), (256, 2), 256, vocab_size=4_096),
+    "tiny": _preset(16, 64, (192, 6), (192, 2), 256, vocab_size=4_096),
     "ViT-S/16": _preset(16, 224, (384, 12), (384, 12), 384),
     "ViT-B/32": _preset(32, 224, (768, 12), (512, 12), 512),
     "ViT-B/16": _preset(16, 224, (768, 12), (512, 12), 512),

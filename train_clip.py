@@ -51,7 +51,7 @@ def parse_arguments(argv=None):
                     "which pip packages bring; some minutes on two CPU cores.",
         epilog="A run's folder holds last.pt, tokenizer.json, config.json, metrics.jsonl and index.html; "
                "kelip.build_model(folder) opens it.")
-    trainer.add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=8)
+    trainer.add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: train one on the captions)")
     add("--init", metavar="RUN", help="start from these weights: a run of train_mae.py, or what kelip.build_model "
