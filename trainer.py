@@ -367,9 +367,11 @@ def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after
                 line = f"{stop.name} at step {step} of {steps}: saved {folder}/last.pt; --resume goes on"
                 raise SystemExit(line if job.main else 1)
         if step in evaluations:
+            start = time.perf_counter()
             if job.main:
                 log.note(step, evaluate(step))
             barrier(job)
+            log.since += time.perf_counter() - start  # counts in no rate
         if step % args.save_every == 0 or step == steps or step in evaluations:
             save(step)
     log.close()
@@ -471,9 +473,8 @@ class Log:
         self._reset()
 
     def note(self, step, result):
-        """Add a line of evaluation results; their time counts in no rate."""
+        """Add a line of evaluation results."""
         self._append({"step": step, **result})
-        self.since = time.perf_counter()
 
     def _append(self, line):
         if self.job.main:
