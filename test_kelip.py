@@ -2321,7 +2321,7 @@ def test_torchrun_starts_a_job_again_that_lost_a_process(shapes, tmp_path):
     """kill -9 of one of two workers: torchrun ends the other, starts both again, and they go on from the checkpoint."""
     out = tmp_path / "run"
     process = start(shapes, out, "--crops", "1x64+2x32", "--save-every", "1", launcher=[
-        *TORCHRUN, "--nproc-per-node=2", "--max-restarts=1"])
+        *TORCHRUN, "--nproc-per-node=2", "--max-restarts=3"])
     while not (out / "last.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     at = kelip.load_checkpoint(out / "last.pt")["step"]

@@ -295,7 +295,7 @@ def wrap(module, job):
     if job.group is None:
         return module
     ids = [job.device.index] if job.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def fit(job, args, module, optimizer, loader, step_fn, config, state=None, after_step=None, evaluate=None, extra=None):
