@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
+from kelip import MEAN, STD
 from tokenizer import Tokenizer, read_json
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What both libraries take where a configuration is silent.
 DEFAULT = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
