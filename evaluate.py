@@ -12,21 +12,18 @@ What it leaves out: fitting anything to the pictures that it measures on.
 """
 
 import argparse
-import base64
 import collections
-import html
-import io
 import json
 import math
 import sys
 from pathlib import Path
-from string import Template
 
 import torch
 from tqdm import tqdm
 
 import data
 import kelip
+import page
 import shards
 
 KS = (1, 5, 10)
@@ -217,7 +214,7 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (folder / "index.html").write_text(render_page(folder, embedded, found), encoding="utf-8")
+    render_page(folder, embedded, found)
     print_report(found)
     return found
 
@@ -250,108 +247,42 @@ def print_report(found):
         print(f"skipped: {found['skipped']}")
 
 
-PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
-:root{color-scheme:light dark;--ink:light-dark(#1c1c1a,#e8e6e0);--dim:light-dark(#6b6a65,#9b9a94);
---line:light-dark(#dcdad2,#3a3935);--paper:light-dark(#fbfaf7,#191917);--good:light-dark(#0a7d4b,#4cc38a);
---en:light-dark(#2456b3,#8ab4f8);--ko:light-dark(#b3402a,#f2917b)}
-body{background:var(--paper);color:var(--ink);max-width:60rem;margin:auto;padding:1.2rem;
-font:16px/1.5 system-ui,"Apple SD Gothic Neo","Noto Sans KR","Noto Sans CJK KR","Malgun Gothic",sans-serif}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}p,figcaption{color:var(--dim)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.25rem .8rem .25rem 0;text-align:right;border-bottom:1px solid var(--line);font-weight:normal}
-td:first-child,th:first-child{text-align:left}th{color:var(--dim)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
-.card{display:flex;gap:.8rem;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;overflow-wrap:anywhere}
-.card img{width:72px;height:72px;object-fit:contain;background:#fff;border-radius:.3rem;flex:none}
-.card ol{margin:.1rem 0 .4rem;padding-left:1.1rem;font-size:.85rem}.card b{font-size:.85rem;font-weight:600}
-.right{color:var(--good);font-weight:600}.right::after{content:" ✓"}
-svg{width:100%;height:auto}svg text{fill:var(--dim);font-size:11px}svg .axis{stroke:var(--line)}
-svg polyline{fill:none;stroke-width:2}.en{color:var(--en)}.ko{color:var(--ko)}
-</style><h1>$title</h1><p>$intro</p>$tables$curves<h2>What it calls pictures that it has not seen</h2>
-<p>The three nearest names in each language; the right one is marked.</p><div class="grid">$cards</div></html>
-""")
-
-
 def render_page(folder, embedded, found, examples=30):
-    """One self-contained HTML page: the numbers, the learning curves, and what the model calls some of the pictures."""
-    tables = ""
-    for head, rows in rows_of(found):
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        tables += ('<div class="wide"><table><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-                   + f"</tr>{body}</table></div><br>")
+    """Write folder/index.html: the numbers, the learning curves, and what the model calls some of the pictures."""
     step = max(1, len(embedded.pairs) // examples)
-    cards = "".join(_card(embedded, i) for i in list(range(step // 2, len(embedded.pairs), step))[:examples])
+    shown = list(range(step // 2, len(embedded.pairs), step))[:examples]
     counts = ", ".join(f"{n:,} {NAMES.get(language, language)}" for language, n in found["candidates"].items())
-    return PAGE.substitute(
-        title=html.escape(f"{folder.name}: what the model learned"), tables=tables, curves=_curves(folder), cards=cards,
-        intro=f"{found['pictures']:,} held-out pictures; candidates: {html.escape(counts)}.")
+    page.write(folder / "index.html", f"{folder.name}: what the model learned",
+               f"{found['pictures']:,} held-out pictures; candidates: {counts}.",
+               *(page.table(head, rows) for head, rows in rows_of(found)), *_curves(folder),
+               page.heading("What it calls pictures that it has not seen",
+                            "The three nearest names in each language; the right one is marked."),
+               page.cards(_card(embedded, i) for i in shown))
 
 
 def _card(embedded, i):
     """A picture, and the names nearest to it."""
-    pair = embedded.pairs[i]
-    image = shards.decode(pair.image)
-    image.thumbnail((144, 144))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    source = base64.b64encode(buffer.getvalue()).decode()
-    lists = ""
+    pair, lists = embedded.pairs[i], ""
     for language in sorted(embedded.texts):
         scores = embedded.texts[language] @ embedded.images[i]
-        items = "".join(
-            f'<li{" class=right" if embedded.owner[language][j] == i else ""}>'
-            f"{html.escape(embedded.captions[language][j])}</li>" for j in scores.topk(min(3, len(scores))).indices.tolist())
-        lists += f'<b class="{language}">{html.escape(pair.captions.get(language, ""))}</b><ol lang="{language}">{items}</ol>'
-    return f'<div class="card"><img alt="" src="data:image/png;base64,{source}"><div>{lists}</div></div>'
+        found = [(embedded.captions[language][j], bool(embedded.owner[language][j] == i))
+                 for j in scores.topk(min(3, len(scores))).indices.tolist()]
+        lists += page.names(pair.captions.get(language, ""), found, language)
+    return page.card(page.picture(shards.decode(pair.image)), lists)
 
 
 def _curves(folder):
     """The loss and the recall of each language over the run, from metrics.jsonl, as drawings."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return ""
+        return
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    loss = {language: [(line["step"], line[key]) for line in lines if line.get(key := f"loss_{language}") is not None]
-            for language in ("en", "ko")}
-    recall = {language: [(line["step"], 100 * line[key]) for line in lines
-                         if (key := f"{language}/image_to_text/R@1") in line] for language in ("en", "ko")}
-    return (_plot("Training loss by language of the caption", loss)
-            + _plot("Right names at first place, held-out pictures, %", recall, dots=True))
 
-
-def _plot(title, series, dots=False):
-    points = [point for line in series.values() for point in line]
-    if len(points) < 2:
-        return ""
-    last, highest = max(x for x, _ in points), max(y for _, y in points) or 1
-    unit = 10 ** math.floor(math.log10(highest / 4))
-    tick = next(unit * n for n in (1, 2, 2.5, 5, 10) if 4 * unit * n >= highest)  # four round steps reach the highest
-    top = 4 * tick
-    W, H, left, base = 640, 220, 44, 196
-
-    def place(x, y):
-        return f"{left + (W - left - 70) * x / last:.1f},{base - (base - 12) * y / top:.1f}"
-    parts = []
-    for i in range(5):
-        _, y = place(0, top * i / 4).split(",")
-        parts.append(f'<line class="axis" x1="{left}" x2="{W - 70}" y1="{y}" y2="{y}"/>'
-                     f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick * i:g}</text>')
-    for language, line in series.items():
-        if not line:
-            continue
-        path = " ".join(place(*point) for point in line)
-        parts.append(f'<g class="{language}"><polyline stroke="currentColor" points="{path}"/>')
-        if dots:
-            parts += [f'<circle r="3.5" fill="currentColor" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}"/>'
-                      for p in path.split()]
-        parts.append("</g>")
-    for i, (language, line) in enumerate((name, line) for name, line in series.items() if line):
-        parts.append(f'<text class="{language}" x="{W - 62}" y="{24 + 16 * i}" style="fill:currentColor">'
-                     f"{NAMES[language]}</text>")
-    parts.append(f'<text x="{left}" y="{base + 18}">0</text>'
-                 f'<text x="{W - 70}" y="{base + 18}" text-anchor="end">{last:,} steps</text>')
-    return f'<h2>{title}</h2><svg viewBox="0 0 {W} {H}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    def over_steps(key, times=1):
+        return {name: [(line["step"], times * line[key.format(language)]) for line in lines
+                       if line.get(key.format(language)) is not None] for language, name in NAMES.items()}
+    yield page.plot("Training loss by language of the caption", over_steps("loss_{}"))
+    yield page.plot("Right names at first place, held-out pictures, %", over_steps("{}/image_to_text/R@1", 100), dots=True)
 
 
 def main(argv=None):
