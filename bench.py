@@ -518,7 +518,7 @@ def bench_workers():
 
 # ---- training ----
 
-def loss_and_backward(which, batch, width=512, rounds=3):
+def loss_and_backward(which, batch, width=512):
     """Least seconds, and megabytes beyond its inputs, of one loss of a library, forward and backward, in float32."""
     import kelip
     import torch
@@ -532,7 +532,7 @@ def loss_and_backward(which, batch, width=512, rounds=3):
     small = [x[:64].detach().requires_grad_() for x in features]
     loss(*small, scale).backward()  # libraries are loaded and threads are up
     before, seconds = peak_memory(), []
-    for _ in range(rounds):
+    for _ in range(3 if batch <= 8192 else 1):
         seconds.append(timed(lambda: loss(*features, scale).backward()))
     return min(seconds), peak_memory() - before
 
