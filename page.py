@@ -57,14 +57,14 @@ def table(head, rows):
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def picture(image, side=72):
-    """A PIL image, shown side pixels wide and high at most, and stored at twice that for fine screens."""
+def picture(image, side=72, name=""):
+    """A PIL image, shown side pixels wide and high at most, and stored at twice that for fine screens. name: what it shows."""
     image = image.copy()
     image.thumbnail((2 * side, 2 * side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" width="{side}" height="{side}" src="data:image/png;base64,{source}">'
+    return f'<img alt="{html.escape(name)}" title="{html.escape(name)}" width="{side}" height="{side}" src="data:image/png;base64,{source}">'
 
 
 def names(title, found, language=""):
