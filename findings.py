@@ -247,7 +247,7 @@ def recalls(run):
 def verdict(text, differences, times=100):
     """A part of a claim, and whether it held. differences: one a seed, to the control. Held where all are positive and their
     mean is larger than their standard deviation; None, undecided, where fewer than two leave no spread."""
-    differences = [times * x for x in differences]
+    differences = [times * float(x) for x in differences]
     deviation = statistics.stdev(differences) if len(differences) > 1 else 0.0
     held = min(differences) > 0 and statistics.fmean(differences) > deviation if len(differences) > 1 else None
     return {"claim": text, "differences": differences, "mean": statistics.fmean(differences or [0]), "sd": deviation,
