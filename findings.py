@@ -7,14 +7,13 @@
     python findings.py analogy         image - text + text finds the analogous image
     python findings.py all
 
-A finding trains arms, runs of train_clip.py that differ in one thing, once for each seed, or takes those that are there,
-and writes OUT/NAME.json, all numbers, and OUT/NAME.html. A part of a claim holds if its difference to the control is
-positive with every seed and its mean larger than its standard deviation over them; three seeds at least, all of which
-would be positive by chance alone once in eight times. What is compared with what stands in the docstring of each
-finding, which --help and the page show, and stood there before the runs. After Ctrl-C or a kill the same command goes on.
+A finding trains arms, runs of train_clip.py that differ in one thing, once for each seed, or takes those that are
+there, and writes OUT/NAME.json, all numbers, and OUT/NAME.html. A part of a claim holds if its difference to the
+control is positive with every seed, and its mean is larger than its standard deviation over them. That takes three
+seeds at least, all of which chance alone would make positive once in eight times. What is compared with what stands in
+the docstring of each finding, which --help and the page show. After Ctrl-C or a kill the same command goes on.
 
-What it leaves out: the size of the paper. What holds or fails here, does so on this data with a model of 4.6M parameters.
-Nothing is tuned on the test: what was chosen was chosen on another vendor held out (python data.py emoji --test Twtr).
+What it leaves out: the size of the paper. What holds or fails here does so with a model of 4.6M parameters on drawings.
 """
 
 import argparse
@@ -50,8 +49,9 @@ import trainer
 from tokenizer import Tokenizer
 
 LANGUAGES = ("en", "ko")
-# The paper's two sizes of crops, 224 and 96 pixels, are 64 and 32 here: 16 patches and 4. A drawing fills its picture, and
-# boxes of DINO's 0.05 to 0.4 of its area lose what the caption says, so the low-resolution ones are larger.
+COLUMNS = [f"{evaluate.NAMES[x]}, {title}" for x in LANGUAGES for title in evaluate.WAYS.values()] + ["mean"]
+# The paper's two sizes of crops, 224 and 96 pixels, are 64 and 32 here: 16 patches and 4. A drawing fills its picture,
+# and boxes of DINO's 0.05 to 0.4 of its area lose what the caption says, so the low-resolution ones are larger.
 MULTI_CROP = ("--crops", "1x64+2x32", "--low-scale", "0.3", "0.8")
 ARMS = {  # what sets an arm apart, in flags of train_clip.py
     "clip": (), "mae": (), "crops": MULTI_CROP, "both": MULTI_CROP, "augment": (*MULTI_CROP, "--augment"),
@@ -66,8 +66,8 @@ ANALOGIES = 2000                # of a kind, at most: a sample where there are m
 # ------------------------------------------------------------------------------------------------------------ arms
 
 class Arm(NamedTuple):
-    """One training run. flops: operations of a step, forward and backward; command: its script and the flags that set it
-    apart; init: the arm of stage 1 that it starts from."""
+    """One training run. flops: operations of a step, forward and backward; command: its script and the flags that set
+    it apart; init: the arm of stage 1 that it starts from."""
     name: str
     seed: int
     steps: int
@@ -84,11 +84,12 @@ class Arm(NamedTuple):
 def make_arm(args, name, seed, budget=None):
     """The arm of this name, of --steps steps, or of as many as do `budget` operations together with its stage 1's."""
     config = kelip.PRESETS["tiny"]
-    sizes = [size for number, size in crops.parse_crops(options(name).crops) for _ in range(number)]
+    flags = train_clip.parse_arguments([*ARMS[name]])[0]
+    sizes = [size for number, size in crops.parse_crops(flags.crops) for _ in range(number)]
     forward = trainer.image_flops(config, sizes) + trainer.text_flops(config, args.length)
     source = [str(args.out / "data" / name)] if name in VARIANTS else args.data
-    command = ("train_clip.py", "--data", *source, "--test", *args.test, "--tokenizer", str(args.out / "tokenizer.json"),
-               "--evals", "1", *ARMS[name])
+    command = ("train_clip.py", "--data", *source, "--test", *args.test, "--evals", "1",
+               "--tokenizer", str(args.out / "tokenizer.json"), *ARMS[name])
     first = None
     if name in STAGE_1:
         mae = kelip.MAE(kelip.KELIP(**config).visual)
@@ -98,11 +99,6 @@ def make_arm(args, name, seed, budget=None):
     arm = Arm(name, seed, args.steps, 3.0 * args.batch_size * forward, command, first)  # backward is twice forward
     rest = budget and budget - (first.compute if first else 0)
     return arm._replace(steps=max(1, round(rest / arm.flops))) if budget else arm
-
-
-def options(name):
-    """The flags of an arm as train_clip.py understands them."""
-    return train_clip.parse_arguments(list(ARMS[name]))[0]
 
 
 def place(args, arm):
@@ -129,8 +125,8 @@ def train(args, arms):
         seconds, spent = seconds + time.monotonic() - begin, spent + flops
         rest = sum(flops for *_, flops in todo[number:])
         if rest and spent:
-            print(f"{number} of {len(todo)} arms trained; at this rate the others take {rest * seconds / spent / 60:.0f} "
-                  "minutes more", flush=True)
+            print(f"{number} of {len(todo)} arms trained; at this rate the others take "
+                  f"{rest * seconds / spent / 60:.0f} minutes more", flush=True)
     return [place(args, arm) for arm in arms]
 
 
@@ -141,7 +137,7 @@ def train_seeds(args, names):
 
 
 def launch(args, command):
-    """Run a training script to its end, its output shown. It inherits the lock, and so holds it should it be left behind.
+    """Run a training script to its end, its output shown. It inherits the lock, and holds it should it be left behind.
     Raises ValueError when it fails; after Ctrl-C or SIGTERM waits for its checkpoint."""
     script = Path(__file__).resolve().with_name(command[0])
     process = subprocess.Popen([sys.executable, str(script), *command[1:]], pass_fds=[args.lock.fileno()])
@@ -152,32 +148,33 @@ def launch(args, command):
         process.wait()
         raise
     if code:
-        raise ValueError(f"{command[0]} ended with {code}, see above; the same command goes on from its last checkpoint")
+        raise ValueError(f"{command[0]} ended with {code}, see above; the same command goes on from its checkpoint")
 
 
 def open_out(args):
     """Make or open args.out, train the tokenizer of all arms, and read the training pairs, a list.
 
-    Sets args.lock, and args.length, the mean length of a caption in tokens. Raises ValueError when the folder is in use or
-    was begun with other settings, or a pair lacks a name.
+    Sets args.lock, and args.length, the mean length of a caption in tokens. Raises ValueError when the folder is in use
+    or was begun with other settings, or a pair lacks a name.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     args.lock = open(args.out / ".lock", "w")
     try:
         fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{args.out}: another findings.py, or a training that one left behind, is at work there") from None
-    settings, path = {"data": args.data, "test": args.test, "batch_size": args.batch_size, "stage_1_steps": STAGE_1_STEPS,
-                      "arms": {name: list(flags) for name, flags in ARMS.items()}}, args.out / "settings.json"
+        raise ValueError(f"{args.out}: another findings.py, or a run that one left behind, is at work there") from None
+    path = args.out / "settings.json"
+    settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size, "stage_1_steps": STAGE_1_STEPS,
+                "arms": {name: list(flags) for name, flags in ARMS.items()}}
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     for key, value in settings.items():
         if before.get(key) != value:
-            raise ValueError(f"{args.out}: {key} was {before.get(key)} and is now {value}: set it back, or name another --out")
+            raise ValueError(f"{args.out}: {key} was {before.get(key)} and is now {value}: name another --out")
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    pairs = trainer.open_pairs(args, trainer.Job(0, 1, torch.device("cpu"), None), None)
+    pairs, test = trainer.open_pairs(args, trainer.Job(0, 1, torch.device("cpu"), None), None), data.Pairs(args.test)
     pairs = [pairs[i] for i in tqdm(range(len(pairs)), "pairs", delay=2, leave=False, file=sys.stdout)]
-    if not all(pair.captions.keys() >= set(LANGUAGES) for pair in pairs):
-        raise ValueError("--data: findings are about pairs with a name in each language, and some lack one")
+    if not all(pair.captions.keys() >= set(LANGUAGES) for pair in (*pairs, *(test[i] for i in range(len(test))))):
+        raise ValueError("--data, --test: findings are about pairs with a name in each language, and some lack one")
     texts, path = [text for pair in pairs for text in pair.captions.values()], args.out / "tokenizer.json"
     if not path.exists():
         Tokenizer.train(texts, kelip.PRESETS["tiny"]["vocab_size"], progress=sys.stdout.isatty()).save(path)
@@ -188,42 +185,30 @@ def open_out(args):
 # --------------------------------------------------------------------------------------------- numbers and verdicts
 
 def embed(args, run):
-    """A run's model and tokenizer, and the test as they see it: (model, tokenizer, evaluate.Embedded)."""
+    """A run's model and tokenizer, and the test as they see it: (model, tokenizer, evaluate.Embedded). The first M names
+    of each language are those of the M pictures."""
     model, _, tokenizer = kelip.build_model(str(run), "cuda" if torch.cuda.is_available() else "cpu")
-    return model, tokenizer, evaluate.Embedded(model, data.Pairs(args.test), tokenizer, evaluate.read_candidates(args.test))
+    names = evaluate.read_candidates(args.test)
+    return model, tokenizer, evaluate.Embedded(model, data.Pairs(args.test), tokenizer, names)
 
 
 def recalls(run):
-    """R@1 of a finished run, in 0..1: {"English, image to text": ..., ..., "mean": ...}."""
+    """R@1 of a finished run, in 0..1, float [5]: what COLUMNS says."""
     found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["retrieval"]
-    return with_mean({f"{evaluate.NAMES[language]}, {title}": found[language][way]["R@1"]
-                      for language in LANGUAGES for way, title in evaluate.WAYS.items()})
-
-
-def with_mean(values):
-    """A dict of numbers, and their mean."""
-    return {**values, "mean": fmean(values.values())}
-
-
-def means(found):
-    """The means of several runs, float [seeds]."""
-    return np.array([one["mean"] for one in found])
+    values = [found[language][way]["R@1"] for language in LANGUAGES for way in evaluate.WAYS]
+    return np.array([*values, fmean(values)])
 
 
 def verdict(claim, differences, times=100):
-    """A part of a claim, and whether it held. differences: one a seed, to the control. Held where all are positive and
-    their mean is larger than their standard deviation; None, undecided, where there are fewer than three."""
+    """A part of a claim, whether it held, and that in words. differences: one a seed, to the control. Held where all
+    are positive and their mean is larger than their standard deviation; None, undecided, where they are not three."""
     values = [times * float(x) for x in differences]
     mean, sd = fmean(values or [0]), stdev(values) if len(values) > 1 else 0.0
     held = min(values) > 0 and mean > sd if len(values) > 2 else None
-    return {"claim": claim, "differences": values, "mean": mean, "sd": sd, "held": held}
-
-
-def sentence(part):
-    """A verdict in words."""
-    end = {True: "held here", False: "did not hold here", None: "not decided here, three seeds are the least"}[part["held"]]
-    each = ", ".join(f"{value:+.2f}" for value in part["differences"]) or "none"
-    return f"{part['claim']}: {part['mean']:+.2f} ± {part['sd']:.2f} ({each}): {end}"
+    end = {True: "held here", False: "did not hold here", None: "not decided here, three seeds are the least"}[held]
+    each = ", ".join(f"{value:+.2f}" for value in values) or "none"
+    return {"claim": claim, "differences": values, "mean": mean, "sd": sd, "held": held,
+            "words": f"{claim}: {mean:+.2f} ± {sd:.2f} ({each}): {end}"}
 
 
 def show(values, times=100, digits=1):
@@ -232,44 +217,40 @@ def show(values, times=100, digits=1):
     return f"{fmean(values):.{digits}f} ± {stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
-def compare(title, rows):
-    """A table of arms: rows is {label: one dict of numbers in 0..1 a seed, "mean" among them}; the first is what the others
-    are compared with, seed by seed."""
-    [first, *_] = rows
-    lines = [[label, *(show([one[key] for one in found]) for key in found[0]),
-              show(means(found) - means(rows[first]), digits=2) if label != first else ""] for label, found in rows.items()]
-    return title, ["", *rows[first][0], "less the first"], lines
+def compare(title, columns, rows):
+    """A table of arms. rows: {label: float [seeds, columns], in 0..1}; the last column is compared with that of the
+    first row, seed by seed."""
+    first = next(iter(rows.values()))[:, -1]
+    lines = [[label, *map(show, found.T), show(found[:, -1] - first, digits=2)] for label, found in rows.items()]
+    return title, ["", *columns, "less the first"], lines
 
 
 def conclude(args, name, numbers, tables, verdicts, parts):
-    """Print the tables and verdicts, write OUT/name.json and OUT/name.html. tables: (title, head, rows of text) each; parts:
-    more pieces of the page. Returns the verdicts in words."""
-    claim, trains, refuted = explain(name)
-    lines = [sentence(part) for part in verdicts]
+    """Print the tables and verdicts, write OUT/name.json and OUT/name.html. tables: (title, head, rows of text) each;
+    parts: more pieces of the page. Returns the verdicts in words."""
+    claim, trains, refuted = (" ".join(part.split()) for part in inspect.getdoc(FINDINGS[name]).split("\n\n"))
+    lines = [part["words"] for part in verdicts]
     for title, head, rows in tables:
         print(f"\n{title}")
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         for row in (head, *rows):
-            print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+            print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:]))]))
     print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
-    written = {"claim": claim, "refuted": refuted, "steps": args.steps, "seeds": args.seeds, "verdicts": verdicts, **numbers}
-    (args.out / f"{name}.json").write_text(json.dumps(written, indent=1, ensure_ascii=False), encoding="utf-8")
+    found = {"claim": claim, "refuted": refuted, "steps": args.steps, "seeds": args.seeds, "verdicts": verdicts}
+    (args.out / f"{name}.json").write_text(json.dumps(
+        {**found, **numbers}, indent=1, ensure_ascii=False, default=np.ndarray.tolist), encoding="utf-8")
     page.write(args.out / f"{name}.html", claim, trains, page.heading("What would refute it", refuted),
-               page.heading("What was found"), page.names("", [(line, "held here" in line) for line in lines], "en"),
+               page.heading("What was found"), page.names("", [(part["words"], part["held"]) for part in verdicts]),
                *(page.heading(title) + page.table(head, rows) for title, head, rows in tables), *parts)
     return lines
 
 
-def explain(name):
-    """The paragraphs of a finding's docstring: what is claimed, what is trained, what would refute the claim."""
-    return [" ".join(paragraph.split()) for paragraph in inspect.getdoc(FINDINGS[name]).split("\n\n")]
-
-
 def views(pairs, arms):
     """Pieces of a page: drawings as arms see them, all their crops. arms: {title: name}."""
-    images = np.stack([shards.decode(pair.image).resize((72, 72)) for pair in pairs[:6]])                  # [N, 72, 72, 3]
+    images = np.stack([shards.decode(pair.image).resize((72, 72)) for pair in pairs[:6]])    # [N, 72, 72, 3]
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (crops.MEAN, crops.STD))
-    for title, flags in ((title, options(name)) for title, name in arms.items()):
+    for title, name in arms.items():
+        flags = train_clip.parse_arguments([*ARMS[name]])[0]
         many = crops.multi_crop(torch.from_numpy(images).permute(0, 3, 1, 2), crops.parse_crops(flags.crops), 0,
                                 torch.arange(len(images)), None, flags.scale, flags.low_scale, augment=flags.augment)
         pixels = [((crop * deviation + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -285,31 +266,29 @@ LABELS = {"clip": "CLIP alone", "mae": "+ MAE", "crops": "+ multi-crop", "both":
 def ablation(args, pairs):
     """Stage 1 (a masked autoencoder on the pictures) and multi-crop each help, and together they help most.
 
-    Trains, for each seed, CLIP alone, + MAE, + multi-crop and both, on equally many pictures in stage 2 (stage 1's come on
-    top); then the first three for as many operations as both does, its stage 1 included. Two hours on two CPU cores.
+    Trains, for each seed, CLIP alone, + MAE, + multi-crop and both, on equally many pictures in stage 2 (stage 1's come
+    on top); then the first three for as many operations as both does, its stage 1 included. Two hours on two CPU cores.
 
-    Compared is mean R@1 over both languages and directions, of + MAE and of + multi-crop with CLIP alone, of both with the
-    best of the other three. Refuted in each part where the difference is not positive beyond its spread.
+    Compared is mean R@1 over both languages and directions, of + MAE and of + multi-crop with CLIP alone, of both with
+    the best of the other three. Refuted in each part where the difference is not positive beyond its spread.
     """
     budget = make_arm(args, "both", 0).compute
-    numbers, tables, verdicts = {"caption_length": args.length}, [], []
-    many = {title: {name: [make_arm(args, name, seed, limit) for seed in range(args.seeds)] for name in LABELS}
-            for title, limit in (("the same pictures in stage 2", None), ("the same operations", budget))}
-    train(args, [arms[name][seed] for seed in range(args.seeds) for arms in many.values() for name in LABELS])
-    for title, arms in many.items():
-        found = {name: [recalls(place(args, arm)) for arm in arms[name]] for name in LABELS}
-        mean = {name: means(found[name]) for name in LABELS}
-        length = {name: (f"{arm.init.steps:,} + " if arm.init else "") + f"{arm.steps:,} steps, {arm.compute / 1e15:.2f} Pflop"
-                  for name, (arm, *_) in arms.items()}
-        tables.append(compare(f"R@1 at {title}, %", {f"{LABELS[name]}, {length[name]}": found[name] for name in LABELS}))
-        for text, difference in (
-                ("+ MAE less CLIP alone", mean["mae"] - mean["clip"]),
-                ("+ multi-crop less CLIP alone", mean["crops"] - mean["clip"]),
-                ("both less the best other", mean["both"] - np.max([mean["clip"], mean["mae"], mean["crops"]], axis=0))):
-            verdicts.append(verdict(f"At {title}, {text}, points of R@1", difference))
-        numbers[title] = {name: {"steps": arms[name][0].steps, "operations": arms[name][0].compute, "R@1": found[name]}
-                          for name in LABELS}
-    return numbers, tables, verdicts, views(pairs, {"Drawings as CLIP alone sees them": "clip", "With multi-crop": "crops"})
+    settings = {title: {name: [make_arm(args, name, seed, limit) for seed in range(args.seeds)] for name in LABELS}
+                for title, limit in (("the same pictures in stage 2", None), ("the same operations", budget))}
+    train(args, [arms[name][seed] for seed in range(args.seeds) for arms in settings.values() for name in LABELS])
+    numbers, tables, verdicts = {"caption_length": args.length, "columns": COLUMNS}, [], []
+    for title, arms in settings.items():
+        found = {name: np.stack([recalls(place(args, arm)) for arm in many]) for name, many in arms.items()}
+        clip, mae, multi, both = (found[name][:, -1] for name in LABELS)
+        labels = {name: f"{LABELS[name]}, " + (f"{arm.init.steps:,} + " if arm.init else "")
+                  + f"{arm.steps:,} steps, {arm.compute / 1e15:.2f} Pflop" for name, (arm, *_) in arms.items()}
+        tables.append(compare(f"R@1 at {title}, %", COLUMNS, {labels[name]: found[name] for name in LABELS}))
+        verdicts += [verdict(f"At {title}, {text}, points of R@1", difference) for text, difference in (
+            ("+ MAE less CLIP alone", mae - clip), ("+ multi-crop less CLIP alone", multi - clip),
+            ("both less the best other", both - np.max([clip, mae, multi], axis=0)))]
+        numbers[title] = {name: {"steps": arm.steps, "operations": arm.compute, "R@1": found[name]}
+                          for name, (arm, *_) in arms.items()}
+    return numbers, tables, verdicts, views(pairs, {"Drawings as CLIP alone sees them": "clip", "Multi-crop": "crops"})
 
 
 def augmentation(args, pairs):
@@ -317,23 +296,25 @@ def augmentation(args, pairs):
 
     Trains multi-crop with --augment and without, which is the ablation's arm. 20 minutes after the ablation, else 40.
 
-    Compared are accuracy on coarse groups of emoji, the mean over groups and languages, and mean R@1. Refuted unless the
-    first is higher with --augment, and the second lower, each beyond its spread.
+    Compared are accuracy on coarse groups of emoji, the mean over groups and languages, and mean R@1. Refuted unless
+    the first is higher with --augment, and the second lower, each beyond its spread.
     """
-    runs, found, accuracy = train_seeds(args, ("crops", "augment")), {}, collections.defaultdict(list)
-    for name, folders in runs.items():
-        found[name] = [recalls(folder) for folder in folders]
-        for folder in folders:
-            model, tokenizer, embedded = embed(args, folder)
+    found, accuracy = {}, {}
+    for label, runs in zip(("plain", "augmented"), train_seeds(args, ["crops", "augment"]).values()):
+        found[label], accuracy[label] = np.stack([recalls(run) for run in runs]), []
+        for run in runs:
+            model, tokenizer, embedded = embed(args, run)
             embedded.pairs, classes = groups_of(embedded.pairs)
             result = evaluate.classify(model, None, tokenizer, classes, embedded=embedded)
-            accuracy[name].append(with_mean({evaluate.NAMES[x]: result[x]["mean_per_class"] for x in LANGUAGES}))
-    tables = [compare("Retrieval, R@1, %", {"plain": found["crops"], "augmented": found["augment"]}),
-              compare(f"{result['pictures']:,} drawings in {result['classes']} groups, accuracy by group, %, chance "
-                      f"{100 / result['classes']:.1f}", {"plain": accuracy["crops"], "augmented": accuracy["augment"]})]
-    verdicts = [verdict("Classification, augmented less plain, points", means(accuracy["augment"]) - means(accuracy["crops"])),
-                verdict("Retrieval, plain less augmented, points", means(found["crops"]) - means(found["augment"]))]
-    return ({"R@1": found, "accuracy": accuracy}, tables, verdicts,
+            values = [result[language]["mean_per_class"] for language in LANGUAGES]
+            accuracy[label].append([*values, fmean(values)])
+        accuracy[label] = np.array(accuracy[label])                          # [seeds, languages and mean]
+    title = f"{result['pictures']:,} drawings in {result['classes']} groups, accuracy by group, %"
+    tables = [compare("Retrieval, R@1, %", COLUMNS, found), compare(title, ["English", "Korean", "mean"], accuracy)]
+    better, worse = (values["augmented"][:, -1] - values["plain"][:, -1] for values in (accuracy, found))
+    verdicts = [verdict("Classification, augmented less plain, points", better),
+                verdict("Retrieval, plain less augmented, points", -worse)]
+    return ({"columns": COLUMNS, "R@1": found, "accuracy": accuracy, "chance": 1 / result["classes"]}, tables, verdicts,
             views(pairs, {"Drawings with plain crops": "crops", "Augmented": "augment"}))
 
 
@@ -349,14 +330,15 @@ GROUPS = {  # English and Korean name: first code points, from-to
 
 
 def groups_of(pairs):
-    """Pairs with their group of emoji as .cls, by the first code point of their key, or with no class where they are of none;
-    and the groups as evaluate.classify takes classes."""
+    """Pairs with their group of emoji as .cls, by the first code point of their key, or without a class; and the groups
+    as evaluate.classify takes classes."""
     group_of = {point: number for number, text in enumerate(GROUPS.values()) for span in text.split()
                 for point in range(int(span.split("-")[0], 16), int(span.split("-")[-1], 16) + 1)}
     groups = [group_of.get((code_points(pair.key) or [0])[0]) for pair in pairs]
     labelled = [pair._replace(captions={}, members={} if group is None else {"cls": b"%d" % group})
                 for pair, group in zip(pairs, groups)]
-    return labelled, {"classnames": dict(zip(LANGUAGES, map(list, zip(*GROUPS)))), "templates": dict.fromkeys(LANGUAGES, ["{}"])}
+    names = dict(zip(LANGUAGES, map(list, zip(*GROUPS))))
+    return labelled, {"classnames": names, "templates": dict.fromkeys(LANGUAGES, ["{}"])}
 
 
 def code_points(key):
@@ -365,11 +347,11 @@ def code_points(key):
 
 
 def concept(pair):
-    """What a drawing is of, whatever the gender and skin tone: the code points of its key without those, or else its English
-    name."""
+    """What a drawing is of, whatever the gender and skin tone: the code points of its key without those, or else its
+    English name."""
     points = [0x1F9D1 if point in (0x1F468, 0x1F469) else point for point in code_points(pair.key)]  # man, woman: person
-    kept = [point for point in points if not 0x1F3FB <= point <= 0x1F3FF and point not in (0x2640, 0x2642, 0x200D, 0xFE0F)]
-    return " ".join(map(str, kept)) or pair.captions["en"]
+    tones_and_signs = {*range(0x1F3FB, 0x1F400), 0x2640, 0x2642, 0x200D, 0xFE0F}
+    return " ".join(f"{point:X}" for point in points if point not in tones_and_signs) or pair.captions["en"]
 
 
 def language_of(variant, pair):
@@ -393,14 +375,14 @@ def write_variant(folder, variant, pairs):
 def alignment(args, pairs):
     """Without any loss between them, the two languages align through the pictures that they share.
 
-    Trains 'shared', where every drawing is captioned in one language only, by a hash of its key, so that no pair carries both
-    names but both languages name each thing, in drawings of different vendors; and its control 'apart', where every thing,
-    with all its skin tones and genders, is captioned in one language only. 25 minutes.
+    Trains 'shared', where every drawing is captioned in one language only, by a hash of its key, so that no pair carries
+    both names but both languages name each thing, in drawings of different vendors; and its control 'apart', where every
+    thing, with all its skin tones and genders, is captioned in one language only. 25 minutes.
 
     Compared is translation with no picture between: the Korean name nearest to an English one among all names, and back,
-    mean R@1. Refuted where 'shared' is not above 'apart' beyond the spread. The control was never told one of a thing's two
-    names: what it gets right comes from what names have in common, such as skin tones. Rows of pictures show that each arm
-    learned both languages: retrieval, mean of both directions, of the names that it was told.
+    mean R@1. Refuted where 'shared' is not above 'apart' beyond the spread. The control was never told one of a thing's
+    two names: what it gets right comes from what names have in common, such as skin tones. Rows of pictures show that
+    each arm learned both languages: retrieval, mean of both directions, of the names that it was told.
     """
     everyone = [*pairs, *(test[i] for test in [data.Pairs(args.test)] for i in range(len(test)))]
     names = sorted({tuple(pair.captions[language] for language in LANGUAGES) for pair in everyone})
@@ -411,7 +393,7 @@ def alignment(args, pairs):
         told = {(language, pair.captions[language]) for pair in pairs for language in [language_of(variant, pair)]}
         for folder in folders:
             model, tokenizer, embedded = embed(args, folder)
-            english, korean = (evaluate.embed_texts(model, tokenizer, list(texts)) for texts in zip(*names))     # [P, D] each
+            english, korean = (evaluate.embed_texts(model, tokenizer, list(texts)) for texts in zip(*names))  # [P, D]
             ways = evaluate.recall_at_k(english, korean, torch.arange(len(names)))
             ways = {"English to Korean": ways["image_to_text"], "Korean to English": ways["text_to_image"]}
             for language in LANGUAGES:
@@ -421,7 +403,7 @@ def alignment(args, pairs):
                 ways[f"pictures, {evaluate.NAMES[language]}"] = {
                     key: fmean(way[key] for way in both.values()) for key in both["image_to_text"]}
             found[variant].append(ways)
-            nearest.setdefault(variant, (english @ korean.T).topk(min(3, len(names))).indices)  # [P, 3], of the first seed
+            nearest.setdefault(variant, (english @ korean.T).topk(min(3, len(names))).indices)   # of the first seed
     rows = [[f"{variant}: {way}", *(show([one[way][key] for one in many]) for key in many[0][way])]
             for variant, many in found.items() for way in many[0]]
     translation = {variant: np.array([fmean(one[way]["R@1"] for way in one if " to " in way) for one in many])
@@ -432,9 +414,9 @@ def alignment(args, pairs):
         for variant in VARIANTS)) for i in range(0, len(names), max(1, len(names) // 24)) if names[i][0] in place_of]
     head = ["%", *(f"R@{k}" for k in evaluate.KS)]
     return ({"names": len(names), "found": found},
-            [(f"Translation among {len(names):,} names, chance {100 / len(names):.2f} %; pictures with names", head, rows)],
+            [(f"Translation among {len(names):,} names, chance {100 / len(names):.2f} %; and pictures", head, rows)],
             [verdict("Translation, shared less apart, points of R@1", translation["shared"] - translation["apart"])],
-            [page.heading("The Korean names nearest to an English one", "With the first seed; the right one is marked."),
+            [page.heading("The Korean names nearest to an English one", "The first seed's; the right one is marked."),
              page.cards(cards)])
 
 
@@ -453,11 +435,11 @@ def rank_correlation(x, y):
 
 
 def agreements(nearest):
-    """What culture measures. nearest: for each seed {language: int64 [P, K]}, the pictures nearest to each concept's name.
+    """What culture measures. nearest: for each seed {language: int64 [P, K]}, the pictures nearest to each of P names.
 
-    Returns, for each two seeds, the agreement of names in one language and of those in two, [pairs of seeds, P] each; and for
-    each seed how its parting of the languages, over concepts, is correlated with the other seeds' and, as control, with how
-    little two others agree in one language (None where there are no two others).
+    Returns, for each two seeds, the agreement of names in one language and of those in two, [pairs of seeds, P] each;
+    and for each seed how its parting of the languages, over names, is correlated with the other seeds' and, as control,
+    with how little two others agree in one language (None where there are no two others).
     """
     couples = list(itertools.combinations(range(len(nearest)), 2))
 
@@ -478,45 +460,48 @@ def culture(args, pairs):
 
     Trains CLIP alone, the ablation's arm. Seconds after the ablation, else ten minutes.
 
-    Two names agree by the Jaccard index of the ten test drawings nearest to each. Refuted where names in one language agree
-    no more across two seeds than names in two languages across the same two; and where how far the languages part, concept by
-    concept, is correlated no more across seeds than it is with how little two other seeds agree in one language (names that
-    find nothing for sure part by noise alone); each beyond the spread. Pairs of seeds share seeds: their spread is optimistic.
+    Two names agree by the Jaccard index of the ten test drawings nearest to each. Refuted where names in one language
+    agree no more across two seeds than names in two languages across the same two; and where how far the languages part,
+    name by name, is correlated no more across seeds than it is with how little two other seeds agree in one language
+    (names that find nothing for sure part by noise alone); each beyond the spread, which is over pairs of seeds for the
+    first and so smaller than it should be, since pairs share seeds.
     """
     if args.seeds < 2:
         raise ValueError(f"--seeds {args.seeds}: culture compares seeds, at least 2")
     scores = []
     for run in train_seeds(args, ["clip"])["clip"]:
         *_, embedded = embed(args, run)
-        M = len(embedded.pairs)  # the first M names of each language are those of the pictures
-        scores.append({language: embedded.texts[language][:M] @ embedded.images.T for language in LANGUAGES})       # [M, M]
+        M = len(embedded.pairs)
+        scores.append({x: embedded.texts[x][:M] @ embedded.images.T for x in LANGUAGES})     # [M, M] each
     k = min(NEAREST, M)
     same, cross, ours, controls = agreements([{x: one[x].topk(k).indices for x in LANGUAGES} for one in scores])
     known = None not in controls
     tables = [(f"Jaccard index of the {k} nearest of {M:,} drawings, %", ["agreement", "mean over pairs of seeds"],
                [["two seeds, one language", show(same.mean(1))], ["two seeds, two languages", show(cross.mean(1))],
                 ["chance", f"{100 * k / (2 * M - k):.1f}"]]),
-              ("Rank correlation, over concepts, of the parting of the languages", ["correlation with", "mean over seeds"],
+              ("Rank correlation, over names, of the parting of the languages", ["with", "mean over seeds"],
                [["the parting in another seed", show(ours, 1, 2)],
-                ["the disagreement of two others in one language", show(controls, 1, 2) if known else "needs three seeds"]])]
+                ["disagreement of two others in one language", show(controls, 1, 2) if known else "needs three seeds"]])]
     verdicts = [verdict("Agreement across seeds, in one language less in two, points", (same - cross).mean(1)),
-                verdict("Correlation of the parting, with that of other seeds less with their disagreement in one language",
+                verdict("Correlation of the parting, with other seeds' less with their disagreement in one language",
                         np.subtract(ours, controls) if known else [], times=1)]
     parting = (same - cross).amin(0)                                         # [M]: in every two seeds at least this
-    order = {concept(embedded.pairs[i]): i for i in parting.argsort(stable=True).tolist()}  # the last of each, the most parted
+    most = {concept(embedded.pairs[i]): i for i in parting.argsort(stable=True).tolist()}    # name of each concept
     top = {x: sum(one[x] for one in scores).topk(k).indices.tolist() for x in LANGUAGES}
 
     def drawings(numbers):
-        return page.row(page.picture(shards.decode(embedded.pairs[i].image), 44, embedded.pairs[i].captions["en"]) for i in numbers)
+        chosen = [embedded.pairs[i] for i in numbers]
+        return page.row(page.picture(shards.decode(pair.image), 44, pair.captions["en"]) for pair in chosen)
     cards = [page.card(drawings([i]), "".join(page.names(embedded.pairs[i].captions[x], [], x) + drawings(top[x][i])
                                               for x in LANGUAGES))
-             for i in sorted(order.values(), key=lambda i: -parting[i])[:16]]
+             for i in sorted(most.values(), key=lambda i: -parting[i])[:16]]
     numbers = {"one language": same.mean(1).tolist(), "two languages": cross.mean(1).tolist(), "correlation": ours,
                "control": controls, "parting": {embedded.pairs[i].captions["en"]: parting[i].item()
                                                 for i in parting.argsort(descending=True)[:100].tolist()}}
     return numbers, tables, verdicts, [
-        page.heading("Where the languages part most in every two seeds", f"The {k} drawings nearest to the English name and to "
-                     "the Korean one, by the sum over seeds. The most extreme of all: in part by luck."), page.cards(cards)]
+        page.heading("Where the languages part most in every two seeds", f"The {k} drawings nearest to the English name "
+                     "and to the Korean one, by the sum over seeds. The most extreme of all, and so in part by luck."),
+        page.cards(cards)]
 
 
 ATTRIBUTES = {  # kind: groups of attributes that take each other's place in English names, with their Korean
@@ -531,10 +516,10 @@ QUERIES = {"A - text + text": (1, -1, 1), "A + text": (1, 0, 1), "A": (1, 0, 0),
 
 
 def analogies(pairs):
-    """All analogies between pairs: {kind: [(A, B, {language: (attribute of A, attribute of B)})]}, A and B places in pairs.
+    """All analogies between pairs: {kind: [(A, B, {language: (attribute of A, of B)})]}, A and B places in pairs.
 
-    B's English name is A's with one attribute of ATTRIBUTES, which stands in it once, in place of another: "man artist" and
-    "woman artist". Flags of countries are analogies of each other, and the countries' names are the attributes.
+    B's English name is A's with one attribute of ATTRIBUTES, which stands in it once, in place of another: "man artist"
+    and "woman artist". Flags of countries are analogies of each other, the countries' names being the attributes.
     """
     place_of = {pair.captions["en"]: i for i, pair in enumerate(pairs)}
     found, seen = collections.defaultdict(list), set()
@@ -546,16 +531,17 @@ def analogies(pairs):
                 if b is not None and (a, b) not in seen:  # "red hair" is of one kind alone, the first
                     seen.add((a, b))
                     found[kind].append((a, b, {"en": (old, new), "ko": (group[old], group[new])}))
-    flags = [i for i, pair in enumerate(pairs) if (points := code_points(pair.key)) and min(points) >= 0x1F1E6 and max(points) <= 0x1F1FF]
+    flags = [i for i, pair in enumerate(pairs) if (code_points(pair.key) or [0])[0] in range(0x1F1E6, 0x1F200)]
     for a, b in itertools.permutations(flags, 2):
-        found["flag"].append((a, b, {x: tuple(pairs[i].captions[x].removeprefix("깃발 ") for i in (a, b)) for x in LANGUAGES}))
+        words = {x: tuple(pairs[i].captions[x].removeprefix("깃발 ") for i in (a, b)) for x in LANGUAGES}
+        found["flag"].append((a, b, words))
     return found
 
 
 def rank_of_analogue(images, a, b, old, new, weights):
-    """How many pictures but A lie nearer to weights[0] A + weights[1] old + weights[2] new than B does, int64 [n]. images:
-    unit vectors [M, D]; a, b: int64 [n]; old, new: unit vectors of texts [n, D]."""
-    scores = kelip.unit(weights[0] * images[a] + weights[1] * old + weights[2] * new) @ images.T                    # [n, M]
+    """How many pictures but A lie nearer to weights[0] A + weights[1] old + weights[2] new than B does, int64 [n].
+    images: unit vectors [M, D]; a, b: int64 [n]; old, new: unit vectors of texts [n, D]."""
+    scores = kelip.unit(weights[0] * images[a] + weights[1] * old + weights[2] * new) @ images.T     # [n, M]
     scores[torch.arange(len(a)), a] = -2
     return (scores > scores.gather(1, b[:, None])).sum(1)
 
@@ -565,10 +551,10 @@ def analogy(args, pairs):
 
     Trains CLIP alone, the ablation's arm, or takes any --run. Seconds after the ablation, else ten minutes.
 
-    For drawings A and B of the test whose English names differ in one attribute, B is looked for among all drawings but A by
-    A - text(attribute of A) + text(attribute of B), weights 1, and once more with whole names for attributes. Compared is
-    R@1, the mean over kinds of attribute and languages, with the better of A alone and the target's text alone. Refuted where
-    it is not higher beyond the spread.
+    For drawings A and B of the test whose English names differ in one attribute, B is looked for among all drawings but
+    A by A - text(attribute of A) + text(attribute of B), weights 1, and once more with whole names for attributes.
+    Compared is R@1, the mean over kinds of attribute and languages, with the better of A alone and the target's text
+    alone. Refuted where it is not higher beyond the spread.
     """
     runs = args.run or train_seeds(args, ["clip"])["clip"]
     found, cards = collections.defaultdict(list), []  # (texts, language, kind, query) -> (R@1, R@5) of each run
@@ -582,7 +568,7 @@ def analogy(args, pairs):
             words = {word: i for i, word in enumerate(dict.fromkeys(word for one in many for word in one[2][language]))}
             vectors = evaluate.embed_texts(model, tokenizer, list(words))
             texts = {"attributes": [vectors[[words[one[2][language][side]] for one in many]] for side in (0, 1)],
-                     "names": [embedded.texts[language][side] for side in sides]}                           # [n, D] each
+                     "names": [embedded.texts[language][side] for side in sides]}            # [n, D] each
             for (what, vectors), (query, weights) in itertools.product(texts.items(), QUERIES.items()):
                 ranks = rank_of_analogue(embedded.images, a, b, *vectors, weights)
                 found[what, language, kind, query].append([(ranks < k).float().mean().item() for k in (1, 5)])
@@ -610,12 +596,13 @@ def analogy(args, pairs):
             old, new = evaluate.embed_texts(model, tokenizer, list(words[x]))
             nearest = (embedded.images @ (embedded.images[a] - old + new)).topk(min(4, M)).indices.tolist()
             nearest = [i for i in nearest if i != a][:3]
-            lists += page.names(f"- {words[x][0]} + {words[x][1]}", [(embedded.pairs[i].captions[x], i == b) for i in nearest], x)
+            lists += page.names(f"- {words[x][0]} + {words[x][1]}",
+                                [(embedded.pairs[i].captions[x], i == b) for i in nearest], x)
             lists += page.row(page.picture(shards.decode(embedded.pairs[i].image), 44) for i in nearest)
         cards.append(page.card(page.picture(shards.decode(embedded.pairs[a].image), 56), lists))
     return ({"runs": list(map(str, runs)), "analogies": {kind: len(many) for kind, many in every.items()},
              "R@1 and R@5": {", ".join(key): values for key, values in found.items()}}, tables, verdicts,
-            [page.heading("Some of them", "What the last run finds first; the right one is marked."), page.cards(cards)])
+            [page.heading("Some of them", "What the last run finds; the right one is marked."), page.cards(cards)])
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -626,7 +613,7 @@ FINDINGS = {finding.__name__: finding for finding in (ablation, augmentation, al
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="\n\n".join(f"{name}: {inspect.getdoc(finding)}" for name, finding in FINDINGS.items()),
+        description=__doc__, epilog="\n\n".join(f"{name}: {inspect.getdoc(f)}" for name, f in FINDINGS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("finding", choices=[*FINDINGS, "all"])
@@ -639,7 +626,7 @@ def parse_arguments(argv=None):
     add("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default: 3)")
     add("--steps", type=int, default=400, metavar="N", help="steps of an arm in stage 2 (default: 400)")
     add("--batch-size", type=int, default=256, metavar="N", help="pairs a step (default: 256)")
-    add("--run", nargs="+", metavar="RUN", help="analogy: take these, as kelip.build_model opens them, and train nothing")
+    add("--run", nargs="+", metavar="RUN", help="analogy: take these, as kelip.build_model opens them")
     args = parser.parse_args(argv)
     for flag in ("seeds", "steps", "batch_size"):
         if getattr(args, flag) < 1:
