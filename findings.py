@@ -170,11 +170,11 @@ def open_out(args):
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(f"{args.out}: {key} was {before.get(key)} and is now {value}: name another --out")
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     pairs, test = trainer.open_pairs(args, trainer.Job(0, 1, torch.device("cpu"), None), None), data.Pairs(args.test)
     pairs = [pairs[i] for i in tqdm(range(len(pairs)), "pairs", delay=2, leave=False, file=sys.stdout)]
     if not all(pair.captions.keys() >= set(LANGUAGES) for pair in (*pairs, *(test[i] for i in range(len(test))))):
         raise ValueError("--data, --test: findings are about pairs with a name in each language, and some lack one")
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     texts, path = [text for pair in pairs for text in pair.captions.values()], args.out / "tokenizer.json"
     if not path.exists():
         Tokenizer.train(texts, kelip.PRESETS["tiny"]["vocab_size"], progress=sys.stdout.isatty()).save(path)
@@ -185,8 +185,8 @@ def open_out(args):
 # --------------------------------------------------------------------------------------------- numbers and verdicts
 
 def embed(args, run):
-    """A run's model and tokenizer, and the test as they see it: (model, tokenizer, evaluate.Embedded). The first M names
-    of each language are those of the M pictures."""
+    """A run's model and tokenizer, and the test as they see it: (model, tokenizer, evaluate.Embedded). Its first M names
+    in each language are those of its M pictures."""
     model, _, tokenizer = kelip.build_model(str(run), "cuda" if torch.cuda.is_available() else "cpu")
     names = evaluate.read_candidates(args.test)
     return model, tokenizer, evaluate.Embedded(model, data.Pairs(args.test), tokenizer, names)
@@ -281,7 +281,7 @@ def ablation(args, pairs):
         found = {name: np.stack([recalls(place(args, arm)) for arm in many]) for name, many in arms.items()}
         clip, mae, multi, both = (found[name][:, -1] for name in LABELS)
         labels = {name: f"{LABELS[name]}, " + (f"{arm.init.steps:,} + " if arm.init else "")
-                  + f"{arm.steps:,} steps, {arm.compute / 1e15:.2f} Pflop" for name, (arm, *_) in arms.items()}
+                  + f"{arm.steps:,} steps, {arm.compute / 1e12:,.1f} Tflop" for name, (arm, *_) in arms.items()}
         tables.append(compare(f"R@1 at {title}, %", COLUMNS, {labels[name]: found[name] for name in LABELS}))
         verdicts += [verdict(f"At {title}, {text}, points of R@1", difference) for text, difference in (
             ("+ MAE less CLIP alone", mae - clip), ("+ multi-crop less CLIP alone", multi - clip),
@@ -458,7 +458,7 @@ def agreements(nearest):
 def culture(args, pairs):
     """Names of one meaning find different pictures in the two languages, and not by chance.
 
-    Trains CLIP alone, the ablation's arm. Seconds after the ablation, else ten minutes.
+    Trains CLIP alone, the ablation's arm. A minute after the ablation, else twelve.
 
     Two names agree by the Jaccard index of the ten test drawings nearest to each. Refuted where names in one language
     agree no more across two seeds than names in two languages across the same two; and where how far the languages part,
@@ -549,7 +549,7 @@ def rank_of_analogue(images, a, b, old, new, weights):
 def analogy(args, pairs):
     """Image - text + text finds the analogous image.
 
-    Trains CLIP alone, the ablation's arm, or takes any --run. Seconds after the ablation, else ten minutes.
+    Trains CLIP alone, the ablation's arm, or takes any --run. A minute after the ablation, else twelve.
 
     For drawings A and B of the test whose English names differ in one attribute, B is looked for among all drawings but
     A by A - text(attribute of A) + text(attribute of B), weights 1, and once more with whole names for attributes.
