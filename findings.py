@@ -201,7 +201,7 @@ def recalls(run):
 
 def verdict(claim, differences, times=100):
     """A part of a claim, whether it held, and that in words. differences: one a seed, to the control. Held where all
-    are positive and their mean is larger than their standard deviation; None, undecided, where they are not three."""
+    are positive and their mean is larger than their standard deviation; None, undecided, where they are fewer than 3."""
     values = [times * float(x) for x in differences]
     mean, sd = fmean(values or [0]), stdev(values) if len(values) > 1 else 0.0
     held = min(values) > 0 and mean > sd if len(values) > 2 else None
@@ -429,8 +429,8 @@ def jaccard(one, other):
 def rank_correlation(x, y):
     """Spearman's, of two float [P]; equal values have their mean rank."""
     def ranks(values):
-        _, place, count = values.unique(return_inverse=True, return_counts=True)
-        return (count.cumsum(0) - (count - 1) / 2)[place]
+        _, inverse, count = values.unique(return_inverse=True, return_counts=True)
+        return (count.cumsum(0) - (count - 1) / 2)[inverse]
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].nan_to_num(0).item()
 
 
@@ -563,6 +563,8 @@ def analogy(args, pairs):
         every = analogies(embedded.pairs)
         chosen = {kind: [many[i] for i in np.random.default_rng(0).permutation(len(many))[:ANALOGIES]]
                   for kind, many in every.items()}
+        if not chosen:
+            raise ValueError(f"{' '.join(args.test)}: no two English names there differ in one attribute")
         for (kind, many), language in itertools.product(chosen.items(), LANGUAGES):
             sides = a, b = [torch.tensor([one[side] for one in many]) for side in (0, 1)]
             words = {word: i for i, word in enumerate(dict.fromkeys(word for one in many for word in one[2][language]))}
