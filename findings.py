@@ -521,7 +521,8 @@ def analogies(pairs):
     B's English name is A's with one attribute of ATTRIBUTES, which stands in it once, in place of another: "man artist"
     and "woman artist". Flags of countries are analogies of each other, the countries' names being the attributes.
     """
-    place_of = {pair.captions["en"]: i for i, pair in enumerate(pairs)}
+    keys, names = zip(*((pair.key, pair.captions) for pair in pairs))
+    place_of = {captions["en"]: i for i, captions in enumerate(names)}
     found, seen = collections.defaultdict(list), set()
     for kind, groups in ATTRIBUTES.items():
         for (name, a), group in itertools.product(place_of.items(), groups):
@@ -531,9 +532,9 @@ def analogies(pairs):
                 if b is not None and (a, b) not in seen:  # "red hair" is of one kind alone, the first
                     seen.add((a, b))
                     found[kind].append((a, b, {"en": (old, new), "ko": (group[old], group[new])}))
-    flags = [i for i, pair in enumerate(pairs) if (code_points(pair.key) or [0])[0] in range(0x1F1E6, 0x1F200)]
+    flags = [i for i, key in enumerate(keys) if (code_points(key) or [0])[0] in range(0x1F1E6, 0x1F200)]
     for a, b in itertools.permutations(flags, 2):
-        words = {x: tuple(pairs[i].captions[x].removeprefix("깃발 ") for i in (a, b)) for x in LANGUAGES}
+        words = {x: tuple(names[i][x].removeprefix("깃발 ") for i in (a, b)) for x in LANGUAGES}
         found["flag"].append((a, b, words))
     return found
 
