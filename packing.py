@@ -22,7 +22,7 @@ from shards import BLOCK, IMAGES, LANGUAGE, decode, index_tar, map_processes, re
 
 
 @contextlib.contextmanager
-def _whole_folder(out, replaceable):
+def whole_folder(out, replaceable):
     """A temporary folder that becomes `out` when all went well, in place of files that match `replaceable`.
 
     Raises FileExistsError when something else is.
@@ -81,7 +81,7 @@ def pack_emoji(out="data/emoji", test="Joy"):
     unseen = {members["png"] for _, members in held}
     twins = sum(members["png"] in unseen for _, members in train)
     train = [pair for pair in train if pair[1]["png"] not in unseen]
-    with _whole_folder(out, r"(train|test)-\d+\.tar|names\.json|pairs.*\.(index|rows)") as temporary:
+    with whole_folder(out, r"(train|test)-\d+\.tar|names\.json|pairs.*\.(index|rows)") as temporary:
         order = np.random.default_rng(0).permutation(len(train))
         for number, part in enumerate(np.array_split(order, 8)):
             write_shard(f"{temporary}/train-{number}.tar", [train[i] for i in part])
@@ -156,7 +156,7 @@ def pack(out, inputs, shard_pairs=10_000, workers=1):
     if not items:
         raise ValueError(f"{', '.join(inputs)}: no pictures there ({', '.join(sorted(IMAGES))})")
     order = np.random.default_rng(0).permutation(len(items)).tolist()
-    with _whole_folder(out, "") as temporary:
+    with whole_folder(out, "") as temporary:
         jobs = [(f"{temporary}/{first // shard_pairs:06d}.tar",
                  [(i, items[order[i]]) for i in range(first, min(first + shard_pairs, len(items)))])
                 for first in range(0, len(items), shard_pairs)]

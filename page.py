@@ -23,7 +23,7 @@ font:16px/1.5 system-ui,"Apple SD Gothic Neo","Noto Sans KR","Noto Sans CJK KR",
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}p{color:var(--dim)}
 .wide{overflow-x:auto;margin-bottom:1.4rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .8rem .25rem 0;text-align:right;border-bottom:1px solid var(--line);font-weight:normal}
-td:first-child,th:first-child{text-align:left}th{color:var(--dim)}
+td:first-child,th:first-child{text-align:left}td+td{white-space:nowrap}th{color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:1rem}
 .card{display:flex;gap:.8rem;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;overflow-wrap:anywhere}
 .row{display:flex;flex-wrap:wrap;gap:.4rem;margin:.2rem 0 .8rem}
@@ -57,14 +57,15 @@ def table(head, rows):
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def picture(image, side=72):
-    """A PIL image, shown side pixels wide and high at most, and stored at twice that for fine screens."""
+def picture(image, side=72, name=""):
+    """A PIL image, shown side pixels wide and high at most, and stored at twice that for fine screens. name: what it
+    shows."""
     image = image.copy()
     image.thumbnail((2 * side, 2 * side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    source = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" width="{side}" height="{side}" src="data:image/png;base64,{source}">'
+    source, name = base64.b64encode(buffer.getvalue()).decode(), html.escape(name)
+    return f'<img alt="{name}" title="{name}" width="{side}" height="{side}" src="data:image/png;base64,{source}">'
 
 
 def names(title, found, language=""):

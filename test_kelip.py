@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import crops
 import data
 import evaluate
+import findings
 import kelip
 import packing
 import shards
@@ -2530,3 +2531,140 @@ def test_zero_shot_classification(one_run, shapes):
     found = evaluate.classify(model, data.Pairs([str(shapes / "test-0.tar")]), tokenizer, classes, progress=False)
     assert found["pictures"] == 16 and found["classes"] == 4 and found["en"]["top5"] == 1
     assert 0 <= found["ko"]["top1"] == pytest.approx(found["ko"]["mean_per_class"])
+
+
+# --------------------------------------------------------------------------------------------------------- findings.py
+
+def found_pair(key, en="", ko=""):
+    return shards.Pair(key, b"", {"en": en, "ko": ko}, {"png": b"", "en.txt": en.encode(), "ko.txt": ko.encode()}, "")
+
+
+def test_arms_go_on_where_they_stopped_and_are_shared(shapes, tmp_path, monkeypatch):
+    """An ablation that is stopped after a step goes on there, trains nothing twice, and analogy finds its arms."""
+    scripts, started = {"train_clip.py": train_clip.main, "train_mae.py": train_mae.main}, []
+
+    def launch(args, command):
+        started.append((Path(command[command.index("--out") + 1]).name, "--resume" in command))
+        here(scripts[command[0]], *command[1:])
+    monkeypatch.setattr(findings, "launch", launch)
+    flags = ["--data", shapes / "train-*.tar", "--test", shapes / "test-*.tar", "--out", tmp_path, "--seeds", "1", "--steps", "2",
+             "--batch-size", "16"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trainer.StopSignal, "seen", lambda self, job: True)
+        with pytest.raises(SystemExit):
+            here(findings.main, "ablation", *flags)
+    printed = here(findings.main, "ablation", *flags)
+    assert started[:2] == [("clip-2-seed0", False), ("clip-2-seed0", True)]
+    names = [name for name, _ in started[1:]]
+    assert len(set(names)) == len(names) == 8 and not any(resumed for _, resumed in started[2:])
+    assert names.index("stage-1-4-seed0") < names.index("mae-2-seed0") and "not decided here" in printed
+    assert "7 of 8 arms trained" in printed and "minutes more" in printed
+    here(findings.main, "ablation", *flags)
+    here(findings.main, "analogy", *flags)
+    assert len(started) == 9
+    found = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
+    alone, both = (found["the same operations"][name] for name in ("clip", "both"))
+    assert alone["steps"] > both["steps"] == 2 and 0 <= alone["R@1"][0][-1] <= 1 and len(found["verdicts"]) == 6
+    text = (tmp_path / "analogy.html").read_text(encoding="utf-8")
+    assert "빨간색" in text and "data:image/png" in text and "What would refute it" in text
+    with pytest.raises(ValueError, match="batch_size was 16 and is now 32: name another --out"):
+        here(findings.main, "analogy", *flags[:-1], "32")
+    args = findings.parse_arguments(["ablation", *map(str, flags)])
+    args.lock = open(tmp_path / ".lock", "w")
+    with pytest.raises(ValueError, match="train_clip.py ended with 1, see above"):
+        findings_launch(args, ["train_clip.py", "--model", "none"])
+    findings.fcntl.flock(args.lock, findings.fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another findings.py"):
+        here(findings.main, "analogy", *flags)
+
+
+findings_launch = findings.launch
+
+
+def test_arms_of_the_same_operations():
+    args = argparse.Namespace(out=Path("x"), data=["d"], test=["t"], batch_size=256, steps=400, length=11.5)
+    config = kelip.PRESETS["tiny"]
+    step = 3 * 256 * (trainer.image_flops(config, [64, 32, 32]) + trainer.text_flops(config, 11.5))
+    first = 3 * 256 * 800 * trainer.mae_flops(kelip.MAE(kelip.KELIP(**config).visual))
+    budget = findings.make_arm(args, "both", 0).compute
+    assert budget == pytest.approx(400 * step + first)
+    for name in findings.LABELS:
+        arm = findings.make_arm(args, name, 0, budget)
+        assert abs(arm.compute - budget) <= arm.flops / 2 and (arm.init is None) == (name in ("clip", "crops"))
+    assert findings.make_arm(args, "crops", 0, budget).steps == round((400 * step + first) / step)
+
+
+def test_variants_caption_each_drawing_in_one_language(tmp_path):
+    people = [("U+1F468", "man", "남자"), ("U+1F469", "woman", "여자"), ("U+1F468-U+1F3FF", "man dark skin tone", "남자 검은색 피부")]
+    jobs = [(f"{who}-U+200D-U+{job:X}", f"{en} {job}", f"{ko} {job}") for who, en, ko in people for job in range(0x1F300, 0x1F30C)]
+    pairs = [found_pair(f"{vendor}-{key}", en, ko) for vendor in ("Appl", "Goog", "Twtr") for key, en, ko in jobs]
+    assert findings.concept(pairs[0]) == findings.concept(pairs[12]) == findings.concept(pairs[24]) != findings.concept(pairs[1])
+    assert findings.concept(found_pair("000001", "a red circle")) == "a red circle"
+    languages = {}
+    for variant in findings.VARIANTS:
+        findings.write_variant(tmp_path / variant, variant, pairs)
+        read = data.Pairs(str(tmp_path / variant))
+        assert len(read) == len(pairs) and all(len(read[i].captions) == 1 for i in range(len(read)))
+        languages[variant] = {}
+        for pair in (read[i] for i in range(len(read))):
+            languages[variant].setdefault(findings.concept(pair), set()).update(pair.captions)
+    assert all(len(found) == 1 for found in languages["apart"].values()) and len(languages["apart"]) == 12
+    assert set.union(*languages["apart"].values()) == {"en", "ko"} and all(len(x) == 2 for x in languages["shared"].values())
+
+
+def test_what_held_follows_from_the_numbers():
+    assert findings.verdict("x", [0.01, 0.02, 0.015])["held"] is True
+    assert findings.verdict("x", [0.01, 0.02, -0.001])["held"] is False   # one seed says otherwise
+    assert findings.verdict("x", [0.001, 0.001, 0.05])["held"] is False   # the mean is within the spread
+    assert findings.verdict("x", [-0.01, -0.02, -0.015])["held"] is False
+    assert findings.verdict("x", [0.01, 0.02])["held"] is None and findings.verdict("x", [])["held"] is None
+    assert findings.verdict("x", [0.01, 0.02, 0.03])["words"] == "x: +2.00 ± 1.00 (+1.00, +2.00, +3.00): held here"
+
+
+def test_analogies_differ_in_one_attribute():
+    names = {"U+1F468-U+200D-U+1F3A8": ("man artist", "남자 화가"), "U+1F469-U+200D-U+1F3A8": ("woman artist", "여자 화가"),
+             "U+1F469-U+1F3FF-U+200D-U+1F9B0": ("woman dark skin tone red hair", "여자 검은색 피부 빨간 머리"),
+             "U+1F469-U+1F3FE-U+200D-U+1F9B0": ("woman medium-dark skin tone red hair", "여자 진한 갈색 피부 빨간 머리"),
+             "U+1F469-U+1F3FF-U+200D-U+1F9B3": ("woman dark skin tone white hair", "여자 검은색 피부 백발"),
+             "U+1F468-U+2764-U+1F468": ("kiss man man", "키스 남자 남자"), "U+1F534": ("red circle", "빨간 원"),
+             "U+1F535": ("blue circle", "파란 원"), "U+1F1F0-U+1F1F7": ("South Korea", "깃발 대한민국"),
+             "U+1F1FA-U+1F1F3": ("United Nations", "깃발 국제연합"), "U+1F3C1": ("chequered flag", "체크 무늬 깃발")}
+    pairs = [found_pair(f"Joy-{key}", *both) for key, both in names.items()]
+    found = findings.analogies(pairs)
+    assert {kind: sorted((a, b) for a, b, _ in many) for kind, many in found.items()} == {
+        "gender": [(0, 1), (1, 0)], "skin tone": [(2, 3), (3, 2)], "hair": [(2, 4), (4, 2)], "colour": [(6, 7), (7, 6)],
+        "flag": [(8, 9), (9, 8)]}
+    assert found["skin tone"][0][2]["en"] == ("dark skin tone", "medium-dark skin tone")
+    assert found["gender"][0][2]["ko"] == ("남자", "여자") and found["flag"][0][2]["ko"] == ("대한민국", "국제연합")
+    x, y, z = torch.eye(3)
+    images = F.normalize(torch.stack([x + y, x + z, x, z]), dim=1)
+    ranks = [findings.rank_of_analogue(images, torch.tensor([0]), torch.tensor([1]), y[None], z[None], weights).item()
+             for weights in findings.QUERIES.values()]
+    assert ranks == [0, 0, 1, 1]  # y less, z more finds the second; the first alone is nearer to x, z alone to z
+
+
+def test_agreement_of_languages_and_its_noise():
+    def block(start):  # ten pictures a concept, of 40 concepts
+        return torch.arange(10) + start + 100 * torch.arange(40)[:, None]
+    culture = [{"en": block(0), "ko": block(20)}] * 3
+    same, cross, ours, controls = findings.agreements(culture)
+    assert same.shape == (3, 40) and (same == 1).all() and (cross == 0).all()
+    rng = torch.Generator().manual_seed(0)
+    parted = torch.arange(40)[:, None] < 20  # every second half of the concepts is parted in all seeds; noise is even
+
+    def noisy(ids):
+        return torch.where(torch.rand(40, 10, generator=rng) < 0.2, ids + 50 + torch.randint(0, 2, (40, 10), generator=rng) * 10, ids)
+    seeds = [{"en": noisy(block(0)), "ko": noisy(torch.where(parted, block(20), block(0)))} for _ in range(3)]
+    same, cross, ours, controls = findings.agreements(seeds)
+    assert (same.mean(1) > cross.mean(1) + 0.1).all() and min(ours) > 0.6 and max(map(abs, controls)) < 0.5
+    assert findings.agreements(seeds[:2])[3] == [None, None]
+    assert findings.jaccard(torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 9]])).tolist() == [0.5]
+    x, y = torch.tensor([1.0, 2, 2, 5]), torch.tensor([4.0, 1, 1, 0])
+    assert findings.rank_correlation(x, y) == pytest.approx(-1) and findings.rank_correlation(x, x) == pytest.approx(1)
+
+
+def test_groups_of_emoji():
+    keys = ["Joy-U+1F600", "Joy-U+1F469-U+200D-U+1F3A8", "Joy-U+1F1F0-U+1F1F7", "Joy-U+2764", "000001"]
+    labelled, classes = findings.groups_of([found_pair(key, "a face") for key in keys])
+    found = [evaluate.label_of(pair, classes["classnames"]) for pair in labelled]
+    assert [None if i is None else classes["classnames"]["en"][i] for i in found] == ["face", "person", "flag", None, None]
