@@ -259,7 +259,7 @@ def render_page(folder, embedded, found, examples=30):
     for language, result in found.get("classification", {}).items():
         if isinstance(result, dict) and result["confusions"]:
             parts += [page.heading(f"Taken for another, {named(language)} prompts", "One picture of each; the most frequent first."),
-                      page.cards(_confusion(embedded, wrong, language) for wrong in result["confusions"][:12])]
+                      page.cards(_confusion(embedded, wrong) for wrong in result["confusions"][:12])]
     if embedded.texts:
         step = max(1, len(embedded.pairs) // examples)
         shown = list(range(step // 2, len(embedded.pairs), step))[:examples]
@@ -271,11 +271,11 @@ def render_page(folder, embedded, found, examples=30):
                f"{found['pictures']:,} held-out pictures" + (f"; candidates: {counts}." if counts else "."), *parts)
 
 
-def _confusion(embedded, wrong, language):
+def _confusion(embedded, wrong):
     """A picture of one class that was taken for another."""
-    body = page.names(wrong["true"], [(f"{wrong['predicted']}: {wrong['pictures']:,} pictures, {wrong['share']:.0%}", False)],
-                      language)
-    return page.card(page.picture(shards.decode(embedded.pairs[wrong["example"]].image)), body)
+    image = shards.decode(embedded.pairs[wrong["example"]].image)
+    return page.card(page.picture(image), page.lines(f"{wrong['true']} → {wrong['predicted']}", [
+        f"{wrong['pictures']:,} pictures, {wrong['share']:.0%} of the class"]))
 
 
 def _card(embedded, i):

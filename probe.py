@@ -50,7 +50,7 @@ def fit(x, y, classes, strength, start=None):
     cross-entropy + strength / 2 * |weights without bias|^2. x [N, W], y int64 [N] below C; start: weights to start from."""
     weights = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()
     weights.requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=1000, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
