@@ -114,7 +114,7 @@ def _hit(places, right, tied):
     for j in range(max(0, int(places.max()))):
         step = (tied - right - j).clamp(min=0).double() / (tied - j).clamp(min=1)
         miss = miss * torch.where(j < places, step, 1)
-    return 1 - miss
+    return torch.where(right > 0, 1 - miss, 0)                               # no right one: its score is no number
 
 
 def chance_recall(owner, images, ks=KS):
@@ -342,5 +342,7 @@ def read_candidates(sources, path=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped; what is embedded is kept, and the same command goes on from there")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -139,7 +138,7 @@ def embed_images(model, pairs, store=None, progress=True, encode=None):
     loader = torch.utils.data.DataLoader(
         _Decoded(pairs, model.config["image_resolution"], set(store.vectors)), BATCH, sampler=missing, collate_fn=list,
         num_workers=0 if device.type == "cpu" or len(missing) < PIECE else min(16, os.cpu_count()))
-    bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False, file=sys.stdout)
+    bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False)
     try:
         for batch in loader:
             fresh = [(i, content, image) for i, content, image in batch if torch.is_tensor(image)]
@@ -170,8 +169,7 @@ def embed_texts(model, tokenizer, texts, progress=False, store=None):
     keys = [digest(row.tobytes()) for row in tokens.numpy()]
     missing = list({key: i for i, key in enumerate(keys) if key not in store}.items())
     try:
-        for first in tqdm(range(0, len(missing), BATCH), desc="texts", disable=not (progress and missing), leave=False,
-                          file=sys.stdout):
+        for first in tqdm(range(0, len(missing), BATCH), desc="texts", disable=not (progress and missing), leave=False):
             some = missing[first:first + BATCH]
             rows = tokens[[i for _, i in some]]
             for (key, _), vector in zip(some, _encode(model, functools.partial(model.encode_text, l2norm=True), rows).numpy()):

@@ -4,9 +4,9 @@
     fill("{}{을/를} 찍은 사진", "사과")              # '사과를 찍은 사진'
     pairs, classes, lines = open_set(["cifar10/"], "cifar10")
 
-Three layouts: CLIP_benchmark's (`test/nshards.txt`, `test/0.tar`, ... with KEY.cls or a KEY.txt of one caption a line, beside
-`classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt`), a folder of class folders, and shards
-as data.py reads them.
+Three layouts: CLIP_benchmark's (`test/nshards.txt`, `test/0.tar`, ... with KEY.cls or a KEY.txt of one caption a line,
+beside `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt`), a folder of class folders, and
+shards as data.py reads them.
 
 What it leaves out: fetching sets, and pictures of several classes at once.
 """
@@ -71,8 +71,8 @@ def spellings(name):
 
 
 def read_classes(name):
-    """A set of prompts.json: {"name", "classnames": {language: [C names]}, "templates": {language: [...]}}. A name is text, or a
-    list of spellings. "codepoints", where a set has it, is a text for each class: ranges of the first character, in
+    """A set of prompts.json: {"name", "classnames": {language: [C names]}, "templates": {language: [...]}}. A name is text,
+    or a list of spellings. "codepoints", where a set has it, is a text for each class: ranges of the first character, in
     hexadecimal, of the emoji that are in it. Raises ValueError when there is no such set."""
     sets = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
     if name not in sets:
@@ -119,12 +119,12 @@ def labels_of(pairs, classes):
 
 
 def match_classes(found, names, what):
-    """Which class each name found on disk is: found, a list of text, in the order of the numbers there; names, the C names of
-    a set. Returns a list of numbers below C.
+    """Which class each name found on disk is: found, a list of text, in the order of the numbers there; names, the C names
+    of a set. Returns a list of numbers below C.
 
-    Names match any spelling, letters of either case, underscores as spaces. Where some match none (ImageNet's folders are
-    called n01440764, ...), the order must be the set's: as many as there are classes, and each that does match in its own
-    place. Raises ValueError that names the first that is not.
+    Names match any spelling, in either case, underscores and punctuation as spaces. Where some match none (ImageNet's
+    folders are called n01440764, ...), the order must be the set's: as many as there are classes, and each that does match
+    in its own place. Raises ValueError that names the first that is not.
     """
     places = {}
     for number, name in enumerate(names):
@@ -135,7 +135,8 @@ def match_classes(found, names, what):
         return [option[0] for option in options]
     if len(found) != len(names):
         unknown = next(name for name, option in zip(found, options) if len(option) != 1)
-        raise ValueError(f"{what}: {unknown} is the name of no one class of --classes, and {len(found)} are not its {len(names)}")
+        raise ValueError(f"{what}: {unknown} names no class of --classes, or several, and {len(found)} names are not its "
+                         f"{len(names)}")
     for number, option in enumerate(options):
         if option and number not in option:
             raise ValueError(f"{what}: not all {len(found)} names are classes of --classes, and {found[number]} is number "
