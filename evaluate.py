@@ -165,14 +165,19 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None, sto
     result = {"pictures": len(chosen), "classes": len(next(iter(classes["classnames"].values())))}
     for language, classnames in classes["classnames"].items():
         weights = zero_shot_weights(model, tokenizer, classnames, classes["templates"][language], progress, store)
-        top = torch.cat([(embedded.images[part] @ weights).topk(min(5, len(classnames)), dim=1).indices
-                         for part in chosen.split(CHUNK)])                   # [M, 5]
+        top = best_classes(embedded.images[chosen], weights)                 # [M, 5]
         hits = top == truth[:, None]
         per_class = [hits[truth == c, 0].float().mean() for c in truth.unique()]
         result[language] = {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item(),
                             "mean_per_class": torch.stack(per_class).mean().item(),
                             "confusions": _confusions(truth, top[:, 0], chosen, classnames)}
     return result
+
+
+def best_classes(images, weights, count=5):
+    """The nearest classes, the best first: images [M, D], weights [D, C] -> int64 [M, count], or as many as there are."""
+    count = min(count, weights.shape[1])
+    return torch.cat([(part @ weights).topk(count, dim=1).indices for part in images.split(CHUNK)])
 
 
 def _confusions(truth, predicted, chosen, classnames, most=20):

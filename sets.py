@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from shards import IMAGES, Pair, Shard, clean_caption
+from shards import IMAGES, Pair, Shard
 
-LAYOUTS = ("give shards (tars, globs), a set in CLIP_benchmark's layout (FOLDER/{split}/nshards.txt; converted sets: "
+LAYOUTS = ("nothing to measure on: give shards (tars, globs), a set in CLIP_benchmark's layout (FOLDER/{split}/nshards.txt; converted sets: "
            "huggingface.co/datasets/clip-benchmark, such as wds_vtab-cifar10), or a folder of class folders")
 TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}   # where a folder has names of classes and no templates
 RIEUL, VOWEL, OTHER = 8, 0, 1    # the last sound of a word; 8 is ㄹ's number among the final consonants of Hangul
@@ -33,8 +33,8 @@ def last_sound(word):
 
     Hangul says so itself. Digits as they are read: 영 일 이 삼 사 오 육 칠 팔 구, and 십 백 천 만 all end in a consonant, as 영
     does. Latin letters by their names when they stand alone or all are capitals (L 엘, M 엠, N 엔, R 알); other words
-    by their last letters: l and le are ㄹ; b, c, k, m, n, p, t, me, ne and ng are consonants (but cake, which is 케이크),
-    the rest takes a vowel (bus 버스, car 카).
+    by their last letters: l and le are ㄹ (apple 애플); b, c, k, m, n, p, t, me, ne and ng are consonants (cup 컵), the
+    rest are vowels (car 카, bus 버스).
     """
     letters = "".join(re.findall(r"[^\W_]", word))
     last = letters[-1:]
@@ -224,7 +224,7 @@ def open_set(sources, name=None, split="test"):
         try:
             pairs = data.Pairs(shards)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; {LAYOUTS.format(split=split)}") from None
+            raise FileNotFoundError(f"{str(error).partition(': ')[0]}: {LAYOUTS.format(split=split)}") from None
     if found and classes:
         language = "en" if "en" in classes["classnames"] else next(iter(classes["classnames"]))
         classes = {**classes, "order": match_classes(found, classes["classnames"][language], str(where))}
