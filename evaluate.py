@@ -26,7 +26,7 @@ import torch
 import kelip
 import page
 import shards
-from features import embed_images, embed_texts, open_store
+from features import embed_images, embed_texts, folder_of, open_store
 from sets import fill, label_of, labels_of, open_set, read_classes, spellings
 
 KS = (1, 5, 10)
@@ -332,9 +332,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     pairs, classes, lines = open_set(args.test, args.classes)
     model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    report(args.out or args.model, model, pairs, tokenizer, read_candidates(args.test, args.candidates), classes,
+    out = args.out or folder_of(args.model)
+    report(out, model, pairs, tokenizer, read_candidates(args.test, args.candidates), classes,
            store=open_store(args.model, model), lines=lines)
-    print(f"{args.out or args.model}/index.html")
+    print(f"{out}/index.html")
 
 
 def read_candidates(sources, path=None):

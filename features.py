@@ -7,8 +7,7 @@
 A second run finds what the first has made, also when that was stopped half way, and also for pictures that were moved or
 are in another set. Everything is float32, whatever training used.
 
-What it leaves out: a store that two runs write at once into the same piece (each writes files of its own, so that the
-worst is work done twice).
+What it leaves out: telling one run what another, at the same time, has made (each writes pieces of its own).
 """
 
 import collections
@@ -82,6 +81,12 @@ class Store:
         self.fresh = []
 
 
+def folder_of(where):
+    """The folder of the weights that kelip.build_model opens: where, or where it is a file, its folder."""
+    folder = Path("weights") if where in kelip.PRESETS else Path(where)
+    return folder if folder.is_dir() else folder.parent
+
+
 def open_store(where, model, kind="unit"):
     """The Store of a model: features/DIGEST beside its weights, or in ~/.cache/kelip where that folder is read-only.
 
@@ -92,8 +97,7 @@ def open_store(where, model, kind="unit"):
     for name, weight in sorted(model.state_dict().items()):
         state.update(name.encode())
         state.update(weight.cpu().contiguous().numpy())
-    folder = Path("weights") if where in kelip.PRESETS else Path(where)
-    folder = folder if folder.is_dir() else folder.parent
+    folder = folder_of(where)
     if not os.access(folder, os.W_OK):
         folder = Path("~/.cache/kelip").expanduser()
     return Store(folder / "features" / state.hexdigest()[:16])

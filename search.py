@@ -19,7 +19,7 @@ import data
 import kelip
 import page
 import shards
-from features import embed_images, embed_texts, open_store
+from features import embed_images, embed_texts, folder_of, open_store
 from sets import Folder
 
 SHOWN, PRINTED = 40, 10         # pictures on the page and on the terminal
@@ -88,7 +88,7 @@ def main(argv=None):
     if skipped:
         print(f"skipped: {dict(skipped)}")
     signed = [f"+ {text}" for text in ([args.like] if args.like else []) + words] + [f"− {text}" for text in args.minus]
-    folder = Path(args.out or args.model)
+    folder = Path(args.out or folder_of(args.model))
     folder.mkdir(parents=True, exist_ok=True)
     page.write(folder / "search.html", " ".join(signed).removeprefix("+ "),
                f"The {len(cards)} nearest of {len(kept):,} pictures, by cosine.", page.cards(cards))

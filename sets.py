@@ -11,6 +11,7 @@ shards as data.py reads them.
 What it leaves out: fetching sets, and pictures of several classes at once.
 """
 
+import functools
 import json
 import os
 import re
@@ -98,12 +99,13 @@ def label_of(pair, classes):
         return order[number]
     if "codepoints" in classes:
         first = re.search(r"U\+([0-9A-F]+)", pair.key)
-        return first and _in_ranges(int(first[1], 16), classes["codepoints"])
+        return first and _in_ranges(int(first[1], 16), tuple(classes["codepoints"]))
     caption = f" {pair.captions.get('en', '')}".lower()
     named = [(i, name) for i, names in enumerate(names["en"]) for name in spellings(names) if f" {name}" in caption]
     return named[0][0] if len({i for i, _ in named}) == 1 and caption.endswith(named[0][1]) else None
 
 
+@functools.lru_cache(None)
 def _in_ranges(point, texts):
     """The number of the text one of whose ranges, '1F600-1F644 1F910', holds a code point; None when none does."""
     for number, text in enumerate(texts):
@@ -158,34 +160,32 @@ class Folder:
     """
 
     def __init__(self, root):
-        self.root, self.shards, self.names = str(root), [], []
+        self.root, self.shards, self.keys = str(root), [], []
         for place, folders, files in os.walk(root):
             folders.sort()
+            under = "" if place == self.root else os.path.relpath(place, root).replace(os.sep, "/") + "/"
             for name in sorted(files):
                 if name.rpartition(".")[2].lower() in IMAGES:
                     path = os.path.join(place, name)
                     status = os.stat(path)
                     self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1, {}, {}))
+                    self.keys.append(under + name)
         if not self.shards:
             raise FileNotFoundError(f"{root}: no pictures there ({', '.join(sorted(IMAGES))})")
-        self.names = sorted({self._under(i)[0] for i in range(len(self)) if len(self._under(i)) > 1})
-
-    def _under(self, i):
-        """The parts of a picture's path under the root."""
-        return Path(os.path.relpath(self.shards[i].path, self.root)).parts
+        self.names = sorted({key.partition("/")[0] for key in self.keys if "/" in key})
 
     def __len__(self):
-        return len(self.shards)
+        return len(self.keys)
 
     def __getitem__(self, i):
         """Read picture i. Raises IndexError, or ValueError("cause: what") when it cannot be read."""
-        parts = self._under(i)
         try:
             image = Path(self.shards[i].path).read_bytes()
         except OSError as error:
             raise ValueError(f"picture unreadable: {error}") from None
-        members = {"cls": str(self.names.index(parts[0])).encode()} if len(parts) > 1 else {}
-        return Pair("/".join(parts), image, {}, members, "no caption")
+        name, slash, _ = self.keys[i].partition("/")
+        members = {"cls": str(self.names.index(name)).encode()} if slash else {}
+        return Pair(self.keys[i], image, {}, members, "no caption")
 
 
 class OpenSet(NamedTuple):
