@@ -27,7 +27,7 @@ import kelip
 import page
 import shards
 from features import embed_images, embed_texts, folder_of, open_store
-from sets import fill, label_of, labels_of, open_set, read_classes, spellings
+from sets import fill, labels_of, open_set, read_classes, spellings
 
 KS = (1, 5, 10)
 CHUNK = 256                      # rows of scores that exist at a time
@@ -158,8 +158,8 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None, sto
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, progress=progress, store=store)
     labels = labels_of(embedded.pairs, classes)
-    chosen = torch.tensor([i for i, label in enumerate(labels) if label is not None])
-    if not len(chosen):
+    chosen = [i for i, label in enumerate(labels) if label is not None]
+    if not chosen:
         raise ValueError("no pair has a class: neither a .cls member nor a class's name in its caption")
     truth = torch.tensor([labels[i] for i in chosen])
     result = {"pictures": len(chosen), "classes": len(next(iter(classes["classnames"].values())))}
@@ -183,7 +183,7 @@ def best_classes(images, weights, count=5):
 def _confusions(truth, predicted, chosen, classnames, most=20):
     """The most frequent wrong answers, as classify gives them; truth, predicted int64 [M], chosen: the M pairs' numbers."""
     totals, count, example = truth.bincount(), collections.Counter(), {}
-    for i, pair in zip(chosen.tolist(), zip(truth.tolist(), predicted.tolist())):
+    for i, pair in zip(chosen, zip(truth.tolist(), predicted.tolist())):
         if pair[0] != pair[1]:
             count[pair] += 1
             example.setdefault(pair, i)

@@ -141,7 +141,8 @@ def embed_images(model, pairs, store=None, progress=True, encode=None):
     device = model.logit_scale.device
     loader = torch.utils.data.DataLoader(
         _Decoded(pairs, model.config["image_resolution"], set(store.vectors)), BATCH, sampler=missing, collate_fn=list,
-        num_workers=0 if device.type == "cpu" or len(missing) < PIECE else min(16, os.cpu_count()))
+        num_workers=0 if device.type == "cpu" or len(missing) < PIECE else min(16, os.cpu_count()),
+        generator=torch.Generator())                                         # the run's own random numbers stay as they are
     bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False)
     try:
         for batch in loader:

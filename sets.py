@@ -92,17 +92,19 @@ def label_of(pair, classes):
     """
     names = classes["classnames"]
     if "cls" in pair.members:
-        number, count = int(pair.members["cls"]), len(next(iter(names.values())))
+        text, count = pair.members["cls"].strip(), len(next(iter(names.values())))
         order = classes.get("order", range(count))
-        if not 0 <= number < len(order):
-            raise ValueError(f"{pair.key}: class {number}, where the set has {count} classes")
-        return order[number]
+        if not text.isdigit() or int(text) >= len(order):
+            raise ValueError(f"{pair.key}.cls: class {text.decode(errors='replace')}, where the set has {count}")
+        return order[int(text)]
     if "codepoints" in classes:
         first = re.search(r"U\+([0-9A-F]+)", pair.key)
         return first and _in_ranges(int(first[1], 16), tuple(classes["codepoints"]))
     caption = f" {pair.captions.get('en', '')}".lower()
-    named = [(i, name) for i, names in enumerate(names["en"]) for name in spellings(names) if f" {name}" in caption]
-    return named[0][0] if len({i for i, _ in named}) == 1 and caption.endswith(named[0][1]) else None
+    words = [(i, f" {spelling.lower()}") for i, name in enumerate(names["en"]) for spelling in spellings(name)]
+    found = {i for i, word in words if word in caption}
+    ends = {i for i, word in words if caption.endswith(word)}
+    return found.pop() if len(found) == 1 and found == ends else None
 
 
 @functools.lru_cache(None)
@@ -217,14 +219,14 @@ def open_set(sources, name=None, split="test"):
             raise ValueError(f"{where}: pictures of several classes at once, which are not measured here")
         lines |= kind == "retrieval"
         found, templates = _lines(where / "classnames.txt"), _lines(where / "zeroshot_classification_templates.txt")
-    if where.is_dir() and len(sources) == 1 and not found and not lines and not list(where.glob("*.tar")):
-        pairs = Folder(where)
-        found = pairs.names
-    else:
-        try:
+    try:
+        if where.is_dir() and shards == list(sources) and len(sources) == 1 and not list(where.glob("*.tar")):
+            pairs = Folder(where)
+            found = pairs.names
+        else:
             pairs = data.Pairs(shards)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{str(error).partition(': ')[0]}: {LAYOUTS.format(split=split)}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(error).partition(': ')[0]}: {LAYOUTS.format(split=split)}") from None
     if found and classes:
         language = "en" if "en" in classes["classnames"] else next(iter(classes["classnames"]))
         classes = {**classes, "order": match_classes(found, classes["classnames"][language], str(where))}

@@ -2543,6 +2543,7 @@ def test_labels_come_from_cls_codepoints_or_captions():
     shapes_ = {"classnames": {"en": ["square", ["disc", "circle"]]}}
     assert sets.label_of(pair, shapes_) == 1
     assert sets.label_of(pair._replace(captions={"en": "a square circle"}), shapes_) is None
+    assert sets.label_of(pair._replace(captions={"en": "a racircle"}), shapes_) is None
     assert sets.label_of(pair._replace(members={"cls": b"0\n"}), shapes_) == 0
     with pytest.raises(ValueError, match="class 2, where the set has 2"):
         sets.label_of(pair._replace(members={"cls": b"2"}), shapes_)
@@ -2604,6 +2605,8 @@ def test_clip_benchmark_s_sets_are_classified(small_run, tmp_path, monkeypatch):
     model, _, tokenizer = kelip.build_model(small_run)
     again = evaluate.classify(model, sets.open_set([str(folder)], "own").pairs, tokenizer, classes, progress=False)
     assert classes["order"] == [3, 2, 1, 0] and again["en"]["top1"] == pytest.approx(result["en"]["top1"])
+    (folder / "classnames.txt").unlink()
+    assert sets.open_set([str(folder)]).classes is None and len(sets.open_set([str(folder)]).pairs) == 16
     (folder / "dataset_type.txt").write_text("multilabel\n")
     with pytest.raises(ValueError, match="several classes"):
         sets.open_set([str(folder)])
@@ -2730,7 +2733,7 @@ def test_spellings_are_averaged_and_confusions_counted(small_run):
     by_hand = model.encode_text(tokenizer.encode(["a red", "red", "a crimson", "crimson"]), l2norm=True).mean(0)
     torch.testing.assert_close(weights[:, 0], by_hand / by_hand.norm())
     truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 0, 1, 2])
-    found = evaluate._confusions(truth, predicted, torch.arange(10, 16), [["a", "A"], "b", "c"])
+    found = evaluate._confusions(truth, predicted, range(10, 16), [["a", "A"], "b", "c"])
     assert found == [{"true": "a", "predicted": "b", "pictures": 2, "share": 2 / 3, "example": 10},
                      {"true": "b", "predicted": "a", "pictures": 1, "share": 1 / 2, "example": 13}]
 
