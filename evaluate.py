@@ -234,7 +234,7 @@ def rows_of(found):
                 + [f"{100 / result['classes']:.1f}"] for language in languages]
         tables.append(([f"{found['classes']}, %", "top-1", "top-5", "mean per class", "chance top-1"], rows))
         rows = [[f"{named(language)}: {wrong['true']} → {wrong['predicted']}", f"{wrong['pictures']:,}",
-                 f"{100 * wrong['share']:.1f}"] for language in languages for wrong in result[language]["confusions"][:5]]
+                 f"{100 * wrong['share']:.1f}"] for language in languages for wrong in result[language]["confusions"][:3]]
         tables.append((["taken for another", "pictures", "% of the class"], rows))
     return tables
 
