@@ -13,6 +13,10 @@ wordfreq and on the help of LibreOffice (`apt-get install libreoffice-help-ko li
 with `dpkg -x` and name the folder with --help-pages). Pictures are drawn at random with the spectrum of photographs.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as train_clip.py has it, for ours and for the peers
+
 import argparse
 import html
 import importlib
@@ -20,7 +24,6 @@ import importlib.util
 import io
 import json
 import multiprocessing
-import os
 import random
 import re
 import resource
@@ -52,7 +55,7 @@ if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, wh
 
 HELP_PAGES = "/usr/share/libreoffice/help"
 PIP = {"tokenizers": "tokenizers", "tiktoken": "tiktoken",
-       "open_clip": "--no-deps open_clip_torch ftfy wcwidth"}
+       "open_clip": "--no-deps open_clip_torch ftfy wcwidth", "torchvision": "torchvision", "webdataset": "webdataset"}
 
 
 # ---- tokenizer.py: the texts ----
@@ -248,7 +251,7 @@ def best_of(rounds, ours, peer, package):
 
 def row(what, ours, package, peer, unit, better, note):
     """A row of the table."""
-    missing = f"; missing peer: pip install {PIP[package]}" if peer is None and package else ""
+    missing = f"; missing peer: pip install {PIP[package]}" if peer is None and package in PIP else ""
     return {"what": what, "ours": ours, "peer_name": package, "peer": peer, "unit": unit, "better": better,
             "note": note + missing}
 
@@ -347,27 +350,20 @@ def least_cpu(*functions, repeats=7):
     return [min(kept) for kept in times]
 
 
-def peer(name, install):
-    """(the module or None, a note for the row)."""
+def installed(name):
+    """A package, None where it is missing or does not load."""
     try:
-        return importlib.import_module(name), ""
+        return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError):
-        return None, f"pip install {install}"
+        return None
 
 
 def through_webdataset(path, transform):
     """A function that reads `path` once through webdataset, shuffled, decoded, transformed and batched."""
-    webdataset, _ = peer("webdataset", "webdataset")
-    stages = [
-        webdataset.SimpleShardList(path),
-        webdataset.tarfile_to_samples(),
-        webdataset.shuffle(100),
-        webdataset.decode("pilrgb"),
-        webdataset.to_tuple("jpg", "txt"),
-        webdataset.map_tuple(transform),
-        webdataset.batched(BATCH),
-    ]
-    return lambda: [None for _ in webdataset.DataPipeline(*stages)]
+    import webdataset as wds
+    stages = [wds.SimpleShardList(path), wds.tarfile_to_samples(), wds.shuffle(100), wds.decode("pilrgb"),
+              wds.to_tuple("jpg", "txt"), wds.map_tuple(transform), wds.batched(BATCH)]
+    return lambda: [None for _ in wds.DataPipeline(*stages)]
 
 
 def through_ours(path, spec, scale):
@@ -379,85 +375,48 @@ def through_ours(path, spec, scale):
         loader._kept = None  # decode anew each time, as with more pairs than memory holds
         for batch in loader:
             crops.multi_crop(batch.images, spec, 0, batch.slots, batch.aspect, scale)
-
     return read
+
+
+def torchvision_crops():
+    """torchvision's 2x224+6x96 of a picture, antialiased bicubic like ours."""
+    from torchvision import transforms as T
+    two, six = (T.Compose([T.RandomResizedCrop(side, scale=scale, interpolation=T.InterpolationMode.BICUBIC),
+                           T.ToTensor(), T.Normalize(crops.MEAN, crops.STD)])
+                for side, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4))))
+    return lambda image: [crop(image.convert("RGB")) for crop in [two] * 2 + [six] * 6]
 
 
 def bench_crops():
     """Pictures a second from a shard to tensors ready for the model, for both kinds of crops."""
     torch.set_num_threads(1)
+    clip = installed("open_clip")
+    peers = {"open_clip": clip and clip.image_transform(224, True),
+             "torchvision": torchvision_crops() if installed("torchvision") else None}
     with tempfile.TemporaryDirectory() as folder:
         pictures, path = jpegs(), f"{folder}/x.tar"
-        shards.write_shard(
-            path, [(f"{i:04d}", {"jpg": p, "txt": b"a photograph"}) for i, p in enumerate(pictures)]
-        )
-        size = (
-            f"JPEGs of 512 x 384, {np.mean([len(p) for p in pictures]) / 1000:.0f} KB; canvas 512; one core"
-        )
-        vision, note = peer("torchvision", "torchvision")
-        clip, clip_note = peer("open_clip", "open_clip_torch")
-        web, web_note = peer("webdataset", "webdataset")
-        each = lambda transform: lambda: [transform(Image.open(io.BytesIO(p))) for p in pictures]
-        rows = [
-            ("224", (0.9, 1.0), "open_clip's transform", clip and clip.image_transform(224, True), clip_note)
-        ]
-        if vision:
-            transforms = importlib.import_module("torchvision.transforms")
-            kinds = [
-                transforms.Compose(
-                    [
-                        transforms.RandomResizedCrop(
-                            side, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC
-                        ),
-                        transforms.ToTensor(),
-                        transforms.Normalize(crops.MEAN, crops.STD),
-                    ]
-                )
-                for side, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4)))
-            ]
-            many = lambda image: [kinds[k](image.convert("RGB")) for k in (0, 0, 1, 1, 1, 1, 1, 1)]
-        rows.append(("2x224+6x96", (0.4, 1.0), "torchvision", many if vision else None, note))
-        for spec, scale, name, transform, missing in rows:
-            functions = [through_ours(path, spec, scale)]
+        shards.write_shard(path, [(f"{i:04d}", {"jpg": p, "txt": b"a photograph"}) for i, p in enumerate(pictures)])
+        note = f"JPEGs of 512 x 384, {np.mean([len(p) for p in pictures]) / 1000:.0f} KB; canvas 512; one core; peer"
+        for spec, scale, name in (("224", (0.9, 1.0), "open_clip"), ("2x224+6x96", (0.4, 1.0), "torchvision")):
+            functions, transform = [through_ours(path, spec, scale)], peers[name]
             if transform:
-                functions.append(each(transform))
-                if web:
-                    tensor = lambda image, f=transform: f(image) if spec == "224" else f(image)[0]
-                    functions.append(through_webdataset(path, tensor))
+                functions.append(lambda: [transform(Image.open(io.BytesIO(p))) for p in pictures])
+            if transform and installed("webdataset"):
+                one = transform if name == "open_clip" else lambda image: transform(image)[0]  # batches want one tensor
+                functions.append(through_webdataset(path, one))
             rates = [PICTURES / seconds for seconds in least_cpu(*functions)] + [None] * 2
-            yield dict(
-                what=f"{spec}: pictures a second",
-                ours=rates[0],
-                peer_name=f"{name}, no shards",
-                peer=rates[1],
-                unit="pictures/s",
-                better="higher",
-                note=missing or size,
-            )
-            yield dict(
-                what=f"{spec}: pictures a second",
-                ours=rates[0],
-                peer_name=f"webdataset + {name}",
-                peer=rates[2],
-                unit="pictures/s",
-                better="higher",
-                note=missing or web_note or size,
-            )
+            yield row(f"{spec}: pictures a second", rates[0], name, rates[1], "pictures/s", "higher",
+                      f"{note} without shards")
+            yield row(f"{spec}: pictures a second", rates[0], "webdataset", rates[2], "pictures/s", "higher",
+                      f"{note} + {name}'s transform")
 
 
 def bench_quality():
     """How far our crops are from Pillow's crop and antialiased bicubic of the whole picture."""
     for width, height in ((400, 300), (512, 384), (1024, 768)):
         for side, error in measure_quality(width, height).items():
-            yield dict(
-                what=f"crops of {side} from {width} x {height}: mean absolute difference to Pillow's",
-                ours=error,
-                peer_name="the bound",
-                peer=2.0,
-                unit="of 255",
-                better="lower",
-                note="canvas 512",
-            )
+            yield row(f"crops of {side} from {width} x {height}: from Pillow's", error, "the bound", 2.0, "of 255", "lower",
+                      "mean absolute difference; canvas 512")
 
 
 def measure_quality(width, height):
@@ -489,25 +448,15 @@ def bench_index():
     """Seconds to index a shard of 10,000 pairs of 53 KB, beside the standard library's walk over it."""
     with tempfile.TemporaryDirectory() as folder:
         path, body = f"{folder}/x.tar", os.urandom(53_000)
-        shards.write_shard(
-            path,
-            ((f"{i:09d}", {"jpg": body, "json": b"{}" * 200, "txt": b"a caption"}) for i in range(10_000)),
-        )
+        shards.write_shard(path, ((f"{i:09d}", {"jpg": body, "json": b"{}" * 200, "txt": b"a caption"})
+                                  for i in range(10_000)))
 
         def walk():
             with tarfile.open(path) as tar:
                 return sum(1 for _ in tar)
-
         ours, theirs = least_cpu(lambda: shards.index_tar(path), walk, repeats=3)
-    yield dict(
-        what="index of 10,000 pairs",
-        ours=ours,
-        peer_name="tarfile alone",
-        peer=theirs,
-        unit="s",
-        better="lower",
-        note="jpg, json and txt each, 560 MB in the page cache",
-    )
+    yield row("index of 10,000 pairs", ours, "tarfile alone", theirs, "s", "lower",
+              "jpg, json and txt each, 560 MB in the page cache")
 
 
 LISTED = """
@@ -541,46 +490,21 @@ def bench_listed(tars=1000, rows=10_000):
             with open(path, "wb") as file:
                 file.truncate(rows * 120 * 512 + 1024)  # a file of holes: none of it is read
             status = os.stat(path)
-            listed.append(
-                shards.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table)
-            )
+            listed.append(shards.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table))
         shards._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
-        run = subprocess.run(
-            [sys.executable, "-c", LISTED, folder],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=os.path.dirname(os.path.abspath(data.__file__)),
-        )
+        run = subprocess.run([sys.executable, "-c", LISTED, folder], capture_output=True, text=True, check=True,
+                             cwd=Path(__file__).parent)
         seconds, megabytes, count = map(float, run.stdout.split())
     note = f"{count / 1e6:.0f}M pairs in {tars:,} shards"
-    yield dict(
-        what="open the index and reach the 2.5th epoch",
-        ours=seconds,
-        peer_name="",
-        peer=None,
-        unit="s",
-        better="lower",
-        note=note,
-    )
-    yield dict(
-        what="memory that this takes",
-        ours=megabytes,
-        peer_name="",
-        peer=None,
-        unit="MB",
-        better="lower",
-        note=note,
-    )
+    yield row("open the index and reach the 2.5th epoch", seconds, "", None, "s", "lower", note)
+    yield row("memory that this takes", megabytes, "", None, "MB", "lower", note)
 
 
 def bench_workers():
     """Pictures a second against worker processes, as far as the cores go."""
     with tempfile.TemporaryDirectory() as folder:
         pictures, path = jpegs(), f"{folder}/x.tar"
-        shards.write_shard(
-            path, [(f"{i:04d}", {"jpg": pictures[i % PICTURES], "txt": b"x"}) for i in range(768)]
-        )
+        shards.write_shard(path, [(f"{i:04d}", {"jpg": pictures[i % PICTURES], "txt": b"x"}) for i in range(768)])
         pairs, single = data.Pairs(path), None
         for workers in range(1, len(os.sched_getaffinity(0)) + 1):
             loader = data.Loader(pairs, None, BATCH, 512, workers=workers)
@@ -591,21 +515,14 @@ def bench_workers():
             count = sum(len(batch.slots) for batch in batches)
             rate = count / (time.perf_counter() - start)
             single = single or rate
-            yield dict(
-                what=f"loading with {workers} workers",
-                ours=rate,
-                peer_name="one worker",
-                peer=single,
-                unit="pictures/s",
-                better="higher",
-                note="decoded, on the canvas, in the training process",
-            )
+            yield row(f"loading with {workers} workers", rate, "one worker", single, "pictures/s", "higher",
+                      "decoded, on the canvas, in the training process")
 
 
 # ---- training ----
 
 def loss_and_backward(which, batch, width=512):
-    """Seconds and megabytes beyond its inputs of one loss of a library, forward and backward, in float32."""
+    """Least seconds, and megabytes beyond its inputs, of one loss of a library, forward and backward, in float32."""
     import kelip
     import torch
     features = [kelip.unit(torch.randn(batch, width)).requires_grad_() for _ in range(2)]
@@ -617,17 +534,18 @@ def loss_and_backward(which, batch, width=512):
         loss = kelip.contrastive_loss
     small = [x[:64].detach().requires_grad_() for x in features]
     loss(*small, scale).backward()  # libraries are loaded and threads are up
-    before, start = peak_memory(), time.perf_counter()
-    loss(*features, scale).backward()
-    return time.perf_counter() - start, peak_memory() - before
+    before, seconds = peak_memory(), []
+    for _ in range(3 if batch <= 8192 else 1):
+        seconds.append(timed(lambda: loss(*features, scale).backward()))
+    return min(seconds), peak_memory() - before
 
 
 def bench_loss(batches, threads=2):
-    """The contrastive loss alone, each time in a fresh process."""
-    have = importlib.util.find_spec("open_clip") is not None
+    """The contrastive loss alone, each library's in a fresh process."""
     for batch in batches:
-        ours = alone(loss_and_backward, "ours", batch, threads=threads)
-        theirs = alone(loss_and_backward, "open_clip", batch, threads=threads) if have else (None, None)
+        ours, theirs = best_of(1 if batch > 8192 else 2, *(
+            partial(alone, loss_and_backward, which, batch, threads=threads) for which in ("ours", "open_clip")), "open_clip")
+        theirs = theirs or (None, None)
         note = f"batch {batch:,}, width 512, forward and backward, float32, {threads} threads"
         yield row("contrastive loss", ours[0], "open_clip", theirs[0], "s", "lower", note)
         yield row("contrastive loss, memory", ours[1], "open_clip", theirs[1], "MB", "lower", note)
