@@ -4,6 +4,7 @@
     python bench.py tokenizer                   # 3.5M captions, 98K entries, as in the paper: some ten minutes
     python bench.py tokenizer --size 0.05       # a twentieth of the captions
     python bench.py train                       # losses, steps, processes: some minutes
+    python bench.py evaluate                    # embedding, retrieval, classification: some ten minutes
     python bench.py network                     # what 80 GPUs would send each other, by arithmetic
 
 Ratios are taken in one run, ours and the peer's in turns, best of several; a row whose peer is missing says which pip
@@ -45,6 +46,8 @@ if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, wh
 
     import crops
     import data
+    import evaluate
+    import features
     import kelip
     import shards
     import train_clip
@@ -682,6 +685,81 @@ def bench_photographs(steps=10, batch=4):
               f"{lines[-1]['loss']:.2f}")
 
 
+# ---- evaluate.py ----
+
+class Lengths:
+    """A tokenizer whose texts are as long as captions: 6 to 25 tokens, the same for the same text."""
+
+    def encode(self, texts, context_length):
+        rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            rng = random.Random(text)
+            length = rng.randint(5, 24)
+            row[:length + 1] = torch.tensor([rng.randint(300, 49_000) for _ in range(length)] + [49_407])
+        return rows
+
+
+def encoders(batch=64):
+    """(what, ours, open_clip's or None) of ViT-B/32 without gradients, one batch each: pictures and captions, in float32 and in
+    bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
+    [images], tokens = batch_of(config, batch, [224])
+    images, model, theirs = images.to(device), kelip.KELIP(**config).to(device).eval(), None
+    if importlib.util.find_spec("open_clip"):
+        import open_clip
+        theirs = open_clip.create_model("ViT-B-32-quickgelu").to(device).eval()
+
+    def encode(model, name, inputs, half):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+            getattr(model, name)(inputs)
+    for name, what, inputs in (("encode_image", "pictures", images), ("encode_text", "captions", tokens)):
+        for half in (False, True):
+            yield (f"{what} embedded, {'bfloat16' if half else 'float32'}", partial(encode, model, name, inputs, half),
+                   theirs and partial(encode, theirs, name, inputs.to(device), half))
+
+
+def retrieval_of(count, width=512):
+    """Seconds and megabytes, beyond the features, of recall both ways between so many pictures and as many texts."""
+    images = kelip.unit(torch.randn(count, width))
+    texts = kelip.unit(images + torch.randn(count, width))
+    owner = torch.arange(count)
+    evaluate.recall_at_k(images[:64], texts[:64], owner[:64])
+    before = peak_memory()
+    return timed(evaluate.recall_at_k, images, texts, owner), peak_memory() - before
+
+
+def classification_of(count, classes=1000, templates=24):
+    """Seconds for the classes' vectors, and for the five best classes of so many pictures, with ViT-B/32."""
+    model = kelip.KELIP(**dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)).eval()
+    names, prompts = [f"class {n}" for n in range(classes)], [f"{n} {{}}" for n in range(templates)]
+    images = kelip.unit(torch.randn(count, 512))
+    start = time.perf_counter()
+    weights = evaluate.zero_shot_weights(model, Lengths(), names, prompts)
+    middle = time.perf_counter()
+    evaluate.best_classes(images, weights)
+    return middle - start, time.perf_counter() - middle
+
+
+def bench_evaluate(size=1.0, batch=64):
+    """Embedding beside open_clip, then retrieval and classification of 50,000 x size pictures."""
+    note, rate = f"ViT-B/32, batch {batch}, no gradients", None
+    for what, ours, theirs in encoders(batch):
+        seconds = fastest(*filter(None, (ours, theirs)))
+        rate = rate or batch / seconds[0]
+        yield row(what, batch / seconds[0], "open_clip", batch / seconds[1] if theirs else None, "per s", "higher", note)
+    count, classes = int(50_000 * size), max(2, int(1000 * size))
+    seconds, megabytes = alone(retrieval_of, count, threads=os.cpu_count())
+    note = f"{count:,} pictures x {count:,} texts, width 512, float32, both ways"
+    yield row("recall at 1, 5, 10", seconds, "", None, "s", "lower", note)
+    yield row("recall at 1, 5, 10, memory", megabytes, "", None, "MB", "lower", f"{note}; all scores would be "
+              f"{4 * count ** 2 / 1e6:,.0f} MB")
+    vectors, scores = alone(classification_of, count, classes, threads=os.cpu_count())
+    note = f"{count:,} pictures, {classes:,} classes, 24 templates; embedding the pictures, at the rate above, {count / rate:,.0f} s"
+    yield row("vectors of the classes", vectors, "", None, "s", "lower", note)
+    yield row("scores and the five best", scores, "", None, "s", "lower", note)
+
+
 # ---- many GPUs, on paper ----
 
 NVLINK, INFINIBAND = 300e9, 25e9  # bytes a second and GPU, each way: A100 SXM's NVSwitch; 8 x HDR 200 Gbit/s a node of 8
@@ -716,11 +794,12 @@ def print_network(nodes=10, gpus=8, batch=32_000, utilisation=0.4, caption=15):
 def main():
     """Print the rows of one part, or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train", "network"],
-                        default=["data", "tokenizer", "train"], help="what to measure (default: all)")
+    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train", "evaluate", "network"],
+                        default=["data", "tokenizer", "train", "evaluate"], help="what to measure (default: all)")
     parser.add_argument("--batches", type=int, nargs="+", default=[8192], metavar="N",
                         help="batches of the loss's rows (default: 8192; 32768 takes minutes and open_clip 17 GB)")
-    parser.add_argument("--size", type=float, default=1.0, help="of the corpus: 1 is 3.5M captions, 188 MB (default: 1)")
+    parser.add_argument("--size", type=float, default=1.0, help="of the tokenizer's corpus: 1 is 3.5M captions, 188 MB; and of "
+                        "the sets that are evaluated: 1 is 50,000 pictures (default: 1)")
     parser.add_argument("--vocab-size", type=int, default=98_000, help="entries of the tokenizer (default: 98000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the encoding rows (default: 3)")
     parser.add_argument("--help-pages", default=HELP_PAGES, help="LibreOffice's help, with ko and en-US")
@@ -728,6 +807,7 @@ def main():
     rows = {"train": lambda: chain(bench_loss(args.batches), bench_steps(), bench_autoencoder(), bench_photographs(),
                                    bench_processes()),
             "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
+            "evaluate": lambda: bench_evaluate(args.size),
             "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
     if "network" in args.part:
         print_network()

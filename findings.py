@@ -43,6 +43,7 @@ import evaluate
 import kelip
 import packing
 import page
+import sets
 import shards
 import train_clip
 import trainer
@@ -304,8 +305,7 @@ def augmentation(args, pairs):
         found[label], accuracy[label] = np.stack([recalls(run) for run in runs]), []
         for run in runs:
             model, tokenizer, embedded = embed(args, run)
-            embedded.pairs, classes = groups_of(embedded.pairs)
-            result = evaluate.classify(model, None, tokenizer, classes, embedded=embedded)
+            result = evaluate.classify(model, None, tokenizer, sets.read_classes("emoji groups"), embedded=embedded)
             values = [result[language]["mean_per_class"] for language in LANGUAGES]
             accuracy[label].append([*values, fmean(values)])
         accuracy[label] = np.array(accuracy[label])                          # [seeds, languages and mean]
@@ -316,29 +316,6 @@ def augmentation(args, pairs):
                 verdict("Retrieval, plain less augmented, points", -worse)]
     return ({"columns": COLUMNS, "R@1": found, "accuracy": accuracy, "chance": 1 / result["classes"]}, tables, verdicts,
             views(pairs, {"Drawings with plain crops": "crops", "Augmented": "augment"}))
-
-
-GROUPS = {  # English and Korean name: first code points, from-to
-    ("face", "얼굴"): "1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F97A",
-    ("person", "사람"): "1F466-1F478 1F481-1F487 1F645-1F647 1F64B-1F64E 1F6B4-1F6B6 1F926 1F930-1F93E 1F9CD-1F9DF",
-    ("hand", "손"): "1F446-1F450 1F590 1F595-1F596 1F918-1F91F 1FAF0-1FAF8 270A-270D",
-    ("animal", "동물"): "1F400-1F43F 1F980-1F9AE",
-    ("food", "음식"): "1F32D-1F330 1F345-1F37F 1F950-1F96F 1F9C0-1F9CB 1FAD0-1FADB",
-    ("vehicle", "탈것"): "1F680-1F6A2 1F6F4-1F6FC",
-    ("clock", "시계"): "1F550-1F567 231A-231B 23F0-23F3",
-    ("flag", "깃발"): "1F1E6-1F1FF 1F3F4"}
-
-
-def groups_of(pairs):
-    """Pairs with their group of emoji as .cls, by the first code point of their key, or without a class; and the groups
-    as evaluate.classify takes classes."""
-    group_of = {point: number for number, text in enumerate(GROUPS.values()) for span in text.split()
-                for point in range(int(span.split("-")[0], 16), int(span.split("-")[-1], 16) + 1)}
-    groups = [group_of.get((code_points(pair.key) or [0])[0]) for pair in pairs]
-    labelled = [pair._replace(captions={}, members={} if group is None else {"cls": b"%d" % group})
-                for pair, group in zip(pairs, groups)]
-    names = dict(zip(LANGUAGES, map(list, zip(*GROUPS))))
-    return labelled, {"classnames": names, "templates": dict.fromkeys(LANGUAGES, ["{}"])}
 
 
 def code_points(key):

@@ -29,7 +29,7 @@ td:first-child,th:first-child{text-align:left}td+td{white-space:nowrap}th{color:
 .row{display:flex;flex-wrap:wrap;gap:.4rem;margin:.2rem 0 .8rem}
 img{max-width:100%;background:#fff;border-radius:.3rem;object-fit:contain;flex:none}
 ol{margin:.1rem 0 .4rem;padding-left:1.1rem;font-size:.85rem}b{font-size:.85rem;font-weight:600}
-.right{color:var(--good);font-weight:600}.right::after{content:" ✓"}
+small{display:block;font-size:.85rem}.right{color:var(--good);font-weight:600}.right::after{content:" ✓"}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font-size:11px}svg .axis{stroke:var(--line)}
 svg polyline{fill:none;stroke-width:2}.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
 """
@@ -72,6 +72,11 @@ def names(title, found, language=""):
     """A list of names under a title: found is [(text, whether it is right)], the best first."""
     items = "".join(f"<li{' class=right' if right else ''}>{html.escape(text)}</li>" for text, right in found)
     return f'<b lang="{language}">{html.escape(title)}</b><ol lang="{language}">{items}</ol>'
+
+
+def lines(title, texts):
+    """Lines of text under a title."""
+    return f"<b>{html.escape(title)}</b>" + "".join(f"<small>{html.escape(text)}</small>" for text in texts)
 
 
 def card(image, body):

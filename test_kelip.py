@@ -13,6 +13,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -43,9 +44,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import crops
 import data
 import evaluate
+import features
 import findings
 import kelip
 import packing
+import probe
+import search
+import sets
 import shards
 import tokenizer
 import train_clip
@@ -2502,20 +2507,210 @@ def test_bad_pairs_are_counted_and_the_run_goes_on(shapes, tmp_path):
     assert log_of(tmp_path / "run")[-1]["holes"] == 2
 
 
-def test_recall_at_k_by_hand():
+# ---- sets.py, features.py, evaluate.py, probe.py, search.py ----
+
+@pytest.mark.parametrize("template, name, prompt", [
+    ("{}{이/가}", "사과", "사과가"), ("{}{이/가}", "연필", "연필이"), ("{}{은/는}", "떡", "떡은"), ("{}{과/와}", "소", "소와"),
+    ("{}{으로/로}", "손", "손으로"), ("{}{으로/로}", "연필", "연필로"), ("{}{으로/로}", "차", "차로"),
+    ("{}{이라는/라는} 것", "곰", "곰이라는 것"), ("{c}{을/를} 찍은 사진", "배", "배를 찍은 사진"), ("a photo of a {c}.", "cat", "a photo of a cat."),
+    *(("{}{이/가}", f"숫자 {n}", f"숫자 {n}{particle}") for n, particle in zip(range(10), "이이가이가가이이이가")),
+    ("{}{으로/로}", "1", "1로"), ("{}{으로/로}", "8", "8로"), ("{}{으로/로}", "3", "3으로"), ("{}{은/는}", "100", "100은"),
+    ("{}{이/가}", "L", "L이"), ("{}{으로/로}", "R", "R로"), ("{}{으로/로}", "N", "N으로"), ("{}{을/를}", "BMW", "BMW를"),
+    ("{}{을/를}", "DVD", "DVD를"), ("{}{으로/로}", "apple", "apple로"), ("{}{이/가}", "cup", "cup이"), ("{}{이/가}", "bus", "bus가"),
+    ("{}{이/가}", "car", "car가"), ("{}{을/를}", "사과(apple)", "사과(apple)을"), ("{}{과/와} {}{이/가}", "빵", "빵과 빵이"), ("{}{이/가}", "", "가")])
+def test_particles_follow_the_sound_of_the_name(template, name, prompt):
+    assert sets.fill(template, name) == prompt
+
+
+def test_every_set_has_as_many_names_in_each_language_and_prompts_that_fill():
+    for name in json.loads((HERE / "prompts.json").read_text(encoding="utf-8")):
+        classes = sets.read_classes(name)
+        counts = {language: len(names) for language, names in classes["classnames"].items()}
+        assert len(set(counts.values())) == 1 and counts.keys() == classes["templates"].keys(), name
+        for language, templates in classes["templates"].items():
+            for names, template in itertools.product(classes["classnames"][language], templates):
+                prompts = [sets.fill(template, spelling) for spelling in sets.spellings(names)]
+                assert prompts and all(p and "{" not in p for p in prompts) and "{" in template, (name, template)
+        assert len(classes.get("codepoints", [])) in (0, *counts.values())
+
+
+def test_labels_come_from_cls_codepoints_or_captions():
+    pair = shards.Pair("Joy-U+1F34E", b"", {"en": "a red circle"}, {}, "")
+    groups = sets.read_classes("emoji groups")
+    named = {key: groups["classnames"]["en"][label][0] for key, label in (
+        (key, sets.label_of(pair._replace(key=key), groups)) for key in ("Joy-U+1F34E", "Joy-U+1F469-U+1F3FF-U+200D-U+1F680"))}
+    assert named == {"Joy-U+1F34E": "food", "Joy-U+1F469-U+1F3FF-U+200D-U+1F680": "person"}
+    assert sets.label_of(pair._replace(key="Joy-U+1F527"), groups) is None  # a wrench
+    shapes_ = {"classnames": {"en": ["square", ["disc", "circle"]]}}
+    assert sets.label_of(pair, shapes_) == 1
+    assert sets.label_of(pair._replace(captions={"en": "a square circle"}), shapes_) is None
+    assert sets.label_of(pair._replace(captions={"en": "a racircle"}), shapes_) is None
+    assert sets.label_of(pair._replace(members={"cls": b"0\n"}), shapes_) == 0
+    with pytest.raises(ValueError, match="class 2, where the set has 2"):
+        sets.label_of(pair._replace(members={"cls": b"2"}), shapes_)
+
+
+def test_names_on_disk_find_their_classes():
+    names = ["red apple", ["car", "motor car"], "cat"]
+    assert sets.match_classes(["Cat", "motor_car", "red-apple"], names, "x") == [2, 1, 0]
+    assert sets.match_classes(["cat"], names, "x") == [2]
+    assert sets.match_classes(["n01", "n02", "n03"], names, "x") == [0, 1, 2]      # wnids: the order is the set's
+    assert sets.match_classes(["n01", "car", "n03"], names, "x") == [0, 1, 2]
+    assert sets.match_classes(["crane", "crane"], ["crane", "crane"], "x") == [0, 1]
+    for found, message in ((["cat", "n02", "n03"], "order cannot be trusted"), (["n01", "n02"], "n01 names no class")):
+        with pytest.raises(ValueError, match=message):
+            sets.match_classes(found, names, "x")
+
+
+@pytest.fixture(scope="module")
+def small_run(shapes, tmp_path_factory):
+    """A run of stage 2 that has learned nothing, and one of stage 1 of the same image encoder."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    vocab_size = len(Tokenizer.load(shapes / "tokenizer.json"))
+    model = kelip.KELIP(**dict(kelip.PRESETS["tiny"], vision_layers=2, transformer_layers=1, vocab_size=vocab_size))
+    for name, weights in (("clip", model.state_dict()), ("mae", kelip.MAE(model.visual).state_dict())):
+        (folder / name).mkdir()
+        shutil.copy(shapes / "tokenizer.json", folder / name)
+        kelip.save_checkpoint(folder / name / "last.pt", {"config": {"model": model.config}, "model": weights})
+    return folder / "clip"
+
+
+def write_benchmark(folder, kind, members):
+    """A set in CLIP_benchmark's layout: two shards of coloured shapes, members(n, colour, shape) beside each picture."""
+    pairs = [(f"s{n:07d}", {"webp" if n % 2 else "jpg": drawing(colour, shape, n), **members(n, colour, shape)})
+             for n, (colour, shape) in enumerate(itertools.product(COLOURS, SHAPES))]
+    (folder / "test").mkdir(parents=True)
+    for number in range(2):
+        shards.write_shard(folder / "test" / f"{number}.tar", pairs[8 * number:8 * number + 8])
+    (folder / "test" / "nshards.txt").write_text("2\n")
+    (folder / "dataset_type.txt").write_text(f"{kind}\n")
+    return folder
+
+
+def test_clip_benchmark_s_sets_are_classified(small_run, tmp_path, monkeypatch):
+    folder = write_benchmark(tmp_path / "wds_shapes", "", lambda n, colour, shape: {"cls": str(list(SHAPES).index(shape)).encode()})
+    (folder / "classnames.txt").write_text("\n".join(SHAPES) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\na red {c}\n")
+    printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    result = found["classification"]
+    assert result["pictures"] == 16 and result["classes"] == 4 and "wds_shapes, %" in printed and not found["retrieval"]
+    wrong = sum(confusion["pictures"] for confusion in result["en"]["confusions"])
+    assert result["en"]["top1"] == pytest.approx(1 - wrong / 16) and result["en"]["top5"] == 1
+    # The same set by the names of prompts.json, which stand in another order there.
+    own = {"classnames": {"en": [[name.upper()] for name in reversed(SHAPES)], "ko": list(reversed(SHAPES.values()))},
+           "templates": {"en": ["a {}", "a red {}"], "ko": ["{}"]}}
+    monkeypatch.setattr(sets, "read_classes", lambda name: {"name": name, **own})
+    classes = sets.open_set([str(folder)], "own").classes
+    model, _, tokenizer = kelip.build_model(small_run)
+    again = evaluate.classify(model, sets.open_set([str(folder)], "own").pairs, tokenizer, classes, progress=False)
+    assert classes["order"] == [3, 2, 1, 0] and again["en"]["top1"] == pytest.approx(result["en"]["top1"])
+    (folder / "classnames.txt").unlink()
+    assert sets.open_set([str(folder)]).classes is None and len(sets.open_set([str(folder)]).pairs) == 16
+    (folder / "dataset_type.txt").write_text("multilabel\n")
+    with pytest.raises(ValueError, match="several classes"):
+        sets.open_set([str(folder)])
+
+
+def test_clip_benchmark_s_captions_are_a_line_each(small_run, tmp_path):
+    folder = write_benchmark(tmp_path / "coco", "retrieval",
+                             lambda n, colour, shape: {"txt": f"a {colour} {shape}\n{shape}, {colour}\n".encode()})
+    pairs, classes, lines = sets.open_set([f"{folder}::ko"])
+    assert classes is None and lines and evaluate.captions_of(pairs[0], lines) == [("ko", "a red circle"), ("ko", "circle, red")]
+    here(evaluate.main, small_run, "--test", f"{folder}::ko", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["candidates"] == {"ko": 32} and found["chance"]["ko"]["image_to_text"]["R@1"] == pytest.approx(2 / 32)
+
+
+def test_folders_of_classes(small_run, tmp_path):
+    for name, colour in (("zebra_red", "red"), ("ant_blue", "blue")):
+        (tmp_path / "set" / name / "more").mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "set" / name / ("more" if i else "") / f"{i}.jpg").write_bytes(drawing(colour, "circle", i))
+    pairs, classes, _ = sets.open_set([str(tmp_path / "set")])
+    assert classes["classnames"] == {"en": ["ant blue", "zebra red"]} and sets.labels_of(pairs, classes) == [0, 0, 0, 1, 1, 1]
+    assert "set, %" in here(evaluate.main, small_run, "--test", tmp_path / "set", "--out", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="huggingface.co/datasets/clip-benchmark"):
+        sets.open_set([str(tmp_path / "nothing")])
+
+
+def test_vectors_are_made_once(small_run, shapes, tmp_path, monkeypatch):
+    model, _, tokenizer = kelip.build_model(small_run)
+    pairs, count = data.Pairs(str(shapes / "train-0.tar")), []
+    expected, kept, _ = features.embed_images(model, pairs, progress=False)
+
+    def encode(images, stop=1000):
+        count.append(len(images))
+        if len(count) == stop:
+            raise KeyboardInterrupt
+        return model.encode_image(images, l2norm=True)
+    monkeypatch.setattr(features, "BATCH", 16)
+    with pytest.raises(KeyboardInterrupt):
+        features.embed_images(model, pairs, features.Store(tmp_path), False, functools.partial(encode, stop=3))
+    for _ in range(2):                                                      # what was done is kept, and then all of it
+        vectors, kept, _ = features.embed_images(model, pairs, features.Store(tmp_path), False, encode)
+    assert count == [16, 16, 16, 16, 16] and len(kept) == 64
+    torch.testing.assert_close(vectors, expected)
+    (tmp_path / "photos").mkdir()
+    for i in (5, 3):
+        (tmp_path / "photos" / f"{9 - i}.jpg").write_bytes(pairs[i].image)
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no picture")
+    vectors, kept, skipped = features.embed_images(model, sets.Folder(tmp_path / "photos"), features.Store(tmp_path), False, encode)
+    assert len(count) == 5 and kept == [0, 1] and skipped == {"not an image": 1}
+    torch.testing.assert_close(vectors, expected[[5, 3]])
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:-100])                          # damaged: made again
+    features.embed_images(model, pairs, features.Store(tmp_path), False, encode)
+    assert len(count) == 9
+    store = features.open_store(small_run, model)
+    assert features.open_store(small_run, model, "other").folder != store.folder
+    with torch.no_grad():
+        model.visual.proj[0, 0] += 1
+    assert features.open_store(small_run, model).folder != store.folder
+
+
+def test_recall_at_k_by_hand(monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
     images = torch.eye(3)
     texts = F.normalize(torch.tensor([[1.0, 0, 0], [0.9, 1, 0], [0, 0.1, 1], [0, 1, 1], [1, 1, 1]]), dim=1)
     owner = torch.tensor([0, 1, 1, 2, -1])  # the second picture's own second text lies nearer to the third picture
-    found = evaluate.recall_at_k(images, texts, owner, ks=(1, 2), chunk=2)
+    found = evaluate.recall_at_k(images, texts, owner, ks=(1, 2))
     assert found["image_to_text"] == pytest.approx({"R@1": 2 / 3, "R@2": 1.0})
-    assert found["text_to_image"] == pytest.approx({"R@1": 3 / 4, "R@2": 1.0})
+    assert found["text_to_image"] == pytest.approx({"R@1": 2.5 / 4, "R@2": 1.0})  # the fourth is as near to two pictures
+
+
+def test_recall_is_clip_benchmark_s():
+    torch.manual_seed(0)
+    owner = torch.arange(300).repeat_interleave(torch.randint(1, 6, (300,)))
+    images = F.normalize(torch.randn(300, 16), dim=1)
+    texts = F.normalize(images[owner] + torch.randn(len(owner), 16), dim=1)
+    scores, ours = texts @ images.T, evaluate.recall_at_k(images, texts, owner)
+    positive = F.one_hot(owner, 300).bool()                                 # [P, M]
+    for k in evaluate.KS:  # its formula: a hit is any of the k best of a row that is a positive pair
+        for way, x, y in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
+            hits = y.gather(1, x.topk(k, dim=1).indices).any(1).float().mean().item()
+            assert ours[way][f"R@{k}"] == pytest.approx(hits, abs=1e-6)
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    for k in evaluate.KS:
+        for way, x, y in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
+            hits = (theirs.batchify(theirs.recall_at_k, x, y, 64, "cpu", k=k) > 0).float().mean().item()
+            assert ours[way][f"R@{k}"] == pytest.approx(hits, abs=1e-6)
+
+
+def test_a_model_that_says_one_thing_of_everything_is_at_chance():
+    owner = torch.tensor([0, 0, 1, 2, 2, 2, -1])
+    one = torch.ones(7, 4) / 2
+    assert evaluate.recall_at_k(one[:3], one, owner) == {way: pytest.approx(x) for way, x in evaluate.chance_recall(owner, 3).items()}
+    nothing = evaluate.recall_at_k(one[:3], torch.full((7, 4), math.nan), owner)
+    assert set(nothing["image_to_text"].values()) == set(nothing["text_to_image"].values()) == {0}
 
 
 def test_chance_is_what_random_features_reach():
     torch.manual_seed(0)
     owner = torch.tensor([0, 0, 0, 1, 2, 3, 3, -1, -1, -1])
     found = [evaluate.recall_at_k(F.normalize(torch.randn(4, 32), dim=1), F.normalize(torch.randn(10, 32), dim=1), owner)
-             for _ in range(4000)]
+             for _ in range(1500)]
     for way, values in evaluate.chance_recall(owner, 4).items():
         for k, value in values.items():
             assert sum(f[way][k] for f in found) / len(found) == pytest.approx(value, abs=0.02)
@@ -2531,6 +2726,68 @@ def test_zero_shot_classification(one_run, shapes):
     found = evaluate.classify(model, data.Pairs([str(shapes / "test-0.tar")]), tokenizer, classes, progress=False)
     assert found["pictures"] == 16 and found["classes"] == 4 and found["en"]["top5"] == 1
     assert 0 <= found["ko"]["top1"] == pytest.approx(found["ko"]["mean_per_class"])
+
+
+def test_spellings_are_averaged_and_confusions_counted(small_run):
+    model, _, tokenizer = kelip.build_model(small_run)
+    weights = evaluate.zero_shot_weights(model, tokenizer, [["red", "crimson"], "blue"], ["a {}", "{}"])
+    by_hand = model.encode_text(tokenizer.encode(["a red", "red", "a crimson", "crimson"]), l2norm=True).mean(0)
+    torch.testing.assert_close(weights[:, 0], by_hand / by_hand.norm())
+    truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 0, 1, 2])
+    found = evaluate._confusions(truth, predicted, range(10, 16), [["a", "A"], "b", "c"])
+    assert found == [{"true": "a", "predicted": "b", "pictures": 2, "share": 2 / 3, "example": 10},
+                     {"true": "b", "predicted": "a", "pictures": 1, "share": 1 / 2, "example": 13}]
+
+
+def test_the_probe_fits_the_optimum_and_reads_what_is_there(small_run, shapes):
+    torch.manual_seed(0)
+    centres = 2 * torch.randn(3, 8)
+    y = torch.randint(3, (400,))
+    x = centres[y] + torch.randn(400, 8)
+    weights = probe.fit(x.double(), y, 3, 0.1).requires_grad_()
+    value = F.cross_entropy(probe.predict(weights, x.double()), y) + 0.05 * weights[:-1].square().sum()
+    assert torch.autograd.grad(value, weights)[0].abs().max() < 1e-4      # the loss is convex: there is no other optimum
+    found = probe.probe((x[:300], y[:300]), (x[300:], y[300:]))
+    assert found["top1"] > 0.9 and found["strength"] in probe.STRENGTHS
+    shuffled = probe.probe((x[:300], y[:300][torch.randperm(300)]), (x[300:], y[300:]))
+    assert shuffled["top1"] < 0.7
+    models = [probe.open_encoder(small_run.parent / name)[0] for name in ("clip", "mae")]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        stages = [probe.encode(model, images) for model in models]
+        torch.testing.assert_close(*stages)
+        torch.testing.assert_close(stages[0][:, :192] @ models[0].visual.proj, models[0].encode_image(images))
+
+
+def test_the_probe_s_command(small_run, shapes, monkeypatch):
+    monkeypatch.setattr(sets, "read_classes", lambda name: {
+        "name": name, "classnames": {"en": list(SHAPES)}, "templates": {"en": ["{}"]}})
+    monkeypatch.setattr(probe, "STRENGTHS", [1.0, 0.01])
+    printed = here(evaluate.main, "probe", small_run.parent / "mae", "--train", shapes / "train-0.tar",
+                   "--test", shapes / "test-0.tar", "--classes", "shapes")
+    assert "64 pictures to fit on, 16 to measure on" in printed and "untrained, mean of patches" in printed
+    assert re.search("always the most frequent class +25.0 +25.0", printed)
+
+
+def test_search_finds_by_words_and_by_pictures(small_run, tmp_path):
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for i, (colour, shape) in enumerate(itertools.product(COLOURS, SHAPES)):
+        (tmp_path / "photos" / ("deep" if i % 2 else "") / f"{colour} {shape}.jpg").write_bytes(drawing(colour, shape, i))
+    (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG")
+    flags = ["search", "--model", small_run, "--images", tmp_path / "photos", "--out", tmp_path / "page"]
+    like = tmp_path / "photos" / "deep" / "red square.jpg"
+    printed = here(evaluate.main, *flags, "--like", like).splitlines()
+    assert printed[0] == " 1.000  deep/red square.jpg" and "skipped: {'not an image': 1}" in printed and len(printed) == 12
+    page_ = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    assert page_.count("<img") == 16 and "deep/red square.jpg" in page_
+    here(evaluate.main, *flags, "빨간 <사과>", "--like", like, "--minus", "red", "--plus", "blue")
+    assert "빨간 &lt;사과&gt; + blue − red" in (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    model, preprocess, tokenizer = kelip.build_model(small_run)
+    by_hand = model.encode_image(preprocess(Image.open(like))[None], l2norm=True)[0] - model.encode_text(
+        tokenizer.encode(["red"]), l2norm=True)[0] + model.encode_text(tokenizer.encode(["blue"]), l2norm=True)[0]
+    torch.testing.assert_close(search.query_vector(model, tokenizer, ["blue"], like, ["red"]), by_hand / by_hand.norm())
+    with pytest.raises(ValueError, match="nothing to look for"):
+        here(evaluate.main, *flags)
 
 
 # --------------------------------------------------------------------------------------------------------- findings.py
@@ -2661,10 +2918,3 @@ def test_agreement_of_languages_and_its_noise():
     assert findings.jaccard(torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 9]])).tolist() == [0.5]
     x, y = torch.tensor([1.0, 2, 2, 5]), torch.tensor([4.0, 1, 1, 0])
     assert findings.rank_correlation(x, y) == pytest.approx(-1) and findings.rank_correlation(x, x) == pytest.approx(1)
-
-
-def test_groups_of_emoji():
-    keys = ["Joy-U+1F600", "Joy-U+1F469-U+200D-U+1F3A8", "Joy-U+1F1F0-U+1F1F7", "Joy-U+2764", "000001"]
-    labelled, classes = findings.groups_of([found_pair(key, "a face") for key in keys])
-    found = [evaluate.label_of(pair, classes["classnames"]) for pair in labelled]
-    assert [None if i is None else classes["classnames"]["en"][i] for i in found] == ["face", "person", "flag", None, None]

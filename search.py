@@ -1,0 +1,95 @@
+"""Search in pictures: by words in either language, by a picture, or by a picture with something taken away and added.
+
+    python evaluate.py search --images PHOTOS "빨간 사과"
+    python evaluate.py search --images 'data/emoji/test-*.tar' --like apple.png
+    python evaluate.py search --images PHOTOS --like king.png --minus man --plus woman
+
+Prints the ten best and writes a page, search.html, with forty. Pictures are embedded once (features.py): the next search
+only looks for new ones, and one that was moved or renamed is not new.
+
+What it leaves out: an approximate index; a million pictures are one product with a vector.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import data
+import kelip
+import page
+import shards
+from features import embed_images, embed_texts, folder_of, open_store
+from sets import Folder
+
+SHOWN, PRINTED = 40, 10         # pictures on the page and on the terminal
+SIDE = 112                       # of a picture on the page, in its pixels
+
+
+def open_pictures(source):
+    """A folder of pictures, and of folders of pictures (sets.Folder), or shards (data.Pairs). Raises FileNotFoundError."""
+    folder = Path(source)
+    return Folder(folder) if folder.is_dir() and not list(folder.glob("*.tar")) else data.Pairs(source)
+
+
+def query_vector(model, tokenizer, words=(), like=None, minus=()):
+    """The unit vector of a query, [D]: the sum of the unit vectors of words and of a picture (like, its path), less those
+    of minus (KELIP's fourth finding). Raises OSError or ValueError where the picture cannot be read."""
+    vector = torch.zeros(model.config["embed_dim"])
+    if like:
+        try:
+            image = kelip.preprocess(model.config["image_resolution"])(shards.decode(Path(like).read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"--like {like}: {error}") from None
+        with torch.no_grad():
+            vector += model.encode_image(image[None].to(model.logit_scale.device), l2norm=True)[0].float().cpu()
+    for texts, sign in ((words, 1), (minus, -1)):
+        if texts:
+            vector += sign * embed_texts(model, tokenizer, list(texts)).sum(0)
+    return kelip.unit(vector[None])[0]
+
+
+def search(vectors, query, count=SHOWN):
+    """The pictures nearest to a query: [(score, row)], the best first. vectors [M, D], query [D], unit vectors."""
+    scores, rows = (vectors @ query).topk(min(count, len(vectors)))
+    return list(zip(scores.tolist(), rows.tolist()))
+
+
+def main(argv=None):
+    """Search, print, and write the page."""
+    parser = argparse.ArgumentParser(prog="evaluate.py search", description=__doc__.split("\nPrints")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("words", nargs="?", help="what to look for, in English or Korean")
+    add("--images", required=True, metavar="FOLDER", help="a folder of pictures, with all folders under it, or shards")
+    add("--model", default="runs/clip", help="what kelip.build_model opens (default: runs/clip)")
+    add("--like", metavar="PICTURE", help="look for what is like this picture")
+    add("--plus", action="append", default=[], metavar="WORDS", help="and like these words; may stand several times")
+    add("--minus", action="append", default=[], metavar="WORDS", help="and unlike these; likewise")
+    add("--out", metavar="FOLDER", help="where search.html goes (default: the model's folder)")
+    args = parser.parse_args(argv)
+    words = [args.words] * bool(args.words) + args.plus
+    if not words and not args.like:
+        raise ValueError('nothing to look for: give words, "빨간 사과", or --like PICTURE')
+    pairs = open_pictures(args.images)
+    model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    query = query_vector(model, tokenizer, words, args.like, args.minus)
+    vectors, kept, skipped = embed_images(model, pairs, open_store(args.model, model))
+    if not kept:
+        raise ValueError(f"none of the {len(pairs)} pictures decodes: {dict(skipped)}")
+    cards = []
+    for rank, (score, row) in enumerate(search(vectors, query)):
+        pair = pairs[kept[row]]
+        name = [pair.key, *pair.captions.values()]
+        if rank < PRINTED:
+            print(f"{score:6.3f}  {', '.join(name)}")
+        picture = page.picture(shards.decode(pair.image, 2 * SIDE), SIDE)
+        cards.append(page.card(picture, page.lines(f"{score:.3f}", name)))
+    if skipped:
+        print(f"skipped: {dict(skipped)}")
+    signed = [f"+ {text}" for text in ([args.like] if args.like else []) + words] + [f"− {text}" for text in args.minus]
+    folder = Path(args.out or folder_of(args.model))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.write(folder / "search.html", " ".join(signed).removeprefix("+ "),
+               f"The {len(cards)} nearest of {len(kept):,} pictures, by cosine.", page.cards(cards))
+    print(f"{folder}/search.html")
