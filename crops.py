@@ -114,7 +114,7 @@ def _resample_each(images, boxes, size):
         box = images[i:i + 1, :, y:y + h, x:x + w]
         pixels = F.interpolate(box, (size, size), mode="bicubic", antialias=True)
         rows = pixels.permute(0, 2, 3, 1).reshape(size, size * 3)
-        torch.addcmul(offset, rows.float(), scale, out=out[i])
+        torch.addcmul(offset, rows, scale, out=out[i])
     return out.view(-1, size, size, 3).permute(0, 3, 1, 2)                                # [N, 3, size, size]
 
 
