@@ -103,19 +103,20 @@ def crop_boxes(seed, slots, crop, canvas, aspect=None, scale=(0.4, 1.0)):
 
 # --- Resampling ---------------------------------------------------------------------------------------------
 
-def _resample_each(images, boxes, size):
-    """Each box resampled by torch's integer kernel, which repeats Pillow's, and normalised: fastest on a
-    CPU.
+def _resample_each(images, boxes, sizes):
+    """The boxes of every crop, resampled by torch's integer kernel, which repeats Pillow's, and normalised: fastest on
+    a CPU. boxes: int64 [N, 4] for each crop; sizes: of the crops. Returns a list, one [N, 3, size, size] a crop.
     """
     # numpy asks for huge pages, without which touching so much fresh memory costs as much as resampling.
-    out = torch.from_numpy(np.empty((len(images), size, size * 3), np.float32))
-    scale, offset = (x.repeat(size) for x in _affine("cpu"))                                      # [size * 3]
-    for i, (x, y, w, h) in enumerate(boxes.tolist()):
-        box = images[i:i + 1, :, y:y + h, x:x + w]
-        pixels = F.interpolate(box, (size, size), mode="bicubic", antialias=True)
-        rows = pixels.permute(0, 2, 3, 1).reshape(size, size * 3)
-        torch.addcmul(offset, rows, scale, out=out[i])
-    return out.view(-1, size, size, 3).permute(0, 3, 1, 2)                                # [N, 3, size, size]
+    out = [torch.from_numpy(np.empty((len(images), size, size * 3), np.float32)) for size in sizes]
+    affine = {size: [x.repeat(size) for x in _affine("cpu")] for size in sizes}                    # [size * 3] each
+    boxes = torch.stack(boxes, 1).tolist()                                                         # [N][crops][4]
+    for i, image in enumerate(images.split(1)):  # all crops of one picture, while the cache holds it
+        for view, size, (x, y, w, h) in zip(out, sizes, boxes[i]):
+            pixels = F.interpolate(image[:, :, y:y + h, x:x + w], (size, size), mode="bicubic", antialias=True)
+            scale, offset = affine[size]
+            torch.addcmul(offset, pixels.permute(0, 2, 3, 1).reshape(size, size * 3), scale, out=view[i])
+    return [view.view(-1, size, size, 3).permute(0, 3, 1, 2) for view, size in zip(out, sizes)]
 
 
 def _weights(start, length, size, canvas, device):
@@ -234,20 +235,20 @@ def multi_crop(images, crops, seed, slots, aspect=None, scale=(0.4, 1.0), low_sc
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, *[images.shape[-1]] * 2):
         raise ValueError(f"images: uint8 [N, 3, S, S] expected, got {images.dtype} {list(images.shape)}")
-    resample = _resample_each if images.device.type == "cpu" else _resample_batch
-    out = []
-    for group, (number, size) in enumerate(crops):
-        for _ in range(number):
-            crop = len(out)
-            boxes = crop_boxes(seed, slots, crop, images.shape[-1], aspect, low_scale if group else scale)
-            pictures = resample(images, boxes, size)
-            if flip:
-                mirrored = uniform(seed, slots, crop, FLIP)[:, 0] < 0.5
-                mirrored = mirrored.to(images.device)[:, None, None, None]
-                pictures = torch.where(mirrored, pictures.flip(3), pictures)
-            if augment:
-                factor, offset = (x.view(3, 1, 1) for x in _affine(images.device))
-                pictures = (pictures - offset) / (255 * factor)
-                pictures = distort(pictures, seed, slots, crop) * (255 * factor) + offset
-            out.append(pictures)
-    return out
+    sizes, scales = zip(*((size, low_scale if group else scale)
+                          for group, (number, size) in enumerate(crops) for _ in range(number)))
+    boxes = [crop_boxes(seed, slots, crop, images.shape[-1], aspect, area) for crop, area in enumerate(scales)]
+    if images.device.type == "cpu":
+        views = _resample_each(images, boxes, sizes)
+    else:
+        views = [_resample_batch(images, *each) for each in zip(boxes, sizes)]
+    for crop, pictures in enumerate(views):
+        if flip:
+            mirrored = uniform(seed, slots, crop, FLIP)[:, 0] < 0.5
+            mirrored = mirrored.to(images.device)[:, None, None, None]
+            views[crop] = pictures = torch.where(mirrored, pictures.flip(3), pictures)
+        if augment:
+            factor, offset = (x.view(3, 1, 1) for x in _affine(images.device))
+            pictures = (pictures - offset) / (255 * factor)
+            views[crop] = distort(pictures, seed, slots, crop) * (255 * factor) + offset
+    return views

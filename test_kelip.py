@@ -1946,7 +1946,7 @@ def test_the_product_with_weights_is_the_same_crop():
     images = torch.from_numpy(np.stack([photograph(i, 200, 200) for i in range(6)])).permute(0, 3, 1, 2)
     for size, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4)), (32, (0.05, 1.0))):
         boxes = crops.crop_boxes(1, torch.arange(6), 0, 200, None, scale)
-        a, b = crops._resample_each(images, boxes, size), crops._resample_batch(images, boxes, size)
+        [a], b = crops._resample_each(images, [boxes], [size]), crops._resample_batch(images, boxes, size)
         difference = (a - b).abs() * torch.tensor(crops.STD).view(3, 1, 1) * 255
         assert difference.max() < 1.01 and difference.mean() < 1e-4
 
