@@ -478,9 +478,9 @@ print(time.perf_counter() - start, memory() - before, len(pairs))
 """
 
 
-def bench_listed(tars=1000, rows=10_000):
-    """Start-up and memory with ten million listed pairs: open the index, go to the middle of the third epoch,
-    and find where on disk each of a batch's 4,096 pairs lies."""
+def bench_listed(tars, rows=10_000):
+    """Start-up and memory with so many shards listed, of 10,000 pairs each: open the index, go to the middle of the third
+    epoch, and find where on disk each of a batch's 4,096 pairs lies."""
     with tempfile.TemporaryDirectory() as folder:
         listed = []
         table = np.stack([np.arange(rows, dtype=np.uint32) * 120, np.full(rows, 55_000, np.uint32)], 1)
@@ -804,7 +804,8 @@ def main():
     args = parser.parse_args()
     rows = {"train": lambda: chain(bench_loss(args.batches), bench_steps(), bench_autoencoder(), bench_photographs(),
                                    bench_processes()),
-            "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(), bench_workers()),
+            "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(1000), bench_listed(8000),
+                                  bench_workers()),
             "evaluate": lambda: bench_evaluate(args.size),
             "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
     if "network" in args.part:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,40 @@ def start_job():
             libc.mallopt(-1, 1 << 30)    # M_TRIM_THRESHOLD
     if world_size == 1:
         return Job(0, 1, device, None)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Job(dist.get_rank(), world_size, device, dist.group.WORLD)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meet(rank, world_size), rank=rank,
+                            world_size=world_size)
+    return Job(rank, world_size, device, dist.group.WORLD)
+
+
+def meet(rank, world_size, seconds=600):
+    """The store through which the processes of a job find each other, of this attempt alone: rank 0 hosts it.
+
+    torchrun's own store outlives the processes that it starts again; those would find there the addresses of the dead, and
+    wait for them. Here all that they may find is a port on which nobody answers, and then they ask again. Raises
+    TimeoutError.
+    """
+    address, end = os.environ["MASTER_ADDR"], time.monotonic() + seconds
+    alone = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # started by something else: there is no other store
+    shared = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), world_size, alone and rank == 0, wait_for_workers=False)
+    if alone:
+        return shared
+    if rank == 0:
+        store = dist.TCPStore(address, 0, world_size, True, wait_for_workers=False)
+        shared.set("rank 0", str(store.port))
+        while store.add("here", 0) < world_size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+        shared.delete_key("rank 0")  # so that the next attempt finds none
+        return store
+    while time.monotonic() < end:
+        with contextlib.suppress(dist.DistNetworkError):
+            store = dist.TCPStore(address, int(shared.get("rank 0")), world_size, False, timedelta(seconds=5),
+                                  wait_for_workers=False)
+            store.set_timeout(shared.timeout)
+            store.add("here", 1)
+            return store
+        time.sleep(0.1)
+    raise TimeoutError(f"rank {rank}: no answer from rank 0 at {address} in {seconds} seconds")
 
 
 def choose_precision(name, device):
