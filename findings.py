@@ -120,7 +120,7 @@ def train(args, arms):
     many = max(1, min(cores, len(todo)))
     waiting, running = list(todo), {}
     bar = tqdm(total=sum(arm.flops * arm.steps for arm in todo) / 1e12, unit="Tflop", bar_format="{l_bar}{bar}| {n:,.0f} of "
-               "{total:,.0f} Tflop [{elapsed}<{remaining}] {postfix}", disable=not todo, file=sys.stdout)
+               "{total:,.0f} Tflop [{elapsed}<{remaining}] {postfix}", disable=not todo, mininterval=1, file=sys.stdout)
     try:
         while waiting or running:
             ready = [arm for arm in waiting if arm.init not in (*waiting, *running.values())]
@@ -135,8 +135,7 @@ def train(args, arms):
                         words = log_of(args, arm).read_text(encoding="utf-8").split("\n")
                         raise ValueError(f"{place(args, arm)}: {[line for line in words if line.strip()][-1]}")
             bar.set_postfix_str(", ".join(place(args, arm).name for arm in running.values()), refresh=False)
-            bar.n = sum(arm.flops * steps_of(place(args, arm)) for arm in todo) / 1e12
-            bar.refresh()
+            bar.update(sum(arm.flops * steps_of(place(args, arm)) for arm in todo) / 1e12 - bar.n)
     finally:
         for process in running:
             process.send_signal(signal.SIGTERM)  # asks for a checkpoint
