@@ -143,7 +143,7 @@ def embed_images(model, pairs, store=None, progress=True, encode=None):
         _Decoded(pairs, model.config["image_resolution"], set(store.vectors)), BATCH, sampler=missing, collate_fn=list,
         num_workers=0 if device.type == "cpu" or len(missing) < PIECE else min(16, os.cpu_count()),
         generator=torch.Generator())                                         # the run's own random numbers stay as they are
-    bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False)
+    bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False, delay=1)
     try:
         for batch in loader:
             fresh = [(i, content, image) for i, content, image in batch if torch.is_tensor(image)]
@@ -174,7 +174,7 @@ def embed_texts(model, tokenizer, texts, progress=False, store=None):
     keys = [digest(row.tobytes()) for row in tokens.numpy()]
     missing = list({key: i for i, key in enumerate(keys) if key not in store}.items())
     try:
-        for first in tqdm(range(0, len(missing), BATCH), desc="texts", disable=not (progress and missing), leave=False):
+        for first in tqdm(range(0, len(missing), BATCH), desc="texts", disable=not (progress and missing), leave=False, delay=1):
             some = missing[first:first + BATCH]
             rows = tokens[[i for _, i in some]]
             for (key, _), vector in zip(some, _encode(model, functools.partial(model.encode_text, l2norm=True), rows).numpy()):
