@@ -84,27 +84,28 @@ def meet(rank, world_size, seconds=600):
     wait for them. Here all that they may find is a port on which nobody answers, and then they ask again. Raises
     TimeoutError.
     """
-    address, end = os.environ["MASTER_ADDR"], time.monotonic() + seconds
+    address, end, patience = os.environ["MASTER_ADDR"], time.monotonic() + seconds, timedelta(seconds=seconds)
     alone = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # started by something else: there is no other store
-    shared = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), world_size, alone and rank == 0, wait_for_workers=False)
+    shared = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), world_size, alone and rank == 0, patience,
+                           wait_for_workers=False)
     if alone:
         return shared
     if rank == 0:
-        store = dist.TCPStore(address, 0, world_size, True, wait_for_workers=False)
+        store = dist.TCPStore(address, 0, world_size, True, patience, wait_for_workers=False)
         shared.set("rank 0", str(store.port))
-        while store.add("here", 0) < world_size - 1 and time.monotonic() < end:
-            time.sleep(0.05)
-        shared.delete_key("rank 0")  # so that the next attempt finds none
-        return store
     while time.monotonic() < end:
         with contextlib.suppress(dist.DistNetworkError):
-            store = dist.TCPStore(address, int(shared.get("rank 0")), world_size, False, timedelta(seconds=5),
-                                  wait_for_workers=False)
-            store.set_timeout(shared.timeout)
-            store.add("here", 1)
-            return store
-        time.sleep(0.1)
-    raise TimeoutError(f"rank {rank}: no answer from rank 0 at {address} in {seconds} seconds")
+            if rank > 0:
+                store = dist.TCPStore(address, int(shared.get("rank 0")), world_size, False, timedelta(seconds=5),
+                                      wait_for_workers=False)
+                store.set_timeout(patience)
+                store.add("here", 1)
+                return store
+            if store.add("here", 0) == world_size - 1:
+                shared.delete_key("rank 0")  # so that the next attempt finds none
+                return store
+        time.sleep(0.05)
+    raise TimeoutError(f"rank {rank}: not all of {world_size} processes met at {address} within {seconds} seconds")
 
 
 def choose_precision(name, device):
