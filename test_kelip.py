@@ -1424,22 +1424,18 @@ def test_every_pair_once_in_each_pass_however_it_is_cut(sources, seed, draw):
     with pytest.MonkeyPatch.context() as patch:  # small bands and windows, so that a few pairs make many
         for name, value in (("BAND_SHARDS", 3), ("BAND_ROWS", 60), ("WINDOW", 7), ("MIX", 11)):
             patch.setattr(data, name, value)
-        check_passes(sources, seed, draw)
-
-
-def check_passes(sources, seed, draw):
-    listed = Listed(*sources)
-    order = data.Order(listed, seed)
-    total = 3 * order.slots_per_epoch
-    numbers = order(0, total)
-    for source in listed.sources:
-        first = int(listed.starts[source.first])
-        mine = numbers[(numbers >= first) & (numbers < first + source.pairs)]
-        for turn in range(len(mine) // max(1, source.pairs)):
-            assert len(set(mine[turn * source.pairs : (turn + 1) * source.pairs].tolist())) == source.pairs
-    start = draw.draw(st.integers(0, total))
-    count = draw.draw(st.integers(0, total - start))
-    assert np.array_equal(data.Order(listed, seed)(start, count), numbers[start : start + count])
+        listed = Listed(*sources)
+        order = data.Order(listed, seed)
+        total = 3 * order.slots_per_epoch
+        numbers = order(0, total)
+        for source in listed.sources:
+            first = int(listed.starts[source.first])
+            mine = numbers[(numbers >= first) & (numbers < first + source.pairs)]
+            for turn in range(len(mine) // max(1, source.pairs)):
+                assert len(set(mine[turn * source.pairs : (turn + 1) * source.pairs].tolist())) == source.pairs
+        start = draw.draw(st.integers(0, total))
+        count = draw.draw(st.integers(0, total - start))
+        assert np.array_equal(data.Order(listed, seed)(start, count), numbers[start : start + count])
 
 
 def test_order_mixes_shards_and_reads_forward():
