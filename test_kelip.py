@@ -2172,6 +2172,19 @@ def agree(one, many, tolerance):
 THREE = ["--crops", "1x64+2x32", "--steps", "3", "--save-every", "1", "--keep", "3"]
 
 
+def test_one_process_writes_the_tokenizer(shapes, tmp_path):
+    """Several that replaced one file at the same time would pull it from under each other."""
+    args, file = argparse.Namespace(out=tmp_path, tokenizer=shapes / "tokenizer.json"), tmp_path / "tokenizer.json"
+    written = []
+    for rank in (0, 1):
+        job = trainer.Job(rank, 2, torch.device("cpu"), None)
+        found = train_clip.open_tokenizer(args, job, None, 0, None)
+        assert found.spec == tokenizer.Tokenizer.load(args.tokenizer).spec
+        written.append(file.stat())
+    assert written[0].st_ino == written[1].st_ino and written[0].st_mtime_ns == written[1].st_mtime_ns
+    assert os.listdir(tmp_path) == [file.name]
+
+
 @pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), ("fp32", 1e-5)])
 def test_any_split_of_a_global_batch_gives_the_same_steps(shapes, tmp_path, precision, tolerance):
     """One process, two, four; all pairs at once or in pieces that do not even divide the batch; through the script."""

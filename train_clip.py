@@ -112,19 +112,18 @@ def starting_point(args):
     return name, dict(config), opened
 
 
-def open_tokenizer(args, pairs, vocab_size, state):
+def open_tokenizer(args, job, pairs, vocab_size, state):
     """The run's tokenizer, in its folder: --tokenizer, or the checkpoint's, or one trained on the captions. Raises
     ValueError when a run goes on with another."""
     path = Path(args.out) / "tokenizer.json"
     if state and not path.exists():
         path.write_text(state["tokenizer"], encoding="utf-8")
     if args.tokenizer:
-        given = path.with_name(".tokenizer.json.given")
-        Tokenizer.load(args.tokenizer).save(given)
-        if state and given.read_text(encoding="utf-8") != state["tokenizer"]:
-            given.unlink()
+        given = Tokenizer.load(args.tokenizer)
+        if state and json.dumps(given.spec, ensure_ascii=False) != state["tokenizer"]:
             raise ValueError(f"--tokenizer {args.tokenizer}: not that of the run in {args.out}: leave it out to resume")
-        given.replace(path)
+        if job.main:  # the others come here at the same time, and one folder may be that of several machines
+            given.save(path)
     elif not path.exists():
         if len(pairs) > 5_000_000:
             raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on in passing: "
@@ -223,12 +222,12 @@ def main(argv=None):
     job = trainer.start_job()
     state = trainer.open_run(args, job)
     pairs = trainer.open_pairs(args, job, state)
-    test = data.Pairs(args.test) if args.test else None
+    test = trainer.main_first(job, lambda: data.Pairs(args.test)) if args.test else None
     candidates = evaluate.read_candidates(args.test) if args.test else None
 
     if opened and opened.tokenizer and not args.tokenizer and job.main and not state:
         convert.write_tokenizer(opened.tokenizer, Path(args.out), config["context_length"])
-    tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, pairs, config["vocab_size"], state))
+    tokenizer = trainer.main_first(job, lambda: open_tokenizer(args, job, pairs, config["vocab_size"], state))
     if not (opened and opened.config or state and state["config"]["init"]):
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
