@@ -3,6 +3,7 @@
     python evaluate.py search --images PHOTOS "빨간 사과"
     python evaluate.py search --images 'data/emoji/test-*.tar' --like apple.png
     python evaluate.py search --images PHOTOS --like king.png --minus man --plus woman
+    python evaluate.py search --images PHOTOS             asks what to look for, until nothing is said
 
 Prints the ten best and writes a page, search.html, with forty. Pictures are embedded once (features.py): the next search
 only looks for new ones, and one that was moved or renamed is not new.
@@ -11,6 +12,8 @@ What it leaves out: an approximate index; a million pictures are one product wit
 """
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -60,7 +63,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py search", description=__doc__.split("\nPrints")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("words", nargs="?", help="what to look for, in English or Korean")
+    add("words", nargs="?", help="what to look for, in English or Korean (default: ask, or read a query a line)")
     add("--images", required=True, metavar="FOLDER", help="a folder of pictures, with all folders under it, or shards")
     add("--model", default="runs/clip", help="what kelip.build_model opens (default: runs/clip)")
     add("--like", metavar="PICTURE", help="look for what is like this picture")
@@ -69,27 +72,45 @@ def main(argv=None):
     add("--out", metavar="FOLDER", help="where search.html goes (default: the model's folder)")
     args = parser.parse_args(argv)
     words = [args.words] * bool(args.words) + args.plus
-    if not words and not args.like:
-        raise ValueError('nothing to look for: give words, "빨간 사과", or --like PICTURE')
+    if args.minus and not words and not args.like:
+        raise ValueError("--minus: from what? give words, or --like PICTURE")
     pairs = open_pictures(args.images)
     model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    query = query_vector(model, tokenizer, words, args.like, args.minus)
+    folder = Path(args.out or folder_of(args.model))
+    folder.mkdir(parents=True, exist_ok=True)
+    signed = [f"+ {text}" for text in [args.like] * bool(args.like) + words] + [f"− {text}" for text in args.minus]
+    queries = [(" ".join(signed).removeprefix("+ "), query_vector(model, tokenizer, words, args.like, args.minus))]
+    if not signed:
+        queries = ((text, query_vector(model, tokenizer, [text])) for text in ask())
     vectors, kept, skipped = embed_images(model, pairs, open_store(args.model, model))
     if not kept:
         raise ValueError(f"none of the {len(pairs)} pictures decodes: {dict(skipped)}")
+    if skipped:
+        print(f"skipped: {dict(skipped)}")
+    pictures, asked = torch.utils.data.Subset(pairs, kept), 0
+    for asked, (title, query) in enumerate(queries, 1):
+        show(folder, pictures, search(vectors, query), title)
+    if not asked:
+        raise ValueError('nothing to look for: give words, "빨간 사과", or --like PICTURE, or a line for each query')
+
+
+def ask():
+    """Lines from the terminal, or whatever is piped in, until one is empty."""
+    with contextlib.suppress(EOFError):
+        while text := input("\nlook for: " if sys.stdin.isatty() else "").strip():
+            yield text
+
+
+def show(folder, pictures, found, title):
+    """Print what search found, and write folder/search.html."""
     cards = []
-    for rank, (score, row) in enumerate(search(vectors, query)):
-        pair = pairs[kept[row]]
+    for rank, (score, row) in enumerate(found):
+        pair = pictures[row]
         name = [pair.key, *pair.captions.values()]
         if rank < PRINTED:
             print(f"{score:6.3f}  {', '.join(name)}")
         picture = page.picture(shards.decode(pair.image, 2 * SIDE), SIDE)
         cards.append(page.card(picture, page.lines(f"{score:.3f}", name)))
-    if skipped:
-        print(f"skipped: {dict(skipped)}")
-    signed = [f"+ {text}" for text in ([args.like] if args.like else []) + words] + [f"− {text}" for text in args.minus]
-    folder = Path(args.out or folder_of(args.model))
-    folder.mkdir(parents=True, exist_ok=True)
-    page.write(folder / "search.html", " ".join(signed).removeprefix("+ "),
-               f"The {len(cards)} nearest of {len(kept):,} pictures, by cosine.", page.cards(cards))
-    print(f"{folder}/search.html")
+    page.write(folder / "search.html", title, f"The {len(cards)} nearest of {len(pictures):,} pictures, by cosine.",
+               page.cards(cards))
+    print(f"{folder}/search.html", flush=True)

@@ -2778,7 +2778,7 @@ def test_the_probe_s_command(small_run, shapes, monkeypatch):
     assert re.search("always the most frequent class +25.0 +25.0", printed)
 
 
-def test_search_finds_by_words_and_by_pictures(small_run, tmp_path):
+def test_search_finds_by_words_and_by_pictures(small_run, tmp_path, monkeypatch):
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for i, (colour, shape) in enumerate(itertools.product(COLOURS, SHAPES)):
         (tmp_path / "photos" / ("deep" if i % 2 else "") / f"{colour} {shape}.jpg").write_bytes(drawing(colour, shape, i))
@@ -2786,7 +2786,7 @@ def test_search_finds_by_words_and_by_pictures(small_run, tmp_path):
     flags = ["search", "--model", small_run, "--images", tmp_path / "photos", "--out", tmp_path / "page"]
     like = tmp_path / "photos" / "deep" / "red square.jpg"
     printed = here(evaluate.main, *flags, "--like", like).splitlines()
-    assert printed[0] == " 1.000  deep/red square.jpg" and "skipped: {'not an image': 1}" in printed and len(printed) == 12
+    assert printed[:2] == ["skipped: {'not an image': 1}", " 1.000  deep/red square.jpg"] and len(printed) == 12
     page_ = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
     assert page_.count("<img") == 16 and "deep/red square.jpg" in page_
     here(evaluate.main, *flags, "빨간 <사과>", "--like", like, "--minus", "red", "--plus", "blue")
@@ -2795,8 +2795,13 @@ def test_search_finds_by_words_and_by_pictures(small_run, tmp_path):
     by_hand = model.encode_image(preprocess(Image.open(like))[None], l2norm=True)[0] - model.encode_text(
         tokenizer.encode(["red"]), l2norm=True)[0] + model.encode_text(tokenizer.encode(["blue"]), l2norm=True)[0]
     torch.testing.assert_close(search.query_vector(model, tokenizer, ["blue"], like, ["red"]), by_hand / by_hand.norm())
+    printed = [here(evaluate.main, *flags, text) for text in ("red", "빨간 원")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("red\n빨간 원\n"))              # a line for each query: the same
+    assert here(evaluate.main, *flags).split("\n", 1)[1] == "".join(one.split("\n", 1)[1] for one in printed)
     with pytest.raises(ValueError, match="nothing to look for"):
         here(evaluate.main, *flags)
+    with pytest.raises(ValueError, match="from what"):
+        here(evaluate.main, *flags, "--minus", "red")
 
 
 # --------------------------------------------------------------------------------------------------------- findings.py
