@@ -34,8 +34,8 @@ def last_sound(word):
 
     Hangul says so itself. Digits as they are read: 영 일 이 삼 사 오 육 칠 팔 구, and 십 백 천 만 all end in a consonant, as 영
     does. Latin letters by their names when they stand alone or all are capitals (L 엘, M 엠, N 엔, R 알); other words
-    by their last letters: l and le are ㄹ (apple 애플); b, c, k, m, n, p, t, me, ne and ng are consonants (cup 컵), the
-    rest are vowels (car 카, bus 버스).
+    by their last letters: l and le are ㄹ (apple 애플); m, n, me, ne, ng and ck are consonants, and b, c, k, p, t after a vowel
+    (cup 컵); the rest are vowels (car 카, bus 버스, desk 데스크).
     """
     letters = "".join(re.findall(r"[^\W_]", word))
     last = letters[-1:]
@@ -49,7 +49,7 @@ def last_sound(word):
         return {"L": RIEUL, "R": RIEUL, "M": OTHER, "N": OTHER}.get(last.upper(), VOWEL)
     if re.search("le?$", latin.lower()):
         return RIEUL
-    return OTHER if re.search("([bckmnpt]|[mn]e|ng)$", latin.lower()) else VOWEL
+    return OTHER if re.search("([mn]e?|ng|ck|[aeiouy][bckpt])$", latin.lower()) else VOWEL
 
 
 def fill(template, name):

@@ -2526,7 +2526,8 @@ def test_bad_pairs_are_counted_and_the_run_goes_on(shapes, tmp_path):
     ("{}{으로/로}", "1", "1로"), ("{}{으로/로}", "8", "8로"), ("{}{으로/로}", "3", "3으로"), ("{}{은/는}", "100", "100은"),
     ("{}{이/가}", "L", "L이"), ("{}{으로/로}", "R", "R로"), ("{}{으로/로}", "N", "N으로"), ("{}{을/를}", "BMW", "BMW를"),
     ("{}{을/를}", "DVD", "DVD를"), ("{}{으로/로}", "apple", "apple로"), ("{}{이/가}", "cup", "cup이"), ("{}{이/가}", "bus", "bus가"),
-    ("{}{이/가}", "car", "car가"), ("{}{을/를}", "사과(apple)", "사과(apple)을"), ("{}{과/와} {}{이/가}", "빵", "빵과 빵이"), ("{}{이/가}", "", "가")])
+    ("{}{이/가}", "car", "car가"), ("{}{을/를}", "desk", "desk를"), ("{}{을/를}", "truck", "truck을"), ("{}{을/를}", "spring", "spring을"),
+    ('"{}"{이라는/라는}', "이", '"이"라는'), ("{}{을/를}", "사과(apple)", "사과(apple)을"), ("{}{과/와} {}{이/가}", "빵", "빵과 빵이"), ("{}{이/가}", "", "가")])
 def test_particles_follow_the_sound_of_the_name(template, name, prompt):
     assert sets.fill(template, name) == prompt
 
@@ -2537,6 +2538,8 @@ def test_every_set_has_as_many_names_in_each_language_and_prompts_that_fill():
         counts = {language: len(names) for language, names in classes["classnames"].items()}
         assert len(set(counts.values())) == 1 and counts.keys() == classes["templates"].keys(), name
         for language, templates in classes["templates"].items():
+            every = [one for names in classes["classnames"][language] for one in sets.spellings(names)]
+            assert len(set(every)) == len(every), (name, Counter(every).most_common(1))
             for names, template in itertools.product(classes["classnames"][language], templates):
                 prompts = [sets.fill(template, spelling) for spelling in sets.spellings(names)]
                 assert prompts and all(p and "{" not in p for p in prompts) and "{" in template, (name, template)
