@@ -17,6 +17,7 @@ What it leaves out: fitting anything to the pictures that it measures on.
 import argparse
 import collections
 import json
+import signal
 import sys
 import unicodedata
 from pathlib import Path
@@ -54,8 +55,8 @@ class Embedded:
             for language, text in captions_of(pair, lines):
                 self.captions[language].append(text)
                 owner[language].append(i)
-        for language, texts in (candidates or {}).items():
-            own = set(self.captions[language])
+        for language in self.captions.keys() & (candidates or {}).keys():
+            texts, own = candidates[language], set(self.captions[language])
             more = [text for text in dict.fromkeys(texts) if text not in own]
             self.captions[language] += more
             owner[language] += [-1] * len(more)
@@ -66,11 +67,12 @@ class Embedded:
 
 def captions_of(pair, lines=False):
     """A pair's captions, [(language, text)]; with lines, each line of its .txt is one."""
-    if not lines:
-        return list(pair.captions.items())
-    return [(language, shards.clean_caption(line)) for language in pair.captions
-            for line in pair.members.get(f"{language}.txt", pair.members.get("txt", b"")).decode("utf-8-sig").splitlines()
-            if line.strip()]
+    found = []
+    for language, caption in pair.captions.items():
+        text = pair.members.get(f"{language}.txt", pair.members.get("txt"))  # None: it comes from a json
+        several = text.decode("utf-8-sig").splitlines() if lines and text is not None else [caption]
+        found += [(language, shards.clean_caption(line)) for line in several if line.strip()]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- retrieval
@@ -197,10 +199,12 @@ def _confusions(truth, predicted, chosen, classnames, most=20):
 def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True, embedded=None, store=None,
            lines=False):
     """Measure, print, and write evaluation.json and index.html into folder. classes: a set's name in prompts.json, or a
-    set as sets.open_set gives it; embedded: what is embedded already; store, lines: as Embedded has them."""
+    set as sets.open_set gives it; embedded: what is embedded already; store, lines: as Embedded has them. Raises
+    ValueError where pairs have neither captions nor classes."""
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress, store, lines)
     found = {"pictures": len(embedded.pairs), "skipped": dict(embedded.skipped), "retrieval": {}, "chance": {},
-             "candidates": {language: len(texts) for language, texts in sorted(embedded.captions.items())}}
+             "candidates": {language: len(texts) for language, texts in sorted(embedded.captions.items())},
+             "test": [source.name for source in pairs.sources]}
     for language in sorted(embedded.texts):
         owner = embedded.owner[language]
         found["retrieval"][language] = recall_at_k(embedded.images, embedded.texts[language], owner)
@@ -209,11 +213,14 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
         classes = read_classes(classes) if isinstance(classes, str) else classes
         found["classes"] = classes["name"]
         found["classification"] = classify(model, pairs, tokenizer, classes, progress, embedded, store)
+    elif not embedded.texts:
+        raise ValueError(f"{found['test'][0]}: neither captions nor classes; --classes names a set of prompts.json, where "
+                         "there are .cls members or class folders")
+    print_report(found)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    page.write_whole(folder / "evaluation.json", json.dumps(found, indent=1, ensure_ascii=False))
     render_page(folder, embedded, found)
-    print_report(found)
     return found
 
 
@@ -272,8 +279,9 @@ def render_page(folder, embedded, found, examples=30):
                                "The three nearest names in each language; the right one is marked."),
                   page.cards(_card(embedded, i) for i in shown)]
     counts = ", ".join(f"{n:,} {named(language)}" for language, n in found["candidates"].items())
-    page.write(folder / "index.html", f"{folder.name}: what the model learned",
-               f"{found['pictures']:,} held-out pictures" + (f"; candidates: {counts}." if counts else "."), *parts)
+    tested = ", ".join(found["test"][:3]) + (" and more" if len(found["test"]) > 3 else "")
+    page.write(folder / "index.html", f"{folder.name}: what the model learned", f"{found['pictures']:,} held-out pictures of "
+               f"{tested}" + (f"; candidates: {counts}." if counts else "."), *parts)
 
 
 def _confusion(embedded, wrong):
@@ -299,7 +307,7 @@ def _curves(folder):
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # whole ones
 
     def over_steps(key, times=1):
         return {name: [(line["step"], times * line[key.format(language)]) for line in lines
@@ -330,22 +338,37 @@ def main(argv=None):
                                          "classnames.txt of CLIP_benchmark's layout, or the folders' names)")
     add("--out", metavar="FOLDER", help="where evaluation.json and index.html go (default: the model's folder)")
     args = parser.parse_args(argv)
+    out = Path(args.out or folder_of(args.model))
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
+    candidates = read_candidates(args.test, args.candidates)
     pairs, classes, lines = open_set(args.test, args.classes)
     model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    out = args.out or folder_of(args.model)
-    report(out, model, pairs, tokenizer, read_candidates(args.test, args.candidates), classes,
-           store=open_store(args.model, model), lines=lines)
+    report(out, model, pairs, tokenizer, candidates, classes, store=open_store(args.model, model), lines=lines)
     print(f"{out}/index.html")
 
 
 def read_candidates(sources, path=None):
-    """{language: captions} from a json, by default names.json beside the first shard, None where there is none."""
-    first = Path(sources[0].partition("::")[0])
-    path = Path(path) if path else (first if first.is_dir() else first.parent) / "names.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """{language: captions} from a json, by default names.json beside the first shard, None where there is none. Raises
+    OSError, and ValueError when it is something else."""
+    if not path:
+        first = Path(sources[0].partition("::")[0])
+        path = (first if first.is_dir() else first.parent) / "names.json"
+        if not path.is_file():
+            return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+                                              for texts in found.values()):
+        raise ValueError(f'{path}: not of the form {{"en": ["a red apple", ...], "ko": [...]}}')
+    return found
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is embedded is kept
+    sys.stdout.reconfigure(errors="backslashreplace")          # names that the terminal cannot show
     try:
         main()
     except KeyboardInterrupt:

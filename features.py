@@ -11,11 +11,13 @@ What it leaves out: telling one run what another, at the same time, has made (ea
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
 import os
-import zipfile
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import kelip
 import shards
 
 BATCH = 128
-PIECE = 4096  # vectors that are made before they are written
+PIECE, PATIENCE = 4096, 60  # vectors that are made, and seconds that pass, before they are written
 
 
 def digest(content):
@@ -43,15 +45,15 @@ class Store:
     """
 
     def __init__(self, folder=None):
-        self.folder, self.vectors, self.fresh = folder and Path(folder), {}, []
+        self.folder, self.vectors, self.fresh, self.saved = folder and Path(folder), {}, [], time.monotonic()
         for path in sorted(self.folder.glob("*.npz")) if folder else []:
             try:
                 with np.load(path) as piece:                               # np.load unpickles nothing unless told to
                     keys, vectors = piece["keys"].tolist(), piece["vectors"]
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                continue                                                   # what is damaged is made again
-            for (place, content), vector in zip(keys, vectors):
-                self.vectors[place] = self.vectors[content] = vector
+                found = [(key, vector) for pair, vector in zip(keys, vectors) for key in pair]
+            except Exception:  # whatever numpy makes of damaged bytes: what they held is made again
+                continue
+            self.vectors.update(found)
 
     def __contains__(self, key):
         return key in self.vectors
@@ -60,25 +62,29 @@ class Store:
         return self.vectors[key]
 
     def add(self, place, content, vector):
-        """Keep a vector, float32 [D], under two keys; every 4,096 are written."""
+        """Keep a vector, float32 [D], under two keys; every 4,096 are written, and every minute."""
         self.vectors[place] = self.vectors[content] = vector
         self.fresh.append((place, content))
-        if len(self.fresh) == PIECE:
+        if len(self.fresh) == PIECE or time.monotonic() - self.saved > PATIENCE:
             self.save()
 
     def save(self):
-        """Write what is new as one more piece, whole or not at all."""
+        """Write what is new as one more piece, whole or not at all. Where that cannot be, vectors stay in memory only."""
         if self.folder and self.fresh:
-            self.folder.mkdir(parents=True, exist_ok=True)
             name = digest("".join(place for place, _ in self.fresh).encode())
             temporary = self.folder / f".{name}.{os.getpid()}"
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 with open(temporary, "wb") as file:
                     np.savez(file, keys=np.array(self.fresh), vectors=np.stack([self[place] for place, _ in self.fresh]))
                 os.replace(temporary, self.folder / f"{name}.npz")
+            except OSError as error:
+                warnings.warn(f"{self.folder}: {error.strerror}: vectors are not kept there")
+                self.folder = None
             finally:
-                temporary.unlink(missing_ok=True)
-        self.fresh = []
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+        self.fresh, self.saved = [], time.monotonic()
 
 
 def folder_of(where):
@@ -124,19 +130,20 @@ class _Decoded:
 def places(pairs):
     """A key for where each picture lies, by its shard's or file's path, size and time, and its number there."""
     for shard in pairs.shards:
-        path = f"{os.path.abspath(shard.path)} {shard.size} {shard.mtime}"
+        path = os.fsencode(f"{os.path.abspath(shard.path)} {shard.size} {shard.mtime}")
         for number in range(shard.count):
-            yield digest(f"{path} {number}".encode())
+            yield digest(path + f" {number}".encode())
 
 
 def embed_images(model, pairs, store=None, progress=True, encode=None):
-    """The vectors of pictures: (float32 [M, D] on the CPU, the numbers of the M that decode, {cause: how many do not}).
+    """The vectors of pictures: (float32 [M, D] on the CPU, the numbers of the M that decode, {cause: how many do not, or
+    were left out of pairs already}).
 
     pairs: data.Pairs or sets.Folder. encode: images [N, 3, size, size] -> [N, D], by default encode_image's unit
     vectors. What is made is saved also when this is interrupted. On a GPU, other processes decode.
     """
     encode = encode or functools.partial(model.encode_image, l2norm=True)
-    store, skipped, keys = Store() if store is None else store, collections.Counter(), list(places(pairs))
+    store, skipped, keys = Store() if store is None else store, collections.Counter(pairs.left_out), list(places(pairs))
     missing = [i for i, key in enumerate(keys) if key not in store]
     device = model.logit_scale.device
     loader = torch.utils.data.DataLoader(

@@ -18,6 +18,7 @@ What it leaves out: the size of the paper. What holds or fails here does so with
 
 import argparse
 import collections
+import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -146,10 +147,14 @@ def train(args, arms):
 
 
 def finished(args, arm):
-    """Whether an arm has been trained to its end, and measured."""
-    last, measured = (place(args, arm) / name for name in ("last.pt", "evaluation.json"))
-    return (last.exists() and kelip.load_checkpoint(last)["step"] == arm.steps
-            and (arm.name == "stage-1" or measured.exists()))
+    """Whether an arm has been trained to its end, and what lies there was measured on --test."""
+    last, found = place(args, arm) / "last.pt", None
+    if arm.name != "stage-1":
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((place(args, arm) / "evaluation.json").read_text(encoding="utf-8"))
+        if not found or found.get("test") != [source.partition("::")[0] for source in args.test]:
+            return False  # to resume it measures it again
+    return last.exists() and kelip.load_checkpoint(last)["step"] == arm.steps
 
 
 def steps_of(folder):
@@ -197,7 +202,10 @@ def open_out(args):
     path = args.out / "settings.json"
     settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size, "stage_1_steps": STAGE_1_STEPS,
                 "arms": {name: list(flags) for name, flags in ARMS.items()}}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else settings
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: damaged; without it, these settings are taken for those of the arms there") from None
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(f"{args.out}: {key} was {before.get(key)} and is now {value}: name another --out")

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import math
+import os
 from pathlib import Path
 
 STYLE = """
@@ -37,11 +38,22 @@ svg polyline{fill:none;stroke-width:2}.c0{color:var(--c0)}.c1{color:var(--c1)}.c
 
 def write(path, title, intro, *parts):
     """Write a page. title and intro are text, parts are pieces of HTML."""
-    Path(path).write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
-        f'<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>\n{"".join(parts)}</html>\n', encoding="utf-8")
+    write_whole(path, '<!doctype html><html lang="en"><meta charset="utf-8">\n'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+                f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
+                f'<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>\n{"".join(parts)}</html>\n')
+
+
+def write_whole(path, text):
+    """Write a file of text whole or not at all: on a full disk what was there stays. What is no Unicode becomes "?"."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def heading(title, text=""):

@@ -90,15 +90,17 @@ def probe(train, test, bar=None):
     return {"top1": hits.float().mean().item(), "mean_per_class": torch.stack(per_class).mean().item(), "strength": strength}
 
 
-def features_of(model, where, pairs, classes):
-    """(features of the pictures that decode and have a class, [N, 2W], their labels [N])."""
+def features_of(model, where, pairs, classes, flag):
+    """(features of the pictures that decode and have a class, [N, 2W], their labels [N], {cause: how many do not decode}).
+    flag: what they were named by. Raises ValueError where they are fewer than five."""
     store = open_store(where, model, "probe")
-    x, kept, _ = embed_images(model, pairs, store, encode=functools.partial(encode, model))
+    x, kept, skipped = embed_images(model, pairs, store, encode=functools.partial(encode, model))
     labels = labels_of(torch.utils.data.Subset(pairs, kept), classes)
     chosen = [i for i, label in enumerate(labels) if label is not None]
     if len(chosen) < 5:
-        raise ValueError(f"{len(chosen)} of {len(labels)} pictures have a class: too few to probe with")
-    return x[chosen], torch.tensor([labels[i] for i in chosen])
+        raise ValueError(f"{flag}: {len(chosen)} of {len(labels)} pictures that decode have a class, too few to probe with"
+                         + (f"; skipped: {dict(skipped)}" if skipped else ""))
+    return x[chosen], torch.tensor([labels[i] for i in chosen]), skipped
 
 
 def main(argv=None):
@@ -119,20 +121,26 @@ def main(argv=None):
     names = [found.classes and found.classes["classnames"] for found in sets]
     if not all(names) or names[0] != names[1]:
         raise ValueError("--train and --test have no classes or not the same ones; --classes names a set of prompts.json")
-    results, counts = [], []
+    results = []
     for title, model in zip((args.model, "the same, untrained"), open_encoder(args.model, _device())):
-        train, test = (features_of(model, args.model, found.pairs, found.classes) for found in sets)
+        (*train, skipped), (*test, skipped_test) = (
+            features_of(model, args.model, found.pairs, found.classes, flag) for found, flag in zip(sets, ("--train", "--test")))
+        if len(train[1].unique()) < 2:
+            raise ValueError("--train: all its pictures are of one class, which there is nothing to learn from")
         width = train[0].shape[1] // 2
         with tqdm(total=2 * len(STRENGTHS), desc="fit", leave=False) as bar:
             for number, name in enumerate(FEATURES):
                 part = slice(number * width, (number + 1) * width)
                 results.append((f"{title}, {name}", probe((train[0][:, part], train[1]), (test[0][:, part], test[1]), bar)))
-    counts = test[1].bincount()
-    majority = int(counts[train[1].bincount().argmax()]) / len(test[1])
+    right = test[1] == train[1].bincount().argmax()
     print(f"{len(train[1]):,} pictures to fit on, {len(test[1]):,} to measure on")
+    for title, causes in (("fit", skipped), ("measure", skipped_test)):
+        if causes:
+            print(f"skipped, to {title} on: {dict(causes)}")
     lines = [("linear probe, %", "top-1", "mean per class", "L2")]
     lines += [(title, f"{100 * r['top1']:.1f}", f"{100 * r['mean_per_class']:.1f}", f"{r['strength']:g}") for title, r in results]
-    lines.append(("always the most frequent class", f"{100 * majority:.1f}", f"{100 / int((counts > 0).sum()):.1f}", ""))
+    lines.append(("always the most frequent class", f"{100 * right.float().mean():.1f}",
+                  f"{100 * right.any() / len(test[1].unique()):.1f}", ""))
     width = max(len(line[0]) for line in lines)
     for title, *cells in lines:
         print("  ".join([title.ljust(width), *(cell.rjust(14) for cell in cells)]))

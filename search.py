@@ -23,21 +23,15 @@ import kelip
 import page
 import shards
 from features import embed_images, embed_texts, folder_of, open_store
-from sets import Folder
+from sets import Folder, holds_pictures
 
 SHOWN, PRINTED = 40, 10         # pictures on the page and on the terminal
 SIDE = 112                       # of a picture on the page, in its pixels
 
 
-def open_pictures(source):
-    """A folder of pictures, and of folders of pictures (sets.Folder), or shards (data.Pairs). Raises FileNotFoundError."""
-    folder = Path(source)
-    return Folder(folder) if folder.is_dir() and not list(folder.glob("*.tar")) else data.Pairs(source)
-
-
 def query_vector(model, tokenizer, words=(), like=None, minus=()):
     """The unit vector of a query, [D]: the sum of the unit vectors of words and of a picture (like, its path), less those
-    of minus (KELIP's fourth finding). Raises OSError or ValueError where the picture cannot be read."""
+    of minus (KELIP's fourth finding). Raises OSError or ValueError where the picture cannot be read, or nothing is left."""
     vector = torch.zeros(model.config["embed_dim"])
     if like:
         try:
@@ -49,6 +43,8 @@ def query_vector(model, tokenizer, words=(), like=None, minus=()):
     for texts, sign in ((words, 1), (minus, -1)):
         if texts:
             vector += sign * embed_texts(model, tokenizer, list(texts)).sum(0)
+    if vector.norm() < 1e-6:
+        raise ValueError(f"{' '.join(words)} less {' '.join(minus)}: nothing is left to look for")
     return kelip.unit(vector[None])[0]
 
 
@@ -71,16 +67,17 @@ def main(argv=None):
     add("--minus", action="append", default=[], metavar="WORDS", help="and unlike these; likewise")
     add("--out", metavar="FOLDER", help="where search.html goes (default: the model's folder)")
     args = parser.parse_args(argv)
-    words = [args.words] * bool(args.words) + args.plus
+    words, args.minus = ([text for text in texts if text.strip()] for texts in ([args.words or ""] + args.plus, args.minus))
     if args.minus and not words and not args.like:
         raise ValueError("--minus: from what? give words, or --like PICTURE")
-    pairs = open_pictures(args.images)
+    pairs = Folder(args.images) if holds_pictures(args.images) else data.Pairs(args.images)
     model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(args.out or folder_of(args.model))
     folder.mkdir(parents=True, exist_ok=True)
     signed = [f"+ {text}" for text in [args.like] * bool(args.like) + words] + [f"− {text}" for text in args.minus]
-    queries = [(" ".join(signed).removeprefix("+ "), query_vector(model, tokenizer, words, args.like, args.minus))]
-    if not signed:
+    if signed:
+        queries = [(" ".join(signed).removeprefix("+ "), query_vector(model, tokenizer, words, args.like, args.minus))]
+    else:
         queries = ((text, query_vector(model, tokenizer, [text])) for text in ask())
     vectors, kept, skipped = embed_images(model, pairs, open_store(args.model, model))
     if not kept:
@@ -95,9 +92,12 @@ def main(argv=None):
 
 
 def ask():
-    """Lines from the terminal, or whatever is piped in, until one is empty."""
+    """What a terminal answers, until that is nothing; or the lines that are piped in, blank ones aside."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin or () if line.strip())
+        return
     with contextlib.suppress(EOFError):
-        while text := input("\nlook for: " if sys.stdin.isatty() else "").strip():
+        while text := input("\nlook for: ").strip():
             yield text
 
 

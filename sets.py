@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import data
 from shards import IMAGES, Pair, Shard
 
 LAYOUTS = ("nothing to measure on: give shards (tars, globs), a set in CLIP_benchmark's layout (FOLDER/{split}/nshards.txt; converted sets: "
-           "huggingface.co/datasets/clip-benchmark, such as wds_vtab-cifar10), or a folder of class folders")
+           "huggingface.co/datasets/clip-benchmark, such as wds_vtab-cifar10), or one folder of class folders")
 TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}   # where a folder has names of classes and no templates
 RIEUL, VOWEL, OTHER = 8, 0, 1    # the last sound of a word; 8 is ㄹ's number among the final consonants of Hangul
 
@@ -87,21 +88,22 @@ def label_of(pair, classes):
     """The class of a pair in a set as read_classes or open_set gives it, None where it is in none.
 
     The number in its .cls member; else, where the set has codepoints, the class of the emoji in its key; else the one
-    class whose English name its English caption ends with, if no other class is named in it. Raises ValueError when
-    there is no class of that number.
+    class whose name its caption ends with, if no other class is named in it, both in English where the set has that.
+    Raises ValueError when there is no class of that number.
     """
     names = classes["classnames"]
+    language = "en" if "en" in names else next(iter(names))
     if "cls" in pair.members:
         text, count = pair.members["cls"].strip(), len(next(iter(names.values())))
         order = classes.get("order", range(count))
         if not text.isdigit() or int(text) >= len(order):
-            raise ValueError(f"{pair.key}.cls: class {text.decode(errors='replace')}, where the set has {count}")
+            raise ValueError(f"{pair.key}.cls: class {text.decode(errors='replace')!r}, where the set has {count}")
         return order[int(text)]
     if "codepoints" in classes:
         first = re.search(r"U\+([0-9A-F]+)", pair.key)
         return first and _in_ranges(int(first[1], 16), tuple(classes["codepoints"]))
-    caption = f" {pair.captions.get('en', '')}".lower()
-    words = [(i, f" {spelling.lower()}") for i, name in enumerate(names["en"]) for spelling in spellings(name)]
+    caption = f" {pair.captions.get(language, '')}".lower()
+    words = [(i, f" {spelling.lower()}") for i, name in enumerate(names[language]) for spelling in spellings(name)]
     found = {i for i, word in words if word in caption}
     ends = {i for i, word in words if caption.endswith(word)}
     return found.pop() if len(found) == 1 and found == ends else None
@@ -150,7 +152,12 @@ def match_classes(found, names, what):
 
 
 def _plain(name):
-    return " ".join(re.sub(r"[\W_]+", " ", name.lower()).split())
+    return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name).lower()).split())
+
+
+def _language_of(names):
+    """The language of names of classes: Korean where there is Hangul."""
+    return "ko" if re.search("[가-힣]", unicodedata.normalize("NFC", "".join(names))) else "en"
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -159,23 +166,29 @@ class Folder:
     """The pictures in a folder and in all folders under it, sorted by name, addressable as data.Pairs are.
 
     A picture's class (.cls) is the number of the folder it lies in, of `names`, those directly under the root, sorted.
-    shards: the files, as Pairs has its shards. Raises FileNotFoundError when there is no picture.
+    Links are followed, what begins with a point is passed over. shards, sources, left_out: the files, as Pairs has its
+    shards. Raises FileNotFoundError when there is no picture, OSError for a folder that cannot be read.
     """
 
     def __init__(self, root):
-        self.root, self.shards, self.keys = str(root), [], []
-        for place, folders, files in os.walk(root):
-            folders.sort()
+        self.root, self.shards, self.keys, self.left_out, seen = str(root), [], [], {}, set()
+        for place, folders, files in os.walk(root, onerror=_give_up, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if os.path.realpath(place) in seen:  # a link to a folder above it
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
             under = "" if place == self.root else os.path.relpath(place, root).replace(os.sep, "/") + "/"
             for name in sorted(files):
-                if name.rpartition(".")[2].lower() in IMAGES:
+                if name.rpartition(".")[2].lower() in IMAGES and not name.startswith("."):
                     path = os.path.join(place, name)
-                    status = os.stat(path)
+                    status = os.stat(path) if os.path.exists(path) else os.lstat(path)
                     self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1, {}, {}))
-                    self.keys.append(under + name)
+                    self.keys.append(os.fsencode(under + name).decode("utf-8", "replace"))  # names of old archives
         if not self.shards:
             raise FileNotFoundError(f"{root}: no pictures there ({', '.join(sorted(IMAGES))})")
         self.names = sorted({key.partition("/")[0] for key in self.keys if "/" in key})
+        self.sources = [data.Source(self.root, 1.0, "", 0, len(self.keys), len(self.keys))]
 
     def __len__(self):
         return len(self.keys)
@@ -191,6 +204,23 @@ class Folder:
         return Pair(self.keys[i], image, {}, members, "no caption")
 
 
+def _give_up(error):
+    raise error
+
+
+def holds_pictures(source):
+    """Whether a source is a folder of pictures, and not one of shards. Raises ValueError when it is both."""
+    folder = Path(source)
+    if not source or not folder.is_dir():
+        return False
+    tar = next(folder.glob("*.tar"), None)
+    some = (path for pattern in ("*.*", "*/*.*") for path in folder.glob(pattern) if path.suffix[1:].lower() in IMAGES)
+    if tar and (picture := next(some, None)):
+        raise ValueError(f"{folder} holds {tar.name} and {picture.relative_to(folder)}: shards or pictures? Give "
+                         f"'{folder}/*.tar', or a folder of pictures alone")
+    return not tar
+
+
 class OpenSet(NamedTuple):
     """What open_set finds."""
     pairs: object    # data.Pairs or Folder
@@ -203,41 +233,62 @@ def open_set(sources, name=None, split="test"):
 
     sources: shards as data.Pairs takes them, sets in CLIP_benchmark's layout (::LANGUAGE after either), or one folder of
     class folders. name: a set of prompts.json, which goes before the names and templates that lie there. Raises
-    FileNotFoundError, or ValueError where names and numbers on disk do not fit the set's, or pictures have several
-    classes.
+    FileNotFoundError, or ValueError where names and numbers on disk do not fit the set's, sources have not the same
+    classes, or pictures have several.
     """
-    classes, found, lines, shards = read_classes(name) if name else None, None, False, []
-    where, templates = Path(sources[0].partition("::")[0]), None
+    classes, shards, layouts = read_classes(name) if name else None, [], []
     for source in sources:
         folder, colons, options = source.partition("::")
-        if not (Path(folder) / split / "nshards.txt").is_file():
-            shards.append(source)
-            continue
-        where, count = Path(folder), int((Path(folder) / split / "nshards.txt").read_text())
-        shards += [f"{folder}/{split}/{number}.tar{colons}{options}" for number in range(count)]
-        kind = "\n".join(_lines(where / "dataset_type.txt"))
-        if kind == "multilabel":
-            raise ValueError(f"{where}: pictures of several classes at once, which are not measured here")
-        lines |= kind == "retrieval"
-        found, templates = _lines(where / "classnames.txt"), _lines(where / "zeroshot_classification_templates.txt")
+        layouts.append(_read_layout(Path(folder), split))
+        shards += ([f"{folder}/{split}/{number}.tar{colons}{options}" for number in range(layouts[-1].count)]
+                   if layouts[-1] else [source])
+        if (layouts[-1] and layouts[-1][1:]) != (layouts[0] and layouts[0][1:]):
+            raise ValueError(f"{sources[0]} and {source} have not the same layout, classes and prompts: measure one at a time")
+    where, layout = Path(sources[0].partition("::")[0]), layouts[0]
     try:
-        if where.is_dir() and shards == list(sources) and len(sources) == 1 and not list(where.glob("*.tar")):
-            pairs = Folder(where)
-            found = pairs.names
-        else:
-            pairs = data.Pairs(shards)
+        pictures = layout is None and len(sources) == 1 and holds_pictures(sources[0])
+        pairs = Folder(where) if pictures else data.Pairs(shards)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{str(error).partition(': ')[0]}: {LAYOUTS.format(split=split)}") from None
+    found = pairs.names if pictures else layout and layout.names
+    language = _language_of(found or ())
     if found and classes:
-        language = "en" if "en" in classes["classnames"] else next(iter(classes["classnames"]))
+        language = language if language in classes["classnames"] else next(iter(classes["classnames"]))
         classes = {**classes, "order": match_classes(found, classes["classnames"][language], str(where))}
     elif found:
-        language = "ko" if re.search("[가-힣]", "".join(found)) else "en"
         classes = {"name": where.name, "classnames": {language: [text.replace("_", " ") for text in found]},
-                   "templates": {language: templates or TEMPLATES[language]}}
-    return OpenSet(pairs, classes, lines)
+                   "templates": {language: layout and layout.templates or TEMPLATES[language]}}
+    return OpenSet(pairs, classes, bool(layout and layout.kind == "retrieval"))
+
+
+class _Layout(NamedTuple):
+    """What lies beside the tars of one of CLIP_benchmark's sets."""
+    count: int
+    kind: str
+    names: list
+    templates: list
+
+
+def _read_layout(folder, split):
+    """The _Layout of a folder, None when it has none."""
+    path = folder / split / "nshards.txt"
+    if not path.is_file():
+        return None
+    count = " ".join(_lines(path))
+    if not count.isdecimal() or not int(count):
+        raise ValueError(f"{path}: {count!r}, where the number of tars should stand")
+    kind = " ".join(_lines(folder / "dataset_type.txt")).lower()
+    if kind == "multilabel":
+        raise ValueError(f"{folder}: pictures of several classes at once, which are not measured here")
+    return _Layout(int(count), kind, *(_lines(folder / f"{name}.txt") for name in (
+        "classnames", "zeroshot_classification_templates")))
 
 
 def _lines(path):
-    """The lines of a text file, stripped; [] where there is none."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The lines of a text file that are not blank, stripped; [] where there is none."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None

@@ -2558,7 +2558,8 @@ def test_labels_come_from_cls_codepoints_or_captions():
     assert sets.label_of(pair._replace(captions={"en": "a square circle"}), shapes_) is None
     assert sets.label_of(pair._replace(captions={"en": "a racircle"}), shapes_) is None
     assert sets.label_of(pair._replace(members={"cls": b"0\n"}), shapes_) == 0
-    with pytest.raises(ValueError, match="class 2, where the set has 2"):
+    assert sets.label_of(pair._replace(captions={"ko": "빨간 사과"}), {"classnames": {"ko": ["배", "사과"]}}) == 1
+    with pytest.raises(ValueError, match="class '2', where the set has 2"):
         sets.label_of(pair._replace(members={"cls": b"2"}), shapes_)
 
 
@@ -2647,6 +2648,85 @@ def test_folders_of_classes(small_run, tmp_path):
         sets.open_set([str(tmp_path / "nothing")])
 
 
+def put(path, colour="red", shape="circle", seed=0):
+    """A picture at path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(drawing(colour, shape, seed))
+
+
+def test_folders_as_people_have_them(small_run, tmp_path):
+    """Links, hidden files, names from a Mac and from old archives, a link to nothing, a folder that holds itself."""
+    for x in ("NFC", "NFD"):
+        put(tmp_path / x / unicodedata.normalize(x, "고양이") / "a.jpg")
+        put(tmp_path / x / unicodedata.normalize(x, "개") / "b.jpg", "blue")
+        found = sets.open_set([str(tmp_path / x)])
+        assert found.classes["templates"] == {"ko": ["{} 사진"]}
+        found = sets.open_set([str(tmp_path / x)], "cifar10")
+        assert [found.classes["classnames"]["en"][n] for n in sets.labels_of(found.pairs, found.classes)] == ["dog", "cat"]
+    root = tmp_path / "set"
+    put(root / "cat" / "1.jpg")
+    put(root / ".ipynb_checkpoints" / "1.jpg")
+    put(root / "cat" / "._1.jpg")
+    (root / "dog").symlink_to(tmp_path / "NFC")
+    (root / "cat" / "above").symlink_to(root)
+    (root / "cat" / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    shutil.copy(root / "cat" / "1.jpg", os.fsencode(root) + b"/dog/\xb0\xed.jpg")
+    folder = sets.Folder(root)
+    assert folder.names == ["cat", "dog"] and sorted(folder.keys) == [
+        "cat/1.jpg", "cat/gone.jpg", "dog/개/b.jpg", "dog/고양이/a.jpg", "dog/\ufffd\ufffd.jpg"]
+    printed = here(evaluate.main, small_run, "--test", root, "--out", tmp_path / "out")
+    assert "skipped: {'picture unreadable': 1}" in printed and "set, %" in printed
+    for number in (0, 1):
+        put(tmp_path / "stray" / "sub" / f"{number}.jpg")
+        (tmp_path / "stray" / "backup.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds backup.tar and sub/.*: shards or pictures"):
+        here(evaluate.main, "search", "--model", small_run, "--images", tmp_path / "stray", "red")
+
+
+def test_sets_that_do_not_go_together_are_not_measured_as_one(small_run, tmp_path):
+    """Labels of one set are never read with the names of another."""
+    def members(n, colour, shape):
+        return {"cls": str(n % 2).encode(), "txt": b"one\ntwo\n"}
+    folders = [write_benchmark(tmp_path / name, " Retrieval \n", members) for name in ("a", "b", "c")]
+    for folder, names in zip(folders, ("cat\n\ndog\n\n", "dog\ncat\n", "cat\ndog\n")):
+        (folder / "classnames.txt").write_text(names)
+    assert sets.open_set(list(map(str, folders[::2]))).classes["classnames"] == {"en": ["cat", "dog"]}
+    assert sets.open_set([str(folders[0])]).lines
+    for other in (folders[1], f"{folders[0]}/test/0.tar"):
+        with pytest.raises(ValueError, match="have not the same layout, classes and prompts"):
+            sets.open_set([str(folders[0]), str(other)])
+    (folders[0] / "test" / "nshards.txt").write_text("two")
+    with pytest.raises(ValueError, match="nshards.txt: 'two', where the number of tars should stand"):
+        sets.open_set([str(folders[0])])
+    (folders[1] / "classnames.txt").write_bytes("고양이\n개\n".encode("cp949"))
+    with pytest.raises(ValueError, match="classnames.txt: not UTF-8"):
+        sets.open_set([str(folders[1])])
+
+
+def test_evaluation_says_what_it_did_not_measure(small_run, shapes, tmp_path):
+    """What is cut short is counted, what has nothing to measure or no candidates where some are named is an error."""
+    tar, names = tmp_path / "cut.tar", tmp_path / "names.json"
+    tar.write_bytes((shapes / "test-0.tar").read_bytes()[:20_000])
+    names.write_text('{"en": ["one more"], "ko": [], "xx": ["and more"]}')
+    printed = here(evaluate.main, small_run, "--test", tar, "--out", tmp_path / "out", "--candidates", names)
+    assert "skipped: {'truncated tar': 1}" in printed
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["test"] == [str(tar)] and found["candidates"].keys() == {"en", "ko"}
+    shards.write_shard(tmp_path / "bare.tar", [("1", {"jpg": drawing("red", "circle", 0)})])
+    before = (tmp_path / "out" / "index.html").read_bytes()
+    with pytest.raises(ValueError, match="neither captions nor classes"):
+        here(evaluate.main, small_run, "--test", tmp_path / "bare.tar", "--out", tmp_path / "out")
+    for text, message in (("[]", "not of the form"), ('{"en": "red"}', "not of the form"), ("{", "names.json: Expecting")):
+        names.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            here(evaluate.main, small_run, "--test", tar, "--out", tmp_path / "out", "--candidates", names)
+    with pytest.raises(FileNotFoundError, match="gone.json"):
+        here(evaluate.main, small_run, "--test", tar, "--out", tmp_path / "out", "--candidates", tmp_path / "gone.json")
+    assert (tmp_path / "out" / "index.html").read_bytes() == before
+    with pytest.raises(ValueError, match="no captions there to measure with"):
+        here(train_clip.main, "--data", shapes / "train-0.tar", "--test", tmp_path / "bare.tar", "--out", tmp_path / "run")
+
+
 def test_vectors_are_made_once(small_run, shapes, tmp_path, monkeypatch):
     model, _, tokenizer = kelip.build_model(small_run)
     pairs, count = data.Pairs(str(shapes / "train-0.tar")), []
@@ -2675,6 +2755,12 @@ def test_vectors_are_made_once(small_run, shapes, tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes()[:-100])                          # damaged: made again
     features.embed_images(model, pairs, features.Store(tmp_path), False, encode)
     assert len(count) == 9
+    (tmp_path / "empty.npz").write_bytes(b"")                               # as a power cut leaves them
+    features.embed_images(model, pairs, features.Store(tmp_path), False, encode)
+    assert len(count) == 9
+    nowhere = features.Store(tmp_path / "empty.npz" / "deeper")             # what cannot be written is still there to use
+    with pytest.warns(UserWarning, match="vectors are not kept there"):
+        torch.testing.assert_close(features.embed_images(model, pairs, nowhere, False, encode)[0], expected)
     store = features.open_store(small_run, model)
     assert features.open_store(small_run, model, "other").folder != store.folder
     with torch.no_grad():
@@ -2771,7 +2857,7 @@ def test_the_probe_fits_the_optimum_and_reads_what_is_there(small_run, shapes):
         torch.testing.assert_close(stages[0][:, :192] @ models[0].visual.proj, models[0].encode_image(images))
 
 
-def test_the_probe_s_command(small_run, shapes, monkeypatch):
+def test_the_probe_s_command(small_run, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "read_classes", lambda name: {
         "name": name, "classnames": {"en": list(SHAPES)}, "templates": {"en": ["{}"]}})
     monkeypatch.setattr(probe, "STRENGTHS", [1.0, 0.01])
@@ -2779,6 +2865,20 @@ def test_the_probe_s_command(small_run, shapes, monkeypatch):
                    "--test", shapes / "test-0.tar", "--classes", "shapes")
     assert "64 pictures to fit on, 16 to measure on" in printed and "untrained, mean of patches" in printed
     assert re.search("always the most frequent class +25.0 +25.0", printed)
+    for i, (folder, shape) in enumerate(itertools.product(("train", "test"), "aaaab")):
+        put(tmp_path / folder / ("circle" if shape == "a" else "square") / f"{i}.jpg", seed=i)
+    with monkeypatch.context() as context:  # the training set's commonest class is in no picture of the test
+        labels = iter([[3, 3, 3, 3, 0], [0, 1, 0, 1, 0]] * 2)
+        context.setattr(probe, "labels_of", lambda pairs, classes: next(labels))
+        printed = here(evaluate.main, "probe", small_run.parent / "mae", "--train", tmp_path / "train", "--test", tmp_path / "test",
+                       "--classes", "shapes")
+    assert re.search("always the most frequent class +0.0 +0.0", printed)
+    with pytest.raises(ValueError, match="--train: 0 of 1 pictures.*too few.*not an image"):
+        (tmp_path / "few").mkdir()
+        put(tmp_path / "few" / "circle" / "1.jpg")
+        (tmp_path / "few" / "circle" / "2.jpg").write_bytes(b"no")
+        monkeypatch.setattr(probe, "labels_of", lambda pairs, classes: [None] * len(pairs))
+        here(evaluate.main, "probe", small_run.parent / "mae", "--train", tmp_path / "few", "--test", tmp_path / "few")
 
 
 def test_search_finds_by_words_and_by_pictures(small_run, tmp_path, monkeypatch):
@@ -2799,12 +2899,14 @@ def test_search_finds_by_words_and_by_pictures(small_run, tmp_path, monkeypatch)
         tokenizer.encode(["red"]), l2norm=True)[0] + model.encode_text(tokenizer.encode(["blue"]), l2norm=True)[0]
     torch.testing.assert_close(search.query_vector(model, tokenizer, ["blue"], like, ["red"]), by_hand / by_hand.norm())
     printed = [here(evaluate.main, *flags, text) for text in ("red", "빨간 원")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("red\n빨간 원\n"))              # a line for each query: the same
+    monkeypatch.setattr("sys.stdin", io.StringIO("red\n\n빨간 원\n"))              # a line for each query: the same
     assert here(evaluate.main, *flags).split("\n", 1)[1] == "".join(one.split("\n", 1)[1] for one in printed)
     with pytest.raises(ValueError, match="nothing to look for"):
         here(evaluate.main, *flags)
     with pytest.raises(ValueError, match="from what"):
         here(evaluate.main, *flags, "--minus", "red")
+    with pytest.raises(ValueError, match="nothing is left"):
+        here(evaluate.main, *flags, "red", "--minus", "red")
 
 
 # --------------------------------------------------------------------------------------------------------- findings.py
@@ -2843,6 +2945,10 @@ def test_arms_go_on_where_they_stopped_and_are_shared(shapes, tmp_path, monkeypa
     assert alone["steps"] > both["steps"] == 2 and 0 <= alone["R@1"][0][-1] <= 1 and len(found["verdicts"]) == 6
     text = (tmp_path / "analogy.html").read_text(encoding="utf-8")
     assert "빨간색" in text and "data:image/png" in text and "What would refute it" in text
+    here(evaluate.main, tmp_path / "arms" / "clip-2-seed0", "--test", shapes / "train-0.tar")  # its numbers are of another test
+    here(findings.main, "ablation", *flags)
+    assert started[9:] == [("clip-2-seed0", True)] and (tmp_path / "ablation.json").read_text() == json.dumps(
+        found, indent=1, ensure_ascii=False)
     with pytest.raises(ValueError, match="batch_size was 16 and is now 32: name another --out"):
         here(findings.main, "analogy", *flags[:-1], "32")
     args = findings.parse_arguments(["ablation", *map(str, flags)])

@@ -223,6 +223,8 @@ def main(argv=None):
     state = trainer.open_run(args, job)
     pairs = trainer.open_pairs(args, job, state)
     test = trainer.main_first(job, lambda: data.Pairs(args.test)) if args.test else None
+    if test and not test.languages:
+        raise ValueError(f"--test {' '.join(args.test)}: no captions there to measure with")
     candidates = evaluate.read_candidates(args.test) if args.test else None
 
     if opened and opened.tokenizer and not args.tokenizer and job.main and not state:
