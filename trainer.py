@@ -545,23 +545,26 @@ def peak_flops(device):
     return next((PEAK[key] for key in sorted(PEAK, key=len, reverse=True) if key in name), None)
 
 
-def transformer_flops(tokens, width, layers):
+def transformer_flops(tokens, width, layers, one=False):
     """Operations of the matrix products of a transformer's forward pass over one sequence, a multiplication and an addition
-    being two: 24 width^2 for each token and layer, and 4 width for each pair of tokens."""
-    return layers * tokens * (24 * width ** 2 + 4 * width * tokens)
+    being two: 24 width^2 for each token and layer, and 4 width for each pair of tokens. one: the last layer computes one
+    token, from the keys and values of all."""
+    last = 4 * tokens * width ** 2 + 20 * width ** 2 + 4 * width * tokens
+    return (layers - one) * tokens * (24 * width ** 2 + 4 * width * tokens) + one * last
 
 
 def image_flops(config, sizes):
-    """Operations of the image encoder's forward pass over crops of these sizes of one picture. What the last block and the
-    projection leave out or add, for one token of each, is not counted."""
-    width, patch = config["vision_width"], config["vision_patch_size"]
+    """Operations of the image encoder's forward pass over crops of these sizes of one picture."""
+    width, patch, layers = config["vision_width"], config["vision_patch_size"], config["vision_layers"]
     patches = [(size // patch) ** 2 for size in sizes]
-    return sum(2 * n * 3 * patch ** 2 * width + transformer_flops(n + 1, width, config["vision_layers"]) for n in patches)
+    return sum(2 * n * 3 * patch ** 2 * width + transformer_flops(n + 1, width, layers, one=True)
+               + 2 * width * config["embed_dim"] for n in patches)
 
 
 def text_flops(config, length):
     """Operations of the text encoder's forward pass over a caption of `length` tokens, start and end included."""
-    return transformer_flops(length, config["transformer_width"], config["transformer_layers"])
+    width = config["transformer_width"]
+    return transformer_flops(length, width, config["transformer_layers"], one=True) + 2 * width * config["embed_dim"]
 
 
 def mae_flops(mae):
