@@ -246,9 +246,10 @@ def verdict(claim, differences, times=100):
     opposite = held is False and max(values) < 0 and -mean > sd
     end = {True: "held here", False: "did not hold here" + (", the opposite did" if opposite else ", within the spread"),
            None: "not decided here, three seeds are the least"}[held]
-    each = ", ".join(f"{value:+.2f}" for value in values) or "none"
+    digits = 2 if times > 1 else 3
+    each = ", ".join(f"{value:+.{digits}f}" for value in values) or "none"
     return {"claim": claim, "differences": values, "mean": mean, "sd": sd, "held": held,
-            "words": f"{claim}: {mean:+.2f} ± {sd:.2f} ({each}): {end}"}
+            "words": f"{claim}: {mean:+.{digits}f} ± {sd:.{digits}f} ({each}): {end}"}
 
 
 def show(values, times=100, digits=1):
@@ -428,7 +429,7 @@ def alignment(args, pairs):
 
     Trains 'shared', where every drawing is captioned in one language only, by a hash of its key, so that no pair carries
     both names but both languages name nearly each thing, in drawings of different vendors; and its control 'apart', where
-    every thing, with all its skin tones and genders, is captioned in one language only. 25 minutes.
+    every thing, with all its skin tones and genders, is captioned in one language only. 15 minutes.
 
     Compared is translation with no picture between: the Korean name nearest to an English one among all names of training,
     and back, mean R@1. Refuted where 'shared' is not above 'apart' beyond the spread. The control was never told one of a
@@ -608,7 +609,7 @@ def rank_of_analogue(images, a, b, old, new, weights):
 def analogy(args, pairs):
     """Image - text + text finds the analogous image.
 
-    Trains CLIP alone, the ablation's arm, or takes any --run. Two minutes after the ablation, else twelve.
+    Trains CLIP alone, the ablation's arm, or takes any --run. Three minutes after the ablation, else twelve.
 
     For all drawings A and B of the test that differ and whose English names differ in one attribute, and for all flags of
     countries, B is looked for among all drawings but A by A - text(attribute of A) + text(attribute of B), weights 1, and

@@ -27,7 +27,7 @@ td,th{padding:.25rem .8rem .25rem 0;text-align:right;border-bottom:1px solid var
 td:first-child,th:first-child{text-align:left}td+td{white-space:nowrap}th{color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:1rem}
 .card{display:flex;gap:.8rem;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;overflow-wrap:anywhere}
-.row{display:flex;flex-wrap:wrap;gap:.4rem;margin:.2rem 0 .8rem}
+.row{display:flex;flex-wrap:wrap;gap:.4rem;margin:.2rem 0 .8rem}.card>.row{flex:none}
 img{max-width:100%;background:#fff;border-radius:.3rem;object-fit:contain;flex:none}
 ol{margin:.1rem 0 .4rem;padding-left:1.1rem;font-size:.85rem}b{font-size:.85rem;font-weight:600}
 small{display:block;font-size:.85rem}.right{color:var(--good);font-weight:600}.right::after{content:" ✓"}
