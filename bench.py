@@ -691,6 +691,7 @@ class Lengths:
     """A tokenizer whose texts are as long as captions: 6 to 25 tokens, the same for the same text."""
 
     def encode(self, texts, context_length):
+        import torch
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
             rng = random.Random(text)
@@ -721,6 +722,9 @@ def encoders(batch=64):
 
 def retrieval_of(count, width=512):
     """Seconds and megabytes, beyond the features, of recall both ways between so many pictures and as many texts."""
+    import evaluate
+    import kelip
+    import torch
     images = kelip.unit(torch.randn(count, width))
     texts = kelip.unit(images + torch.randn(count, width))
     owner = torch.arange(count)
@@ -732,6 +736,9 @@ def retrieval_of(count, width=512):
 def classification_of(count, classes=1000, templates=24, part=20):
     """Seconds for the classes' vectors, from a part of them, and for the five best classes of so many pictures, with
     ViT-B/32."""
+    import evaluate
+    import kelip
+    import torch
     model = kelip.KELIP(**dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)).eval()
     names, prompts = [f"class {n}" for n in range(classes)], [f"{n} {{}}" for n in range(templates)]
     images, weights = (kelip.unit(torch.randn(n, 512)) for n in (count, classes))

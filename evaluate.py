@@ -95,16 +95,16 @@ def recall_at_k(image_features, text_features, owner, ks=KS):
 
 def _recall(queries, rows, candidates, own, ks):
     """{"R@k": ...} of queries[rows], [N, D]; own: int64 [N, most], the right ones among the candidates [P, D], -1 behind."""
-    before, right, tied = [], [], []
-    for part, its in zip(rows.split(CHUNK), own.split(CHUNK)):
-        scores = queries[part] @ candidates.T                                # [n, P]
-        own_scores = scores.gather(1, its.clamp(min=0)).masked_fill(its < 0, -torch.inf)  # [n, most]
+    before, right, tied = torch.empty(3, len(rows), dtype=torch.int64)      # small results kept between large scores would
+    for first in range(0, len(rows), CHUNK):                                # keep the memory of these from being used again
+        part = slice(first, first + CHUNK)
+        scores = queries[rows[part]] @ candidates.T                          # [n, P]
+        own_scores = scores.gather(1, own[part].clamp(min=0)).masked_fill(own[part] < 0, -torch.inf)  # [n, most]
         best = own_scores.amax(1, keepdim=True)
         behind = (scores <= best).sum(1)                                     # what is no number is before all others
-        before.append(len(candidates) - behind)
-        tied.append(behind - (scores < best).sum(1))
-        right.append((own_scores == best).sum(1))
-    before, right, tied = (torch.cat(x) for x in (before, right, tied))
+        before[part] = len(candidates) - behind
+        tied[part] = behind - (scores < best).sum(1)
+        right[part] = (own_scores == best).sum(1)
     return {f"R@{k}": _hit(k - before, right, tied).mean().item() for k in ks}
 
 

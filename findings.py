@@ -312,7 +312,7 @@ def ablation(args, pairs):
 
     Trains, for each seed, CLIP alone, + MAE, + multi-crop and both, on equally many pictures in stage 2 (stage 1's, twice
     as many, come on top); then the first three for as many operations as both does, its stage 1 included. Multi-crop is two
-    crops of full size here: drawings of 72 pixels lose more than they gain by smaller ones. Two hours on two CPU cores.
+    crops of full size here: drawings of 72 pixels lose more than they gain by smaller ones. 75 minutes on two CPU cores.
 
     Compared is mean R@1 over both languages and directions, of + MAE and of + multi-crop with CLIP alone, of both with
     that of the other three whose mean is the best. Refuted in each part where the difference is not positive beyond its

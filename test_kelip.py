@@ -3052,3 +3052,13 @@ def test_agreement_of_languages_and_its_noise():
     assert findings.jaccard(torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 9]])).tolist() == [0.5]
     x, y = torch.tensor([1.0, 2, 2, 5]), torch.tensor([4.0, 1, 1, 0])
     assert findings.rank_correlation(x, y) == pytest.approx(-1) and findings.rank_correlation(x, x) == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- bench.py
+
+def test_rows_that_run_in_a_process_of_their_own():
+    """A fresh process has imported none of what bench.py has."""
+    import bench
+    seconds, megabytes = bench.alone(bench.retrieval_of, 100)
+    assert 0 < seconds < 60 and megabytes >= 0
+    assert all(x > 0 for x in bench.alone(bench.loss_and_backward, "kelip", 70)[:1])
