@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import packing
+import demo
+from extras import pack as packing
 from shards import LANGUAGE, Shard, decode, expand, index, read_pair, shard_rows
 
 BAND_SHARDS = 64                 # shards that are read side by side
@@ -457,7 +458,7 @@ def main():
                                             help="processes (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "emoji":
-        packing.pack_emoji(args.out, args.test)
+        demo.pack_emoji(args.out, args.test)
     elif args.command == "pack":
         if args.shard_pairs < 1:
             raise ValueError(f"--shard-pairs {args.shard_pairs}: at least 1")

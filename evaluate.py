@@ -27,8 +27,8 @@ import torch
 import kelip
 import page
 import shards
-from features import embed_images, embed_texts, folder_of, open_store
-from sets import fill, labels_of, open_set, read_classes, spellings
+from extras.features import embed_images, embed_texts, folder_of, open_store
+from classes import fill, labels_of, open_set, read_classes, spellings
 
 KS = (1, 5, 10)
 CHUNK = 256                      # rows of scores that exist at a time
@@ -320,10 +320,10 @@ def main(argv=None):
     """Evaluate a model on pairs; or probe, or search, which the files of these names do."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["probe"]:
-        import probe
+        from extras import probe
         return probe.main(argv[1:])
     if argv[:1] == ["search"]:
-        import search
+        from extras import search
         return search.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\nRetrieval")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

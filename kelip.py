@@ -684,7 +684,7 @@ def open_weights(name_or_path, tokenizer=None, **given):
         weights = {key.removeprefix("model."): value.float() for key, value in weights.items()}
         tokenizer = Tokenizer.load(tokenizer) if tokenizer else _released_tokenizer(where.parent)
     else:
-        import convert
+        from extras import convert
         weights, config, tokenizer, name = convert.read(where, weights, tokenizer, given)
     rows = len(weights.get("token_embedding.weight", ()))
     fit = f"{where}: {name('token_embedding.weight')} has {rows} rows, and the tokenizer {len(tokenizer)} entries"
@@ -751,7 +751,7 @@ def count_parameters(module):
 def main():
     """Print the presets and how many parameters each part of them has; or export, which convert.py does."""
     if sys.argv[1:2] == ["export"]:
-        import convert
+        from extras import convert
         return convert.main(build_model, sys.argv[2:])
     argparse.ArgumentParser(description="Prints the presets of kelip.py and their sizes, in millions of parameters. "
                             "`kelip.py export --help`: weights for other libraries.").parse_args()

@@ -44,18 +44,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import crops
 import data
 import evaluate
-import features
-import findings
+import classes as sets
+import demo
 import kelip
-import packing
-import probe
-import search
-import sets
 import shards
 import tokenizer
 import train_clip
 import train_mae
 import trainer
+from extras import convert, features, findings, probe, search
+from extras import pack as packing
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -797,7 +795,6 @@ def logits(model, preprocess, tok):
 
 def export(folder, to, **changes):
     """A small model, and the folder that it was exported to."""
-    import convert
     tok = small_tokenizer()
     model = small_model(dtype=torch.float32, vocab_size=len(tok), **changes).eval()
     convert.write(model.state_dict(), model.config, tok, folder / to, to)
@@ -1074,7 +1071,6 @@ def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
 
 def test_openai_s_vocabulary_travels(tmp_path):
     pytest.importorskip("safetensors")
-    import convert
     path = open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz"
     model = small_model(dtype=torch.float32, vocab_size=49408, transformer_heads=1, activation="gelu")
     torch.save(model.state_dict(), tmp_path / "x.pt")
@@ -1149,7 +1145,6 @@ def test_preprocess_is_torchvision_s():
 
 
 def test_sizes_of_the_field_s_vits_are_read_off_their_shapes():
-    import convert
     for name, heads, mlp in (("ViT-B/16", 12, 3072), ("ViT-L/14", 16, 4096)):
         with torch.device("meta"):
             weights = kelip.KELIP(**kelip.PRESETS[name]).state_dict()

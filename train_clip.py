@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import convert
+from extras import convert
 import crops
 import data
 import evaluate

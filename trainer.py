@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import packing
+import demo
 from kelip import Block, load_checkpoint, load_weights, save_checkpoint
 
 LOG_EVERY = 10         # steps, at most
@@ -246,7 +246,7 @@ def open_pairs(args, job, state):
     """The training pairs; the demo's are packed when they are missing. Prints what they are. Raises ValueError when a
     run goes on and its shards are no longer what they were; one that is missing is worth holes, and is printed."""
     if any(source.startswith(DEMO) for source in args.data):
-        main_first(job, lambda: os.path.exists(DEMO) or packing.pack_emoji(DEMO))
+        main_first(job, lambda: os.path.exists(DEMO) or demo.pack_emoji(DEMO))
     pairs = main_first(job, lambda: data.Pairs(args.data, state and state["data"]))
     for cause in ("shard changed", "shard missing") if state else ():
         shard = next((shard for shard in pairs.shards if cause in shard.left_out), None)

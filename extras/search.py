@@ -22,8 +22,8 @@ import data
 import kelip
 import page
 import shards
-from features import embed_images, embed_texts, folder_of, open_store
-from sets import Folder, holds_pictures
+from extras.features import embed_images, embed_texts, folder_of, open_store
+from classes import Folder, holds_pictures
 
 SHOWN, PRINTED = 40, 10         # pictures on the page and on the terminal
 SIDE = 112                       # of a picture on the page, in its pixels

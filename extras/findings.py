@@ -43,9 +43,9 @@ import crops
 import data
 import evaluate
 import kelip
-import packing
+import demo as packing
 import page
-import sets
+import classes as sets
 import shards
 import train_clip
 import trainer
@@ -171,7 +171,7 @@ def log_of(args, arm):
 def launch(args, arm, threads):
     """Start the training of an arm, or go on with it: a subprocess.Popen. It inherits the lock, and holds it should it be
     left behind."""
-    script, folder = Path(__file__).resolve().with_name(arm.command[0]), place(args, arm)
+    script, folder = Path(__file__).resolve().parent.parent / arm.command[0], place(args, arm)
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [*arm.command[1:], "--out", str(folder), "--steps", str(arm.steps), "--seed", str(arm.seed), "--batch-size",
                str(args.batch_size), "--save-every", "50", "--keep", "1", *["--resume"] * (folder / "last.pt").exists()]

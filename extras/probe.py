@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kelip
-from features import embed_images, open_store
-from sets import labels_of, open_set
+from extras.features import embed_images, open_store
+from classes import labels_of, open_set
 
 STRENGTHS = [10.0 ** n for n in range(2, -7, -1)]
 FEATURES = ("class token", "mean of patches")

@@ -492,7 +492,7 @@ def bench_listed(tars, rows=10_000):
             listed.append(shards.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table))
         shards._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
         run = subprocess.run([sys.executable, "-c", LISTED, folder], capture_output=True, text=True, check=True,
-                             cwd=Path(__file__).parent)
+                             cwd=Path(__file__).parent.parent)
         seconds, megabytes, count = map(float, run.stdout.split())
     note = f"{count / 1e6:.0f}M pairs in {tars:,} shards"
     yield row("open the index and reach the 2.5th epoch", seconds, "", None, "s", "lower", note)
@@ -658,7 +658,7 @@ def bench_processes(steps=40):
             launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
             subprocess.run([sys.executable, *launcher, "train_clip.py", "--steps", str(steps), "--evals", "0",
                             "--batch-size", str(128 * processes), "--out", f"{folder}/run"], check=True,
-                           capture_output=True, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           capture_output=True, cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
             lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
             found = sorted(line["images_per_second"] for line in lines if line["step"] > 10)
             rates.append(found[len(found) // 2])
@@ -677,7 +677,7 @@ def bench_photographs(steps=10, batch=4):
             for i, (picture, caption) in enumerate(zip(pictures, captions))])
         subprocess.run([sys.executable, "train_clip.py", "--model", "ViT-B/32", "--data", f"{folder}/00000.tar", "--steps",
                         str(steps), "--batch-size", str(batch), "--evals", "0", "--out", f"{folder}/run"], check=True,
-                       capture_output=True, cwd=Path(__file__).parent)
+                       capture_output=True, cwd=Path(__file__).parent.parent)
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
     rates = sorted(line["images_per_second"] for line in lines)
     yield row(f"train_clip.py, {steps} steps from shards", rates[len(rates) // 2], "", None, "pairs/s", "higher",

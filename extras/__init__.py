@@ -1,0 +1,1 @@
+"""What the system can do without: each module is a command, run from the repository root."""
