@@ -1,25 +1,34 @@
-"""Byte-level byte-pair encoding: train, encode, decode, load, save. Standard library and `regex` only.
-
-`learn_merges` joins the most frequent pair of neighbours again and again, `apply_merges` replays those joins on new
-text: that is the algorithm. The rest makes it fast and keeps it in step with Hugging Face's `tokenizers`: the file is
-its tokenizer.json, merges and ids are equal to its own, ties included. Left out: models other than byte-level BPE, and
-special tokens inside a text: nothing that a caption says becomes a start, end or padding token.
+"""Byte-level byte-pair encoding (BPE): train, encode, decode, load, save.
 
     tok = Tokenizer.train(["a red apple", "빨간 사과"], vocab_size=300)
-    tok.decode(tok.encode_ordinary("A red  APPLE"))     # 'a red apple'
-    tok.encode(["a red apple"], context_length=77)      # LongTensor [1, 77]: start, text, end, padding
+    ids = tok.encode_ordinary("A red  APPLE")       # a list of int
+    tok.decode(ids)                                 # 'a red apple'
+    tok.encode(["a red apple"], context_length=77)  # [1, 77]: start, text, end, padding
+    tok.save("tokenizer.json")                      # in the format of Hugging Face's tokenizers
 
-Sources: Sennrich et al., arXiv 1508.07909 (BPE); Radford et al. 2019, GPT-2 (bytes, the pattern of words).
+From the command line:
+
+    python tokenizer.py train captions.txt --vocab-size 8000
+    python tokenizer.py encode "a red apple"
+    python tokenizer.py decode 64 265 258
+
+From top to bottom: BPE in its plain form, which is the definition; a fast form with the same
+results; how text becomes words, pre-tokens and bytes; the format of tokenizer.json; the class
+Tokenizer; the commands. Merges and ids equal those of the package `tokenizers`, ties included.
+
+Not included: models other than byte-level BPE, and special tokens inside a text. Nothing that a
+caption says becomes a start, end or padding token.
+
+Sources: Sennrich et al., arXiv 1508.07909 (BPE); Radford et al. 2019, GPT-2 (bytes, and the regular
+expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
 """
 
 import argparse
-import gzip
 import heapq
-import html
 import json
 import os
+import signal
 import sys
-import tarfile
 import time
 import unicodedata
 from array import array
@@ -32,133 +41,217 @@ from pathlib import Path
 
 import regex
 
+# ---- BPE, the plain form ----
+#
+# Ids below 256 are single bytes. Merge number n joins two ids into the new id 256 + n.
 
-# ---- the algorithm ----
+def count_pairs(pre_tokens):
+    """How often each pair of neighbouring ids occurs in {ids of a pre-token: how often}."""
+    counts = Counter()
+    for ids, times in pre_tokens.items():
+        for pair in zip(ids, ids[1:]):
+            counts[pair] += times
+    return counts
 
-def learn_merges(pieces, count, progress=False):
-    """The first `count` merges, pairs of ids, that BPE learns from `pieces`: {bytes read as ids: how often}.
 
-    Ids below 256 are single bytes; merge number n makes the id 256 + n. Of pairs that are equally frequent, the one
-    with the lower ids goes first. Fewer merges are returned when every piece has become one token.
-    """
-    pairs, merges = PairCounts(pieces), []
-    for new in passing(range(256, 256 + count), "merges learned", progress):
-        pair = pairs.most_frequent()
-        if pair is None:
-            break
-        pairs.merge(pair, new)
+def replace_pair(ids, pair, new_id):
+    """A copy of the tuple `ids` with `new_id` in place of each occurrence of `pair`."""
+    replaced, i = [], 0
+    while i < len(ids):
+        if ids[i:i + 2] == pair:
+            replaced.append(new_id)
+            i += 2
+        else:
+            replaced.append(ids[i])
+            i += 1
+    return tuple(replaced)
+
+
+def learn_merges_plain(pre_tokens, count):
+    """Count pairs, merge the most frequent one, and count again, until `count` are merged."""
+    pre_tokens = {tuple(ids): times for ids, times in pre_tokens.items()}
+    merges = []
+    for new_id in range(256, 256 + count):
+        counts = count_pairs(pre_tokens)
+        if not counts:
+            break  # every pre-token is one token
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))  # a tie goes to the lower ids
+        pre_tokens = {replace_pair(ids, pair, new_id): n for ids, n in pre_tokens.items()}
         merges.append(pair)
     return merges
 
 
-def apply_merges(ids, ranks, made):
-    """Replay merges on the list `ids`: the earliest learned goes first, and of equals the leftmost.
-
-    `ranks[a]` maps b to the place of the pair (a, b) among the merges, `made` that place to the id it makes.
-    """
-    never = len(made)
-    order = [ranks[a].get(b, never) for a, b in zip(ids, ids[1:])]
-    while order and (rank := min(order)) < never:
-        i = order.index(rank)
-        ids[i] = made[rank]
-        del ids[i + 1], order[i]
-        if i > 0:
-            order[i - 1] = ranks[ids[i - 1]].get(ids[i], never)
-        if i < len(order):
-            order[i] = ranks[ids[i]].get(ids[i + 1], never)
+def apply_merges_plain(ids, pair_to_rank, rank_to_id):
+    """Merge the pair of the list `ids` that was learned first, until no learned pair is left."""
+    never = len(rank_to_id)
+    while len(ids) > 1:
+        ranks = [pair_to_rank.get(pair, never) for pair in zip(ids, ids[1:])]
+        first = min(ranks)
+        if first == never:
+            break
+        i = ranks.index(first)  # the leftmost of equals
+        ids = ids[:i] + [rank_to_id[first]] + ids[i + 2:]
     return ids
 
 
-# ---- the same, fast ----
+# ---- BPE, the fast form ----
+
+def learn_merges(pre_tokens, count, progress=False):
+    """The merges of `learn_merges_plain`: a list of at most `count` pairs of ids.
+
+    pre_tokens: {ids of a pre-token, as bytes: how often it occurs}. Each merge joins the most
+    frequent pair; a tie goes to the lower ids. The list is shorter when no pair is left, because
+    every pre-token has become one token.
+    """
+    pairs = PairCounts(pre_tokens)
+    merges = []
+    for new_id in show_progress(range(256, 256 + count), "merges learned", progress):
+        pair = pairs.most_frequent()
+        if pair is None:
+            break
+        pairs.merge(pair, new_id)
+        merges.append(pair)
+    return merges
+
 
 GAP, INSIDE = -1, -2
 
 
 class PairCounts:
-    """How often each pair of neighbours occurs in the pieces, corrected only where a merge changes it.
+    """The counts of neighbouring pairs, corrected only where a merge changes them.
 
-    All pieces lie in one list of cells, a cell a byte, a gap after each piece. A token writes its id into its first and
-    its last cell, where its neighbours look. So a merge costs what it changes, however long the pieces are.
+    All pre-tokens stand in one list of cells: a cell for each byte, and a gap after each pre-token.
+    A token that spans several cells has its id in the first and in the last of them. "low" and
+    "lot", after the merges (l, o) -> 256 and (256, w) -> 257:
+
+        GAP    l     o      w    GAP    l    o    t   GAP
+        GAP   256   256     w    GAP   256  256   t   GAP
+        GAP   257  INSIDE  257   GAP   256  256   t   GAP
+
+    So the left neighbour of a token is read from the cell before it and the right neighbour from
+    the cell after it, however long they are. A merge takes time only where the pair occurs;
+    counting again would take time for the whole text.
     """
 
-    def __init__(self, pieces):
-        self.cells, self.weights, self.lengths = [GAP], [0], [1] * 256
-        for ids, count in pieces.items():
+    def __init__(self, pre_tokens):
+        self.cells = [GAP]
+        self.weights = [0]         # for each cell, how often its pre-token occurs
+        self.lengths = [1] * 256   # for each id, how many cells it spans
+        for ids, times in pre_tokens.items():
             self.cells += [*ids, GAP]
-            self.weights += [count] * len(ids) + [0]
-        self.counts, self.places = defaultdict(int), defaultdict(list)
+            self.weights += [times] * len(ids) + [0]
+        self.counts = defaultdict(int)
+        self.positions = defaultdict(list)  # for each pair, the cells at which it may begin
         for i, pair in enumerate(zip(self.cells, self.cells[1:])):
             if GAP not in pair:
                 self.counts[pair] += self.weights[i]
-                self.places[pair].append(i)
+                self.positions[pair].append(i)
         self.heap = [(-count, pair) for pair, count in self.counts.items()]
         heapq.heapify(self.heap)
 
     def most_frequent(self):
-        """The most frequent pair, of equals the one with the lower ids, or None when no pair is left."""
+        """The most frequent pair, of equals that with the lower ids; None when no pair is left."""
         while self.heap:
             count, pair = heapq.heappop(self.heap)
-            now = self.counts[pair]
-            if now == -count:
+            current = self.counts[pair]
+            if current == -count:
                 return pair
-            if now > 0:  # other merges took some of its places: it waits for its new turn
-                heapq.heappush(self.heap, (-now, pair))
+            if current > 0:  # merges of other pairs lowered its count since it was pushed
+                heapq.heappush(self.heap, (-current, pair))
+        return None
 
-    def merge(self, pair, new):
-        """Make every occurrence of `pair` one token, `new`, and correct the counts of the pairs around it."""
+    def merge(self, pair, new_id):
+        """Replace each occurrence of `pair` by `new_id` and correct the counts around it."""
         a, b = pair
         cells, weights, lengths, counts = self.cells, self.weights, self.lengths, self.counts
         length_a, length_b = lengths[a], lengths[b]
         lengths.append(length_a + length_b)
-        formed = defaultdict(list)
-        for i in self.places.pop(pair):
+        new_positions = defaultdict(list)
+        for i in self.positions.pop(pair):
             j = i + length_a
             if cells[i] != a or cells[j] != b:  # an earlier merge took one of the two
                 continue
             after = j + length_b
-            count, left, right = weights[i], cells[i - 1], cells[after]
+            left, right = cells[i - 1], cells[after]
+            times = weights[i]
             if left != GAP:
-                counts[left, a] -= count
-                counts[left, new] += count
-                formed[left, new].append(i - lengths[left])
+                counts[left, a] -= times
+                counts[left, new_id] += times
+                new_positions[left, new_id].append(i - lengths[left])
             if right != GAP:
-                counts[b, right] -= count
-                counts[new, right] += count
-                formed[new, right].append(i)
+                counts[b, right] -= times
+                counts[new_id, right] += times
+                new_positions[new_id, right].append(i)
             cells[j - 1] = cells[j] = INSIDE
-            cells[i] = cells[after - 1] = new
-        for pair, places in formed.items():
-            if counts[pair] > 0:
-                self.places[pair] = places
-                heapq.heappush(self.heap, (-counts[pair], pair))
+            cells[i] = cells[after - 1] = new_id  # last, as i may be j - 1 and after - 1 may be j
+        for new_pair, positions in new_positions.items():
+            if counts[new_pair] > 0:
+                self.positions[new_pair] = positions
+                heapq.heappush(self.heap, (-counts[new_pair], new_pair))
 
 
-def apply_merges_long(ids, ranks, made):
-    """`apply_merges` in O(n log n): a heap of pairs to merge, links from each token to its neighbours."""
+def apply_merges(ids, pair_to_rank, rank_to_id):
+    """The ids of `apply_merges_plain`. The list `ids` is changed.
+
+    pair_to_rank: a pair of ids -> the number of its merge, in the order in which they were learned.
+    rank_to_id: the number of a merge -> the id that it makes.
+    """
+    if len(ids) >= 100:
+        return apply_merges_long(ids, pair_to_rank, rank_to_id)
+    never = len(rank_to_id)
+    rank_of = pair_to_rank.get
+    ranks = [rank_of(pair, never) for pair in zip(ids, ids[1:])]
+    while ranks:
+        rank = min(ranks)
+        if rank == never:
+            break
+        i = ranks.index(rank)
+        ids[i] = rank_to_id[rank]
+        del ids[i + 1], ranks[i]
+        if i > 0:
+            ranks[i - 1] = rank_of((ids[i - 1], ids[i]), never)
+        if i < len(ranks):
+            ranks[i] = rank_of((ids[i], ids[i + 1]), never)
+    return ids
+
+
+def apply_merges_long(ids, pair_to_rank, rank_to_id):
+    """`apply_merges` in O(n log n): a heap of pairs, and links from each token to its neighbours.
+
+    A caption may be one word of a million letters, for which quadratic time would be hours.
+    """
     end = len(ids)
-    after, before = array("l", range(1, end + 1)), array("l", range(-1, end - 1))
-    heap = [ranks[a][b] * end + i for i, (a, b) in enumerate(zip(ids, ids[1:])) if b in ranks[a]]
+    following = array("l", range(1, end + 1))
+    previous = array("l", range(-1, end - 1))
+    heap = []
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if pair in pair_to_rank:
+            heap.append((pair_to_rank[pair], i))
     heapq.heapify(heap)
     while heap:
-        rank, i = divmod(heapq.heappop(heap), end)
-        j = after[i]
-        if ids[i] is None or j == end or ranks[ids[i]].get(ids[j]) != rank:
+        rank, i = heapq.heappop(heap)
+        j = following[i]
+        if ids[i] is None or j == end or pair_to_rank.get((ids[i], ids[j])) != rank:
             continue  # an earlier merge took one of the two
-        ids[i], ids[j] = made[rank], None
-        after[i] = after[j]
-        if after[i] < end:
-            before[after[i]] = i
-        for left, right in ((before[i], i), (i, after[i])):
-            if left >= 0 and right < end and ids[right] in ranks[ids[left]]:
-                heapq.heappush(heap, ranks[ids[left]][ids[right]] * end + left)
+        ids[i], ids[j] = rank_to_id[rank], None
+        following[i] = following[j]
+        if following[i] < end:
+            previous[following[i]] = i
+        for left, right in ((previous[i], i), (i, following[i])):
+            if left >= 0 and right < end and (ids[left], ids[right]) in pair_to_rank:
+                heapq.heappush(heap, (pair_to_rank[ids[left], ids[right]], left))
     return [token for token in ids if token is not None]
 
 
 class Cache(dict):
-    """key -> what `make` makes of it. Long keys are not kept; when `size` are kept, it starts anew."""
+    """A dict that computes a missing value by `make(key)`.
+
+    Long keys are not kept, and when `size` values are kept, all of them are dropped.
+    """
 
     def __init__(self, make, size=1 << 17):
-        self.make, self.size = make, size
+        self.make = make
+        self.size = size
 
     def __missing__(self, key):
         value = self.make(key)
@@ -169,444 +262,634 @@ class Cache(dict):
         return value
 
 
-def passing(items, label, progress):
-    """Hand `items` on; where `progress` is true, say every second on standard error how many have passed."""
-    start = said = time.monotonic()
+def show_progress(items, label, progress):
+    """Yield `items`; where `progress` is true, print each second how many there were, on stderr."""
+    start = printed = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if progress and time.monotonic() - said > 1:
-            said = time.monotonic()
-            print(f"\r{number:,} {label}, {said - start:.0f} s ", end="", file=sys.stderr, flush=True)
-    if said > start:
+        now = time.monotonic()
+        if progress and now - printed > 1:
+            printed = now
+            line = f"\r{number:,} {label}, {now - start:.0f} s "
+            print(line, end="", file=sys.stderr, flush=True)
+    if printed > start:
         print(file=sys.stderr)
 
 
-# ---- text to words, words to pieces, pieces to bytes ----
+# ---- from text to words, pre-tokens and bytes ----
+#
+# A text is normalized (NFC, lower case, one space between words, none at the ends) and split into
+# pre-tokens, such as "a", " red", " apple" and "!". No merge crosses the border of a pre-token.
+# A space always begins a pre-token, so words can be normalized, split and cached one by one.
 
 PATTERN = regex.compile(  # GPT-2's
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-SURROGATE, MANY_MARKS = regex.compile("[\ud800-\udfff]"), regex.compile(r"\p{M}{99,}")
+SURROGATE = regex.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot encode
+MANY_COMBINING = regex.compile(r"\p{M}{99,}")
 
-# GPT-2's printable stand-in for each of the 256 bytes: tokens are bytes, a tokenizer.json holds text.
-PRINTABLE, SPARE = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-BYTE_TO_CHAR = [chr(byte if byte in PRINTABLE else next(SPARE)) for byte in range(256)]
+
+def bytes_to_unicode():
+    """GPT-2's printable character for each of the 256 bytes: a JSON file holds text, not bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_TO_CHAR = bytes_to_unicode()
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
-ALPHABET = sorted(BYTE_TO_CHAR)  # the order in which `tokenizers`, and CLIP, number the bytes
-BYTE_TO_ID = bytes(map(ALPHABET.index, BYTE_TO_CHAR))
+ALPHABET = sorted(BYTE_TO_CHAR)  # the first 256 tokens, in the order of `tokenizers` and of CLIP
+BYTE_TO_ID = bytes(ALPHABET.index(char) for char in BYTE_TO_CHAR)
 
 
-def sort_marks(match):
-    """The matched marks, decomposed, each run of them in the order of their combining classes."""
-    marks = "".join(unicodedata.normalize("NFD", mark) for mark in match[0])
-    runs = groupby(marks, key=lambda mark: unicodedata.combining(mark) > 0)
+def normalize_unicode(form, text):
+    """`unicodedata.normalize`, which takes quadratic time for many combining characters in a row.
+
+    It sorts them. Where they are sorted already, that takes linear time.
+    """
+    if len(text) > 99:
+        text = MANY_COMBINING.sub(sort_combining, text)
+    return unicodedata.normalize(form, text)
+
+
+def sort_combining(match):
+    """The matched combining characters, decomposed, and sorted as Unicode's canonical order asks.
+
+    A run between two characters of class 0 is sorted by combining class, stably.
+    """
+    decomposed = "".join(unicodedata.normalize("NFD", char) for char in match[0])
+    runs = groupby(decomposed, key=lambda char: unicodedata.combining(char) > 0)
     return "".join("".join(sorted(run, key=unicodedata.combining)) for _, run in runs)
 
 
-def compose(form, text):
-    """`unicodedata.normalize`, hundreds of marks in a row put in order first: its own sort is quadratic."""
-    return unicodedata.normalize(form, MANY_MARKS.sub(sort_marks, text) if len(text) > 99 else text)
-
-
 def lower(text):
-    """Lower case, character by character: str.lower() looks around a capital sigma, `tokenizers` does not."""
+    """Lower case, each character by itself: str.lower() gives a final sigma another form."""
     return text.replace("Σ", "σ").lower()
 
 
-def split_words(text):
-    """The words of a text as they came, a line break before the first: no space stands before that one."""
-    words = text.split()
-    if words:
-        words[0] = "\n" + words[0]
-    return words
-
-
 def normalize_word(word):
-    """One of `split_words`, composed (NFC) and in lower case, with the space that stands before it.
+    """A word in NFC and lower case. Joined by spaces, normalized words are the normalized text.
 
-    Joined, they are the normalised text, of which NORMALIZER, below, tells other tools.
+    The constant NORMALIZER below tells other tools the same.
     """
-    before, word = ("", word[1:]) if word[0] == "\n" else (" ", word)
-    return before + (word.lower() if word.isascii() else lower(compose("NFC", SURROGATE.sub("\ufffd", word))))
+    if word.isascii():
+        return word.lower()
+    return lower(normalize_unicode("NFC", SURROGATE.sub("\ufffd", word)))
 
 
-def find_pieces(text):
-    """The pieces that PATTERN finds in `text`; it would take letters alone, one space before them, whole."""
-    return [text] if text.removeprefix(" ").isalpha() else PATTERN.findall(text)
+def pre_tokenize(text):
+    """The pre-tokens of a text or of a word: what PATTERN finds."""
+    if text.removeprefix(" ").isalpha():  # most words; PATTERN would find just this
+        return [text]
+    return PATTERN.findall(text)
 
 
 def count_words(texts):
-    """{word of `split_words`: how often} in a list of texts."""
-    words, opening = Counter(), Counter(word for text in texts for word in text.split(None, 1)[:1])
-    for start in range(0, len(texts), 100):  # few enough to stay in the processor's cache
-        words.update(" ".join(texts[start:start + 100]).split())
-    words.subtract(opening)
-    words.update({"\n" + word: count for word, count in opening.items()})
-    return +words  # without those that only open texts
+    """How often words occur in a list of texts: two Counters, {word: how often}.
+
+    The first is of words that begin a text, the second of those that follow a space. The two differ
+    in their pre-tokens, "red" and " red".
+    """
+    first_words = Counter(word for text in texts for word in text.split(None, 1)[:1])
+    later_words = Counter(chain.from_iterable(map(str.split, texts)))
+    later_words.subtract(first_words)
+    return first_words, +later_words  # + drops the zeros
 
 
-def count_pieces(texts, workers=1, progress=False):
-    """The pieces of the normalised words in `texts`: {bytes read as ids: how often}. None reaches across a space."""
-    texts, words, pieces = iter(texts), Counter(), Counter()
-    batches = passing(iter(lambda: list(islice(texts, 50_000)), []), "x 50,000 texts counted", progress)
-    with Pool(workers) if workers > 1 else nullcontext() as pool:
-        for counted in pool.imap(count_words, batches) if pool else map(count_words, batches):
-            words.update(counted)
-    for word, count in words.items():
-        for piece in find_pieces(normalize_word(word)):
-            pieces[piece] += count
-    return {piece.encode().translate(BYTE_TO_ID): count for piece, count in pieces.items()}
+def end_process(signal_number, frame):
+    """A signal handler that unwinds the process, so that it releases its locks."""
+    sys.exit(1)
+
+
+def count_pre_tokens(texts, workers=1, progress=False):
+    """The pre-tokens of an iterable of texts: {ids of the bytes, as bytes: how often}.
+
+    `workers` processes count the words.
+    """
+    texts = iter(texts)
+    batches = iter(lambda: list(islice(texts, 50_000)), [])
+    batches = show_progress(batches, "x 50,000 texts counted", progress)
+    first_words, later_words = Counter(), Counter()
+    # Ctrl-C reaches all processes. The workers end quietly, so that only this one prints an error.
+    end_quietly = dict(initializer=signal.signal, initargs=(signal.SIGINT, end_process))
+    with Pool(workers, **end_quietly) if workers > 1 else nullcontext() as pool:
+        counted = pool.imap(count_words, batches) if pool else map(count_words, batches)
+        for first, later in counted:
+            first_words.update(first)
+            later_words.update(later)
+    pre_tokens = Counter()
+    for before, words in (("", first_words), (" ", later_words)):
+        for word, times in words.items():
+            for pre_token in pre_tokenize(before + normalize_word(word)):
+                pre_tokens[pre_token] += times
+    return {text.encode().translate(BYTE_TO_ID): times for text, times in pre_tokens.items()}
 
 
 # ---- tokenizer.json ----
 
 PAD, START, END = SPECIALS = ("[PAD]", "<|startoftext|>", "<|endoftext|>")
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 NORMALIZER = {"type": "Sequence", "normalizers": [
-    {"type": "NFC"}, {"type": "Lowercase"},
-    {"type": "Replace", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "content": " "},  # where str.split() splits
+    {"type": "NFC"},
+    {"type": "Lowercase"},
+    {"type": "Replace", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "content": " "},  # as str.split()
     {"type": "Strip", "strip_left": True, "strip_right": True}]}
-CLIP_NORMALIZER = {"type": "Sequence", "normalizers": [
-    {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]}
-CLIP_WORDS = {"type": "Split", "behavior": "Removed", "invert": True, "pattern": {
-    "Regex": r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"}}
 
 
 def read_json(path):
-    """The content of a JSON file. Raises ValueError that names it."""
+    """The content of a JSON file. Raises ValueError that names the file."""
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 
-def build_spec(tokens, merges, specials=SPECIALS, normalizer=NORMALIZER, pre_tokenizer=BYTE_LEVEL, suffix=None):
-    """The content of a tokenizer.json: `tokens`, then `specials`, as ids go, start and end last."""
+def build_spec(tokens, merges, specials=SPECIALS, normalizer=NORMALIZER, pre_tokenizer=BYTE_LEVEL,
+               suffix=None):
+    """The content of a tokenizer.json.
+
+    tokens: the vocabulary in the order of ids, which `specials` continue; the last two of these are
+    start and end. merges: pairs of tokens. suffix: what marks the end of a word, as CLIP's "</w>".
+    """
     vocab = {token: i for i, token in enumerate([*tokens, *specials])}
-    start, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in specials[-2:])
-    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    added_tokens = [
+        {"id": vocab[token], "content": token, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False, "special": True}
+        for token in specials]
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": suffix, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False, "vocab": vocab, "merges": merges}
+    start, end = specials[-2:]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for token in specials],
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens,
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": BYTE_LEVEL,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [start, first, end], "pair": [start, first, end, second, end],
-            "special_tokens": {token: {"id": token, "ids": [vocab[token]], "tokens": [token]}
-                               for token in specials[-2:]}},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": suffix, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": vocab, "merges": merges}}
+        "post_processor": build_template(start, end, vocab), "model": model}
 
 
-def clip_spec(text):
-    """OpenAI's bpe_simple_vocab_16e6.txt as a tokenizer.json: 49,408 entries, `</w>` at the end of a word."""
-    merges = [line.split() for line in text.split("\n")[1:49152 - 256 - 2 + 1]]
-    if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
-        raise ValueError("not CLIP's list of merges, the only compressed file that is read here")
-    tokens = ALPHABET + [char + "</w>" for char in ALPHABET] + [a + b for a, b in merges]
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [CLIP_WORDS, BYTE_LEVEL | {"use_regex": False}]}
-    return build_spec(tokens, merges, (START, END), CLIP_NORMALIZER, pre_tokenizer, "</w>")
+def build_template(start, end, token_to_id):
+    """The "post_processor" that puts a start and an end token around a text; either may be None."""
+    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    before, after = (
+        [{"SpecialToken": {"id": token, "type_id": 0}}] if token else [] for token in (start, end))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, first, *after],
+        "pair": [*before, first, *after, second, *after],
+        "special_tokens": {token: {"id": token, "ids": [token_to_id[token]], "tokens": [token]}
+                           for token in (start, end) if token}}
 
 
-def clip_clean(text):
-    """CLIP's own cleaning but ftfy: entities resolved twice, and Python's lower case with its final sigma."""
-    return html.unescape(html.unescape(text)).lower()
+def find_special_tokens(spec, config, token_to_id):
+    """The start, end and padding token: those that config names, else those that spec names.
+
+    Each is None where neither names one.
+    """
+    start = end = None
+    processor = spec.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":  # [start, text, end]; the text is no token
+            template = [item.get("SpecialToken", {}).get("id") for item in part["single"]]
+            start, end = template[0], template[-1]
+        elif "cls" in part:  # RobertaProcessing, which OpenAI's CLIP has at Hugging Face
+            start, end = part["cls"][0], part["sep"][0]
+    pad = next((name for name in (PAD, "<pad>", "<|pad|>") if name in token_to_id), None)
+    pad = (spec.get("padding") or {}).get("pad_token", pad)
+    names = []
+    for key, name in (("bos_token", start), ("eos_token", end), ("pad_token", pad)):
+        name = config.get(key) or name
+        names.append(name["content"] if isinstance(name, dict) else name)
+    return names
 
 
-def pattern_text(spec):
-    """The pattern of a Replace or a Split: a regular expression, or a string that means itself."""
-    return spec["pattern"]["Regex"] if "Regex" in spec["pattern"] else regex.escape(spec["pattern"]["String"])
+def set_special_tokens(spec, names, token_to_id):
+    """`spec`, changed where needed so that it names the tokens `names` (start, end, padding)."""
+    start, end, pad = names
+    found_start, found_end, found_pad = find_special_tokens(spec, {}, token_to_id)
+    if (start, end) != (found_start, found_end):
+        spec = {**spec, "post_processor": build_template(start, end, token_to_id)}
+    if pad != found_pad:
+        spec = {**spec, "padding": {
+            "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": token_to_id[pad], "pad_type_id": 0, "pad_token": pad}}
+    return spec
 
 
-def normalizer_steps(spec):
-    """The functions from text to text that a "normalizer" names, in their order."""
+def check_model(model):
+    """Raise ValueError unless the "model" of a tokenizer.json is plain byte-level BPE."""
+    plain = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "fuse_unk": False,
+             "byte_fallback": False}
+    for key, value in plain.items():
+        if (model.get(key) or value) != value:
+            raise ValueError(
+                f"the model's {key} is {model[key]}: only plain byte-level BPE is read here")
+
+
+def pattern_of(spec):
+    """The regular expression of a Replace or a Split, which may name a literal string instead."""
+    pattern = spec["pattern"]
+    return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+
+
+def read_normalizer(spec):
+    """A "normalizer" of a tokenizer.json -> functions from text to text, to be called in order."""
     if spec is None:
         return []
     kind = spec["type"]
     if spec == NORMALIZER:
-        return [lambda text: "".join(map(normalize_word, split_words(text)))]
+        return [lambda text: " ".join(map(normalize_word, text.split()))]
     if kind == "Sequence":
-        return [step for part in spec["normalizers"] for step in normalizer_steps(part)]
+        return [step for part in spec["normalizers"] for step in read_normalizer(part)]
     if kind == "Lowercase":
         return [lower]
     if kind == "Replace":
-        pattern = regex.compile(pattern_text(spec))
+        pattern = regex.compile(pattern_of(spec))
         return [lambda text: pattern.sub(lambda match: spec["content"], text)]
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return [lambda text: compose(kind, text)]
+        return [lambda text: normalize_unicode(kind, text)]
     raise ValueError(f"the normalizer is {kind}, which is not read here")
 
 
-def split_step(spec):
-    """The function from a text to its pieces that one part of a "pre_tokenizer" names."""
-    if spec["type"] == "Split":
-        pattern = regex.compile(f"({pattern_text(spec)})")  # its split: gaps and matches in turns
-        if spec["behavior"] == "Isolated" and pattern.groups == 1:
-            return lambda text: filter(None, pattern.split(text))
-        if spec["behavior"] == "Removed" and pattern.groups == 1:
-            return lambda text: filter(None, pattern.split(text)[bool(spec["invert"])::2])
+def read_pre_tokenizer(spec):
+    """A "pre_tokenizer" -> functions from a text to a list of its parts, to be called in order."""
+    parts = [spec or {"type": "missing"}]
+    if parts[0]["type"] == "Sequence":
+        parts = spec["pretokenizers"]
+    *splits, last = parts
+    if last["type"] != "ByteLevel":
+        raise ValueError(
+            f"the pre-tokenizer is {last['type']}, where byte-level BPE ends in ByteLevel")
+    steps = [read_split(split) for split in splits]
+    if last["add_prefix_space"]:
+        steps.append(lambda text: [text if text.startswith(" ") else " " + text])
+    if last.get("use_regex", True):
+        steps.append(pre_tokenize)
+    return steps
+
+
+def read_split(spec):
+    """One Split of a "pre_tokenizer" -> the function from a text to a list of its parts."""
+    kind, behavior = spec["type"], spec.get("behavior")
+    if kind == "Split" and behavior in ("Isolated", "Removed"):
+        pattern = regex.compile(f"({pattern_of(spec)})")
+        if pattern.groups == 1:  # then pattern.split() gives [gap, match, gap, match, ..., gap]
+            if behavior == "Isolated":
+                kept = slice(None)
+            else:
+                kept = slice(1, None, 2) if spec["invert"] else slice(0, None, 2)
+            return lambda text: [part for part in pattern.split(text)[kept] if part]
     raise ValueError(f"the pre-tokenizer has the part {spec}, which is not read here")
 
 
-def split_steps(spec):
-    """The functions from a text to its pieces that a "pre_tokenizer" names, in their order."""
-    *splits, last = spec["pretokenizers"] if spec and spec["type"] == "Sequence" else [spec or {"type": "missing"}]
-    if last["type"] != "ByteLevel":
-        raise ValueError(f"the pre-tokenizer is {last['type']}, where byte-level BPE ends in ByteLevel")
-    steps = [split_step(part) for part in splits]
-    if last["add_prefix_space"]:
-        steps.append(lambda text: [text if text.startswith(" ") else " " + text])
-    return steps + [find_pieces] * last.get("use_regex", True)
-
-
-def special_ids(spec, config, ids):
-    """The ids of the start, end and padding token: what tokenizer_config.json names, else the template."""
-    start, end, pad = None, None, next(filter(ids.__contains__, (PAD, "<pad>", "<|pad|>")), None)
-    processor = spec.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        if part.get("type") == "TemplateProcessing":  # of [start, text, end] the text has no name
-            names = [item.get("SpecialToken", {}).get("id") for item in part["single"]]
-            start, end = names[0], names[-1]
-        elif "cls" in part:  # RobertaProcessing, which OpenAI's CLIP has
-            start, end = part["cls"][0], part["sep"][0]
-    pad = (spec.get("padding") or {}).get("pad_token", pad)
-    names = [config.get(key) or name for key, name in (("bos_token", start), ("eos_token", end), ("pad_token", pad))]
-    return [ids[name["content"] if isinstance(name, dict) else name] if name else None for name in names]
-
+# ---- the tokenizer ----
 
 class Tokenizer:
-    """Text to ids and back. `pad_id`, `sot_id` and `eot_id` are the ids of the padding, start and end token."""
+    """Text to ids and back.
 
-    def __init__(self, spec, config=None, clean=None):
-        """The contents of tokenizer.json and tokenizer_config.json; `clean` replaces the normalizer."""
-        self.spec, self._config, self._clean = spec, config or {}, clean
-        model, added = spec["model"], spec.get("added_tokens") or []
-        for key, read in (("type", "BPE"), ("dropout", None), ("continuing_subword_prefix", ""), ("fuse_unk", False),
-                          ("byte_fallback", False)):
-            if (model.get(key) or read) != read:
-                raise ValueError(f"the model's {key} is {model[key]}: only plain byte-level BPE is read here")
-        vocab, suffix = model["vocab"], model.get("end_of_word_suffix")
-        self._ids = vocab | {token["content"]: token["id"] for token in added}
+    spec: the content of a tokenizer.json. config: the values of special_tokens_map.json or
+    tokenizer_config.json, of which bos_token, eos_token and pad_token are read and replace what
+    spec names. The attribute `spec` names the start, end and padding token in any case.
+
+    `sot_id`, `eot_id` and `pad_id` are the ids of the start, end and padding token. The first two
+    are None where neither spec nor config names them; `pad_id` is 0 then, as CLIP's is.
+
+    Raises ValueError when spec is not a byte-level BPE.
+    """
+
+    def __init__(self, spec, config=None):
+        model = spec["model"]
+        check_model(model)
+        vocab = model["vocab"]
+        added = spec.get("added_tokens") or []
         self._special = {token["id"] for token in added}
-        self.sot_id, self.eot_id, self.pad_id = special_ids(spec, self._config, self._ids)
-        known = {self.sot_id, self.eot_id, self.pad_id}
-        if words := [token["content"] for token in added if not token["special"] and token["id"] not in known]:
-            raise ValueError(f"the added tokens {words} are not special: no text becomes an added token here")
-        self.pad_id = self.pad_id or 0  # CLIP's, where the file names none
+        self._token_to_id = vocab | {token["content"]: token["id"] for token in added}
+        self._size = max(self._token_to_id.values(), default=-1) + 1
 
+        names = find_special_tokens(spec, config or {}, self._token_to_id)
+        for name in names:
+            if name and name not in self._token_to_id:
+                raise ValueError(f"the special token {name!r} is not in the vocabulary")
+        self.sot_id, self.eot_id, pad_id = map(self._token_to_id.get, names)
+        self.pad_id = pad_id or 0
+        self.spec = set_special_tokens(spec, names, self._token_to_id)
+        ordinary = [token["content"] for token in added
+                    if not token["special"] and token["content"] not in names]
+        if ordinary:
+            raise ValueError(f"the added tokens {ordinary} are not special: "
+                             "no text becomes an added token here")
+
+        # Older files have a merge as "a b", newer ones as ["a", "b"].
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self._made = [vocab[a + b] for a, b in merges]
-        self._ranks = [{} for _ in range(max(self._ids.values(), default=-1) + 1)]
+        self._rank_to_id = [vocab[a + b] for a, b in merges]
+        self._pair_to_rank = {}
         for rank, (a, b) in enumerate(merges):
-            if self._made[rank] not in self._special:  # text never becomes a special token
-                self._ranks[vocab[a]][vocab[b]] = rank
-        self._byte_ids = [vocab.get(char, vocab.get(model.get("unk_token"))) for char in BYTE_TO_CHAR]
-        self._last_ids = [vocab[char + suffix] for char in BYTE_TO_CHAR] if suffix else []
-        whole = vocab.items() if model.get("ignore_merges") else ()
-        self._whole = {token: i for token, i in whole if i not in self._special}
-        self._split = lambda text: [SURROGATE.sub("\ufffd", text)]
-        self._normalizers = [clean] if clean else normalizer_steps(spec.get("normalizer"))
-        self._splitters = split_steps(spec.get("pre_tokenizer"))
-        if spec.get("normalizer") == NORMALIZER and spec["pre_tokenizer"] == BYTE_LEVEL:  # word by word is the same
-            self._split, self._normalizers = split_words, [normalize_word]
-        self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
-        self._rows = Cache(lambda word: array("q", self._encode_word(word)).tobytes())  # joining bytes is one call
+            if self._rank_to_id[rank] not in self._special:  # no text becomes a special token
+                self._pair_to_rank[vocab[a], vocab[b]] = rank
 
-    def __reduce__(self):  # pickling takes the file's content along and leaves the caches
-        return Tokenizer, (self.spec, self._config, self._clean)
+        unknown_id = vocab.get(model.get("unk_token"))
+        self._byte_to_id = [vocab.get(char, unknown_id) for char in BYTE_TO_CHAR]
+        self._suffix = model.get("end_of_word_suffix")
+        if self._suffix:
+            self._last_byte_to_id = [vocab[char + self._suffix] for char in BYTE_TO_CHAR]
+        self._whole_token_to_id = {}
+        if model.get("ignore_merges"):  # a pre-token that is in the vocabulary is not merged
+            self._whole_token_to_id = {
+                token: i for token, i in vocab.items() if i not in self._special}
+
+        # Rules of other files may reach across spaces: then a text is encoded as one word.
+        self.word_by_word = (
+            spec.get("normalizer") == NORMALIZER and spec.get("pre_tokenizer") == BYTE_LEVEL)
+        if self.word_by_word:
+            self._normalizers = [normalize_word]
+        else:
+            self._normalizers = [
+                lambda text: SURROGATE.sub("\ufffd", text),
+                *read_normalizer(spec.get("normalizer"))]
+        self._pre_tokenizers = read_pre_tokenizer(spec.get("pre_tokenizer"))
+        self._pre_token_ids = Cache(self._encode_pre_token)
+        self._first_word_ids = Cache(lambda word: self._encode_word("", word))
+        self._later_word_ids = Cache(lambda word: self._encode_word(" ", word))
+
+    def __reduce__(self):  # pickling leaves out the caches
+        return type(self), (self.spec,)
 
     def __len__(self):
-        return len(self._ranks)  # one more than the highest id
+        return self._size  # one more than the highest id
 
     @classmethod
     def train(cls, texts, vocab_size, progress=True, workers=1):
         """Learn `vocab_size` entries (256 bytes, merges, 3 special tokens) from an iterable of str.
 
-        They are fewer when the texts run out of pairs. `workers` processes count words; this one learns the merges.
-        Raises ValueError on a `vocab_size` below 259 and on a str in place of a list.
+        They are fewer when the texts run out of pairs. `workers` processes count words; this one
+        learns the merges. Raises ValueError when `vocab_size` is below 259, and when `texts` is one
+        str.
         """
         if isinstance(texts, str):
-            raise ValueError("texts is one string: give a list of texts, or another iterable of them")
+            raise ValueError("texts is one string: give a list of texts, or another iterable")
         count = vocab_size - len(ALPHABET) - len(SPECIALS)
         if count < 0:
-            raise ValueError(f"vocab_size is {vocab_size}: 256 bytes and 3 special tokens need at least 259")
-        tokens, merges = list(ALPHABET), []
-        for a, b in learn_merges(count_pieces(texts, workers, progress), count, progress):
+            raise ValueError(
+                f"vocab_size is {vocab_size}: 256 bytes and 3 special tokens need at least 259")
+        tokens = list(ALPHABET)
+        merges = []
+        for a, b in learn_merges(count_pre_tokens(texts, workers, progress), count, progress):
             merges.append([tokens[a], tokens[b]])
             tokens.append(tokens[a] + tokens[b])
         return cls(build_spec(tokens, merges))
 
     @classmethod
     def load(cls, path):
-        """Read a Hugging Face tokenizer.json, or OpenAI CLIP's bpe_simple_vocab_16e6.txt.gz.
+        """Read a tokenizer.json, and the tokenizer_config.json in the same folder if there is one.
 
-        Raises FileNotFoundError when there is no such file, ValueError when it is not a byte-level BPE.
+        Raises FileNotFoundError when there is no such file, and ValueError when it is not a
+        byte-level BPE.
         """
         path = Path(path)
-        data, beside = path.read_bytes(), path.with_name("tokenizer_config.json")
-        config = read_json(beside) if beside.exists() else {}
+        data = path.read_bytes()
+        config_path = path.with_name("tokenizer_config.json")
+        config = read_json(config_path) if config_path.exists() else None
         try:
             if data.startswith(b"\x1f\x8b"):
-                return cls(clip_spec(gzip.decompress(data).decode()), clean=clip_clean)
+                raise ValueError("a gzip file; if it holds CLIP's merges, extras.convert."
+                                 "read_clip_merges(path).save('tokenizer.json') makes one")
             return cls(json.loads(data), config)
         except Exception as error:  # whatever is wrong with the file, one line says it
-            what = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{path}: not a tokenizer that is read here: {what}") from error
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{path}: not a tokenizer that is read here: {reason}") from error
 
     def save(self, path):
-        """Write a Hugging Face tokenizer.json; a file that stood there is replaced in one step."""
-        unfinished = Path(f"{path}.{os.getpid()}")
-        unfinished.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(path)
+        """Write a tokenizer.json, atomically.
+
+        It names the start, end and padding token, so that it can be loaded without other files.
+        """
+        temporary = Path(f"{path}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def normalize(self, text):
         """The text that `decode(encode_ordinary(text))` gives back."""
-        return "".join(map(self._normalize, self._split(text)))
+        return " ".join(map(self._normalize, self._split(text)))
 
     def encode_ordinary(self, text):
         """The ids (list of int) of `text` (str), without start and end token."""
-        return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
+        ids = []
+        word_ids = self._first_word_ids
+        for word in self._split(text):
+            ids += word_ids[word]
+            word_ids = self._later_word_ids
+        return ids
 
     def encode_ordinary_batch(self, texts):
         """`encode_ordinary` of each of `texts`: a list of lists of int."""
         return [self.encode_ordinary(text) for text in texts]
 
     def encode(self, texts, context_length=77):
-        """Start, text, end and padding of a str, or of each of a list: LongTensor [N, context_length].
+        """Start, text, end and padding of a str or of each of a list: LongTensor [N, L].
 
-        A text that is too long loses its end; the end token stays. Raises ValueError when the file names no start and
-        end token.
+        L is `context_length`. A text that is too long is cut; the end token stays. Raises
+        ValueError when the tokenizer has no start or end token.
         """
         import torch
         if self.sot_id is None or self.eot_id is None:
-            raise ValueError("this tokenizer has no start and end token: name bos_token and eos_token in "
-                             "the tokenizer_config.json beside its file, or use encode_ordinary")
+            raise ValueError(
+                "this tokenizer has no start and end token: name bos_token and eos_token in the "
+                "tokenizer_config.json in the folder of its file, or use encode_ordinary")
         if context_length < 2:
-            raise ValueError(f"context_length is {context_length}: the start and the end token alone take 2")
-        start, end, pad = (array("q", [token]).tobytes() for token in (self.sot_id, self.eot_id, self.pad_id))
-        room, padding = 8 * (context_length - 2), pad * context_length
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [start + b"".join(map(self._rows.__getitem__, self._split(text)))[:room] + end for text in texts]
-        if not rows:
+            raise ValueError(
+                f"context_length is {context_length}: the start and the end token take 2 already")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
             return torch.empty(0, context_length, dtype=torch.long)
-        data = bytearray().join(row + padding[len(row):] for row in rows)
-        return torch.frombuffer(data, dtype=torch.long).view(-1, context_length)  # [N, context_length]
+        rows = array("q", [self.pad_id]) * (len(texts) * context_length)
+        for i, text in enumerate(texts):
+            ids = self.encode_ordinary(text)[:context_length - 2]
+            row = array("q", [self.sot_id, *ids, self.eot_id])
+            start = i * context_length
+            rows[start:start + len(row)] = row
+        return torch.frombuffer(rows, dtype=torch.long).view(-1, context_length)  # [N, L]
 
     __call__ = encode
 
     def decode(self, ids):
-        """The text of `ids`, an iterable of int or a tensor of one dimension, special tokens left out.
+        """The text of `ids`, an iterable of int or a tensor [L]. Special tokens are skipped.
 
-        Bytes that are not UTF-8, as where a character is cut, become U+FFFD. Raises ValueError on an id that does not
-        exist.
+        Bytes that are not UTF-8, as where a character is cut, become U+FFFD. Raises ValueError on
+        an id that does not exist.
         """
         try:
-            text = b"".join(self._bytes[int(i)] for i in ids).decode("utf-8", "replace")
+            data = b"".join(self._id_to_bytes[int(i)] for i in ids)
         except KeyError as error:
-            raise ValueError(f"there is no token {error}: ids go from 0 to {len(self) - 1}") from None
-        return text.removesuffix(" ") if self._last_ids else text
+            raise ValueError(
+                f"there is no token {error}: ids go from 0 to {len(self) - 1}") from None
+        text = data.decode("utf-8", "replace")
+        return text.removesuffix(" ") if self._suffix else text
 
     @cached_property
-    def _bytes(self):
-        """id -> the bytes that it decodes to, none for special tokens; an end-of-word suffix decodes to a space."""
-        suffix, found = self.spec["model"].get("end_of_word_suffix") or "\0", {}
-        for token, i in self._ids.items():
-            ends = token.endswith(suffix)
-            data = bytes(CHAR_TO_BYTE.get(char, 63) for char in token.removesuffix(suffix)) + b" " * ends
-            found[i] = b"" if i in self._special else data
-        return found
+    def _id_to_bytes(self):
+        """id -> the bytes that it decodes to, none for a special token."""
+        id_to_bytes = {}
+        for token, i in self._token_to_id.items():
+            ends_word = self._suffix and token.endswith(self._suffix)  # decoded to a space
+            chars = token.removesuffix(self._suffix) if ends_word else token
+            data = bytes(CHAR_TO_BYTE.get(char, ord("?")) for char in chars)
+            id_to_bytes[i] = data + b" " if ends_word else data
+        return id_to_bytes | dict.fromkeys(self._special, b"")
+
+    def _split(self, text):
+        return text.split() if self.word_by_word else [text]
 
     def _normalize(self, word):
         for step in self._normalizers:
             word = step(word)
         return word
 
-    def _encode_word(self, word):
-        """The ids of one of `split_words`, or of a whole text where the file's rules may reach across spaces."""
-        pieces = filter(None, [self._normalize(word)])
-        for split in self._splitters:
-            pieces = chain.from_iterable(map(split, pieces))
-        return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
+    def _encode_word(self, before, word):
+        """The ids of a word after `before`, which is nothing or a space."""
+        text = before + self._normalize(word)
+        pre_tokens = [text] if text else []
+        for split in self._pre_tokenizers:
+            pre_tokens = [part for pre_token in pre_tokens for part in split(pre_token)]
+        ids = []
+        for pre_token in pre_tokens:
+            ids += self._pre_token_ids[pre_token]
+        return tuple(ids)
 
-    def _encode_piece(self, piece):
-        """The ids of one of the pattern's pieces: its bytes, merged."""
-        data = piece.encode()
-        if self._whole and (token := "".join(BYTE_TO_CHAR[byte] for byte in data)) in self._whole:
-            return (self._whole[token],)
-        ids = [self._byte_ids[byte] for byte in data]
-        if ids and self._last_ids:
-            ids[-1] = self._last_ids[data[-1]]
+    def _encode_pre_token(self, pre_token):
+        """The ids of a pre-token: those of its bytes, merged."""
+        data = pre_token.encode()
+        if self._whole_token_to_id:
+            token = "".join(BYTE_TO_CHAR[byte] for byte in data)
+            if token in self._whole_token_to_id:
+                return (self._whole_token_to_id[token],)
+        ids = [self._byte_to_id[byte] for byte in data]
+        if self._suffix and data:
+            ids[-1] = self._last_byte_to_id[data[-1]]
         if None in ids:  # `tokenizers` drops a byte that the file lacks
             ids = [i for i in ids if i is not None]
-        return tuple((apply_merges if len(ids) < 100 else apply_merges_long)(ids, self._ranks, self._made))
+        return tuple(apply_merges(ids, self._pair_to_rank, self._rank_to_id))
 
 
-# ---- the command ----
+# ---- the commands ----
 
-def captions(path):
-    """The captions of a text file (one a line), of a WebDataset shard (.tar) or, for "-", of standard input."""
+def read_lines(path):
+    """Yield the lines of a text file or, for "-", of standard input. Raises ValueError."""
+    if ".tar" in Path(path).suffixes:
+        raise ValueError(f"{path}: not a text file; to train on shards, use "
+                         "`python data.py captions SHARDS | python tokenizer.py train -`")
+    is_stdin = path == "-"
     try:
-        if ".tar" not in Path(path).suffixes:
-            with open(0 if path == "-" else path, encoding="utf-8", newline="\n", closefd=path != "-") as lines:
-                yield from lines
-            return
-        with tarfile.open(path) as shard:
-            for _, members in groupby(shard, key=lambda member: regex.match(r"(.*/)?[^/.]*", member.name)[0]):
-                files = [(member.name, shard.extractfile(member).read().decode()) for member in members
-                         if member.name.endswith((".txt", ".json"))]
-                texts = [text for name, text in files if name.endswith(".txt")]  # else what the .json says
-                yield from texts or filter(None, (json.loads(text).get("caption") for _, text in files))
-    except Exception as error:  # whatever is wrong with the file, one line says it
-        raise ValueError(f"{path}: its captions cannot be read: {error!r}") from error
+        with open(0 if is_stdin else path, encoding="utf-8", newline="\n",
+                  closefd=not is_stdin) as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
 
 
 def train_command(args):
-    """Captions to a tokenizer.json, and how short it makes each language."""
-    start, samples = time.monotonic(), defaultdict(list)
+    """Train on text files, save a tokenizer.json, and print how short it makes each language."""
+    start = time.monotonic()
+    samples = defaultdict(list)
 
-    def texts():
-        for number, text in enumerate(chain.from_iterable(map(captions, args.inputs))):
+    def read_texts():
+        for number, text in enumerate(chain.from_iterable(map(read_lines, args.inputs))):
             if number < 10_000 or number % 100 == 0:
-                samples["Korean" if regex.search(r"\p{Hangul}", text) else "English"].append(text)
+                language = "Korean" if regex.search(r"\p{Hangul}", text) else "English"
+                samples[language].append(text)
             yield text
 
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    tok = Tokenizer.train(texts(), args.vocab_size, workers=args.workers)
+    tok = Tokenizer.train(read_texts(), args.vocab_size, workers=args.workers)
     if not samples:
-        raise ValueError(f"{' '.join(args.inputs)}: no captions; give text files, one a line, or .tar shards")
+        raise ValueError(f"{' '.join(args.inputs)}: no text; give text files, a caption a line")
     tok.save(args.out)
     print(f"{args.out}: {len(tok):,} entries in {time.monotonic() - start:.0f} s")
-    for language, sample in samples.items():
-        size = sum(len(tok.normalize(text).encode()) for text in sample)
-        count = sum(map(len, tok.encode_ordinary_batch(sample)))
-        print(f"{language}: {size / max(count, 1):.2f} bytes per token, in {len(sample):,} of the captions")
+    for language, texts in samples.items():
+        size = sum(len(tok.normalize(text).encode()) for text in texts)
+        count = sum(map(len, tok.encode_ordinary_batch(texts)))
+        print(f"{language}: {size / max(count, 1):.2f} bytes per token, "
+              f"in {len(texts):,} of the captions")
+
+
+def run_command(main, on_interrupt=None):
+    """Run `main()` as a command whose errors are one line on standard error: every script's end.
+
+    OSError, ValueError and ImportError, which the user can mend, print `script.py: error`. Ctrl-C
+    prints `script.py: interrupted`, followed by `; on_interrupt` where that is given. It says what
+    is kept or how to resume, and SIGTERM then does as Ctrl-C does. The exit status is 1.
+    """
+    path = Path(sys.argv[0])
+    script = f"extras.{path.stem}" if path.parent.name == "extras" else path.name
+    if on_interrupt:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted" + (f"; {on_interrupt}" if on_interrupt else ""))
+    except BrokenPipeError:  # `| head` has read enough
+        # Python would flush what is left to standard output at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"{script}: {error}")
+
+
+TRAIN_HELP = """\
+Learn a vocabulary from captions and save it as a tokenizer.json of Hugging Face's format. Its
+entries are the 256 bytes, merges, and a padding, a start and an end token. Prints how many bytes a
+token holds on average, in each language.
+
+  python tokenizer.py train captions.en.txt captions.ko.txt --vocab-size 98000
+  python data.py captions SHARDS | python tokenizer.py train -
+
+train_clip.py trains a tokenizer on the captions of its pairs, unless it is given one by
+--tokenizer tokenizer.json."""
 
 
 def main():
     """Read the command line and run one of the three commands."""
-    parser = argparse.ArgumentParser(description="Byte-level BPE: train a tokenizer.json, and use it.")
-    add = parser.add_argument
-    add("command", choices=["train", "encode", "decode"], help="captions to a tokenizer.json, text to ids, ids to text")
-    add("inputs", nargs="*", default=["-"], metavar="INPUT", help=(
-        "files to train on, a caption a line, or .tar shards; texts to encode; ids to decode; - is standard input"))
-    add("--vocab-size", type=int, default=98_000, help="256 bytes, merges and 3 special tokens (default: 98000)")
-    add("--out", default="tokenizer.json", help="what train writes (default: tokenizer.json)")
-    add("--tokenizer", default="tokenizer.json", help="what encode and decode read (default: tokenizer.json)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that count words (default: one a core)")
-    args = parser.parse_intermixed_args()
+    parser = argparse.ArgumentParser(
+        description="Byte-level BPE: train a tokenizer.json on captions, and use it.",
+        epilog="`python tokenizer.py COMMAND --help` explains each command.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="text files to a tokenizer.json", description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_argument(
+        "inputs", nargs="*", default=["-"], metavar="FILE",
+        help="text files in UTF-8, a caption a line; - is standard input (default: -)")
+    train.add_argument("--vocab-size", type=int, default=98_000, metavar="N",
+                       help="number of entries, at least 259 (default: 98000)")
+    train.add_argument("--out", default="tokenizer.json", metavar="PATH",
+                       help="file to write (default: tokenizer.json)")
+    train.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+                       help="processes that count words (default: the number of cores)")
+    encode = commands.add_parser(
+        "encode", help="texts to ids",
+        description="Print the ids of each text on a line, without start and end token.")
+    encode.add_argument("inputs", nargs="*", default=["-"], metavar="TEXT",
+                        help="- is standard input, a text a line (default: -)")
+    decode = commands.add_parser(
+        "decode", help="ids to text", description="Print the text of ids.")
+    decode.add_argument("inputs", nargs="*", default=["-"], metavar="ID",
+                        help="- is standard input, the ids of a text a line (default: -)")
+    for command in (encode, decode):
+        command.add_argument("--tokenizer", default="tokenizer.json", metavar="PATH",
+                             help="file of the tokenizer (default: tokenizer.json)")
+    args = parser.parse_args()
     if args.command == "train":
         return train_command(args)
     tok = Tokenizer.load(args.tokenizer)
+    from_stdin = args.inputs == ["-"]
     if args.command == "encode":
-        for text in captions("-") if args.inputs == ["-"] else args.inputs:
+        for text in read_lines("-") if from_stdin else args.inputs:
             print(*tok.encode_ordinary(text))
     else:
-        for ids in captions("-") if args.inputs == ["-"] else [" ".join(args.inputs)]:
+        for ids in read_lines("-") if from_stdin else [" ".join(args.inputs)]:
             print(tok.decode(ids.split()))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"tokenizer.py: {error}")
+    run_command(main)
