@@ -1,15 +1,19 @@
-"""One uint8 picture a pair -> many crops, for the whole batch, on the batch's device.
+"""Random crops of a batch of images, on the batch's device: multi-crop and SimCLR's augmentations.
 
-A worker process decodes each picture once and lays it in the corner of a square canvas (data.py). Everything
-after that happens here: random boxes drawn in the picture's own aspect ratio, antialiased bicubic resampling,
-flips, CLIP's normalisation, and, if asked for, SimCLR's colour distortion and blur (the paper's first
-finding).
+    import crops
+    spec = crops.parse_crops("2x224+6x96")
+    views = crops.multi_crop(images, spec, seed=0, sample_index=torch.arange(len(images)))
 
-Randomness is a hash of (seed, slot, crop, purpose), not the state of a generator: however the slots are split
-over ranks, and on whatever device, slot 12345 gets the same boxes.
+images are uint8 [N, 3, S, S]; views are two tensors [N, 3, 224, 224] and six [N, 3, 96, 96],
+normalised for the model. Images that are not square lie in the upper left corner of the padded
+square S x S, and `aspect` says which part they fill. So a worker process decodes and pads each
+image once (data.py), and everything random happens here, for the whole batch.
 
-What it leaves out: decoding (data.py), evaluation's fixed preprocessing (kelip.py), and any policy search: no
-RandAugment, no MixUp.
+From top to bottom: counter-based random numbers, boxes, resampling, color distortion and blur, and
+multi_crop, which puts them together. This file needs torch and numpy, and nothing of the project.
+
+Not included: decoding (data.py), the fixed preprocessing of evaluation (kelip.py), and learned or
+mixed augmentations (RandAugment, MixUp).
 """
 
 import math
@@ -21,234 +25,359 @@ import torch.nn.functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-RATIO = (3 / 4, 4 / 3)  # width / height of a box: Inception's range, as everybody's RandomResizedCrop
-TRIES = 10  # draws of a box before the largest centred one is taken
+ASPECT = (3 / 4, 4 / 3)  # width / height of a box, as in torchvision's RandomResizedCrop
+TRIES = 10               # draws of a box before the largest centred one is taken
 
 
 def parse_crops(text):
     """Parse "2x224+6x96" into [(2, 224), (6, 96)]: groups of (number of crops, side in pixels).
 
-    Raises ValueError when the text is not of that form.
+    A group without a number is one crop. Raises ValueError when the text is not of that form.
     """
     groups = []
     for part in text.split("+"):
         match = re.fullmatch(r"(?:(\d+)x)?(\d+)", part.strip())
-        if not match or 0 in (int(match[1] or 1), int(match[2])):
-            raise ValueError(f"crops {text!r}: write groups of NUMBERxSIDE joined by +, such as 2x224+6x96")
-        groups.append((int(match[1] or 1), int(match[2])))
+        number = int(match[1] or 1) if match else 0
+        size = int(match[2]) if match else 0
+        if number < 1 or size < 1:
+            raise ValueError(f"crops {text!r}: write groups of NUMBERxSIDE joined by +, "
+                             "such as 2x224+6x96")
+        groups.append((number, size))
     return groups
 
 
-# --- Randomness by counter ----------------------------------------------------------------------------------
+# ---- counter-based random numbers ----
+#
+# A random generator is a state that every draw advances, so each number depends on how many were
+# drawn before it. Here a number is a hash of a counter, which says what the number is for:
+#
+#     (seed, sample index, crop, purpose, draw)
+#
+# Equal counters give equal numbers: in any process, in any order, for any split of the samples into
+# batches. A resumed run has no state to restore, and adding a purpose changes no other number.
+# See Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+
+BOX, FLIP, JITTER, GRAY, BLUR = range(5)  # purposes
+MASK = 8                                  # the patches that stage 1 hides (train_mae.py)
+
+
+def uniform(seed, sample_index, crop, purpose, draws=1):
+    """Random numbers in [0, 1) that depend on nothing but the arguments: float64 [N, draws].
+
+    sample_index: int64 [N], the position of each sample in the run. crop: which crop of the sample.
+    purpose: one of the integers above, which keeps the box, the flip and so on independent.
+    """
+    sample_index = sample_index.to("cpu", torch.int64)
+    # The draw takes bits 0 to 15, the purpose 16 to 31, the crop 32 and above.
+    counter = (crop << 32) + (purpose << 16) + torch.arange(draws)           # [draws]
+    key = _mix(_mix(torch.tensor([seed])) + counter)                         # [draws]
+    bits = _mix(_mix(sample_index)[:, None] + key)                           # [N, draws]
+    return _shift_right(bits, 11).double() / (1 << 53)  # 53 bits are what a double holds
+
 
 def _mix(x):
-    """One round of splitmix64 (Steele et al., 2014) on int64 tensors, whose products wrap as unsigned ones
-    do.
+    """Hash int64 tensors: flipping one bit of x flips about half of the result's.
+
+    This is the output function of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+    number generators", OOPSLA 2014). It is defined on unsigned integers. torch's are signed, and
+    their products wrap to the same 64 bits.
     """
-    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
-    return x ^ ((x >> 31) & (1 << 33) - 1)
+    x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift_right(x, 31)
 
 
-def uniform(seed, slots, crop, purpose, draws=1):
-    """Numbers in [0, 1), float64 [N, draws], that depend on the arguments alone.
+def _shift_right(x, n):
+    """x >> n with zeros from the left, where int64 tensors would repeat the sign."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
 
-    slots: int64 [N], the slot of each sample in the run; crop: which crop of the sample; purpose: an int that
-    keeps the box, the flip and so on independent of each other.
+
+# ---- boxes ----
+
+def padded_size(crops, scale=(0.4, 1.0), low_scale=(0.05, 0.4)):
+    """The side in pixels of a padded square that is large enough for these crops.
+
+    The smallest box of a 4:3 image, scale[0] of S x 3/4 S, then has as many pixels as its crop. The
+    result is a multiple of 64. crops, scale and low_scale are those of multi_crop.
     """
-    slots = slots.to("cpu", torch.int64)
-    key = _mix(_mix(torch.tensor([seed])) + (crop << 32) + (purpose << 16) + torch.arange(draws))  # [draws]
-    bits = _mix(_mix(slots)[:, None] + key)                                                       # [N, draws]
-    return ((bits >> 11) & (1 << 53) - 1).double() / (1 << 53)
+    sides = []
+    for group, (_, size) in enumerate(crops):
+        smallest, _ = low_scale if group else scale
+        sides.append(size / math.sqrt(smallest * 3 / 4))
+    return math.ceil(int(max(sides)) / 64) * 64
 
 
-# --- Boxes --------------------------------------------------------------------------------------------------
+def crop_boxes(seed, sample_index, crop, size, aspect=None, scale=(0.4, 1.0)):
+    """Random boxes, by the rules of torchvision's RandomResizedCrop.
 
-BOX, FLIP, JITTER, GREY, BLUR = range(5)  # what draws are for
+    Each box covers a part of the image's area drawn uniformly from `scale`. Its width / height is
+    drawn from 3/4 to 4/3, uniformly in the logarithm (the ranges of Szegedy et al., arXiv
+    1409.4842, section 6). A box that does not fit into the image is drawn again. After ten tries
+    the largest centred box of an allowed shape is taken.
 
-def canvas_size(crops, scale=(0.4, 1.0), low_scale=(0.05, 0.4)):
-    """The canvas, in pixels, on which the smallest box of a 4:3 picture has as many pixels as its crop."""
-    sides = [size / math.sqrt((low_scale if group else scale)[0] * 3 / 4)
-             for group, (_, size) in enumerate(crops)]
-    return -(-int(max(sides)) // 64) * 64
-
-
-def crop_boxes(seed, slots, crop, canvas, aspect=None, scale=(0.4, 1.0)):
-    """Random boxes on the canvas: int64 [N, 4] of (left, top, width, height) in its pixels, on the CPU.
-
-    Each covers a part of the picture's area drawn from `scale` and has a width / height drawn from 3/4 to 4/3
-    (Szegedy et al., arXiv 1409.4842). aspect: float [N], width / height of the pictures, which fill the
-    canvas in their longer side; None means square ones. A draw that does not fit is drawn again, and after
-    ten the largest centred box of an allowed shape is taken.
+    size: the side of the padded square. aspect: float [N], width / height of each image, whose
+    longer side is `size`; None means square images. Returns int64 [N, 4] on the CPU, each box as
+    (left, top, width, height) in pixels of the padded square.
     """
-    aspect = torch.ones(len(slots)) if aspect is None else aspect.cpu()
-    aspect = aspect.double()[:, None]                                                              # [N, 1]
-    whole_w = (canvas * aspect).round().clamp(1, canvas)
-    whole_h = (canvas / aspect).round().clamp(1, canvas)
-    draws = uniform(seed, slots, crop, BOX, 2 * TRIES + 2)
-    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES]) * whole_w * whole_h              # [N, TRIES]
-    ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * draws[:, TRIES:2 * TRIES])
-    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (width <= whole_w) & (height <= whole_h)
-    first = fits.int().argmax(1, keepdim=True)
-    none = ~fits.any(1, keepdim=True)
-    width = torch.where(none, whole_w.minimum((whole_h * RATIO[1]).round()), width.gather(1, first))
-    height = torch.where(none, whole_h.minimum((whole_w / RATIO[0]).round()), height.gather(1, first))
-    width, height = width.clamp(min=1), height.clamp(min=1)                                        # [N, 1]
-    place = torch.where(none, 0.5, draws[:, -2:])                                                  # [N, 2]
-    left = (place[:, :1] * (whole_w - width + 1)).floor().minimum(whole_w - width)
-    top = (place[:, 1:] * (whole_h - height + 1)).floor().minimum(whole_h - height)
-    return torch.cat([left, top, width, height], 1).long()
+    if aspect is None:
+        aspect = torch.ones(len(sample_index))
+    aspect = aspect.cpu().double()[:, None]                                  # [N, 1]
+    image_w = (size * aspect).round().clamp(1, size)                         # [N, 1]
+    image_h = (size / aspect).round().clamp(1, size)
+    draws = uniform(seed, sample_index, crop, BOX, 2 * TRIES + 2)
+    area_draw, ratio_draw, position = draws.split((TRIES, TRIES, 2), dim=1)
+
+    # All tries at once; the first that fits is taken.
+    area = (scale[0] + (scale[1] - scale[0]) * area_draw) * image_w * image_h  # [N, TRIES]
+    ratio = torch.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * ratio_draw)
+    width = (area * ratio).sqrt().round()                                    # [N, TRIES]
+    height = (area / ratio).sqrt().round()
+    fits = (width <= image_w) & (height <= image_h)
+    first = fits.int().argmax(dim=1, keepdim=True)                           # [N, 1]
+    width, height = width.gather(1, first), height.gather(1, first)          # [N, 1] each
+
+    none_fits = ~fits.any(dim=1, keepdim=True)                               # [N, 1]
+    largest_w = image_w.minimum((image_h * ASPECT[1]).round())
+    largest_h = image_h.minimum((image_w / ASPECT[0]).round())
+    width = torch.where(none_fits, largest_w, width).clamp(min=1)
+    height = torch.where(none_fits, largest_h, height).clamp(min=1)
+    position = torch.where(none_fits, 0.5, position)                         # [N, 2]
+
+    room_w, room_h = image_w - width, image_h - height
+    left = (position[:, :1] * (room_w + 1)).floor().minimum(room_w)
+    top = (position[:, 1:] * (room_h + 1)).floor().minimum(room_h)
+    return torch.cat([left, top, width, height], dim=1).long()
 
 
-# --- Resampling ---------------------------------------------------------------------------------------------
+# ---- resampling ----
+#
+# Two ways to the same crops: one box after the other, which is fastest on a CPU, and all boxes at
+# once as matrix products, which suits a GPU. Both filter by Pillow's antialiased bicubic, round to
+# 8 bits after each of its two passes, and normalise by MEAN and STD.
 
-def _resample_each(images, boxes, sizes):
-    """The boxes of every crop, resampled by torch's integer kernel, which repeats Pillow's, and normalised: fastest on
-    a CPU. boxes: int64 [N, 4] for each crop; sizes: of the crops. Returns a list, one [N, 3, size, size] a crop.
+def resample_each(images, boxes, sizes):
+    """Resample one box after the other, with torch's integer kernel.
+
+    images: uint8 [N, 3, S, S]; boxes: int64 [N, 4] for each crop; sizes: the side of each crop.
+    Returns a list of float32 [N, 3, size, size], one for each crop.
     """
-    # numpy asks for huge pages, without which touching so much fresh memory costs as much as resampling.
-    out = [torch.from_numpy(np.empty((len(images), size, size * 3), np.float32)) for size in sizes]
-    affine = {size: [x.repeat(size) for x in _affine("cpu")] for size in sizes}                    # [size * 3] each
-    boxes = torch.stack(boxes, 1).tolist()                                                         # [N][crops][4]
-    for i, image in enumerate(images.split(1)):  # all crops of one picture, while the cache holds it
-        for view, size, (x, y, w, h) in zip(out, sizes, boxes[i]):
-            pixels = F.interpolate(image[:, :, y:y + h, x:x + w], (size, size), mode="bicubic", antialias=True)
-            scale, offset = affine[size]
-            torch.addcmul(offset, pixels.permute(0, 2, 3, 1).reshape(size, size * 3), scale, out=view[i])
-    return [view.view(-1, size, size, 3).permute(0, 3, 1, 2) for view, size in zip(out, sizes)]
+    scale, offset = _normalization("cpu")                                    # [3] each
+    # The memory comes from numpy, which asks for huge pages. Without them, touching so much fresh
+    # memory takes as long as the resampling.
+    views = [torch.from_numpy(np.empty((len(images), size, size * 3), np.float32))
+             for size in sizes]
+    row_scale = {size: scale.repeat(size) for size in sizes}                 # [size * 3] each
+    row_offset = {size: offset.repeat(size) for size in sizes}
+    boxes = torch.stack(boxes, dim=1).tolist()                               # [N][crops][4]
+    for i, image in enumerate(images.split(1)):                              # [1, 3, S, S]
+        # All crops of an image one after the other, while the cache holds it.
+        for view, size, (x, y, w, h) in zip(views, sizes, boxes[i]):
+            pixels = F.interpolate(image[:, :, y:y + h, x:x + w], (size, size), mode="bicubic",
+                                   antialias=True)                           # [1, 3, size, size]
+            rows = pixels.permute(0, 2, 3, 1).reshape(size, size * 3)
+            torch.addcmul(row_offset[size], rows, row_scale[size], out=view[i])
+    return [view.view(-1, size, size, 3).permute(0, 3, 1, 2) for view, size in zip(views, sizes)]
 
 
-def _weights(start, length, size, canvas, device):
-    """Rows of bicubic weights [N, size, canvas] that resample [start, start + length) to `size` pixels.
+def resample_batch(images, boxes, sizes, chunk=64):
+    """Resample all boxes at once: a crop is weights_y @ image @ weights_x^T.
 
-    Pillow's rule: Keys' cubic with a = -0.5, stretched by the reduction, cut at the box's edges, each row
-    summing to 1, and in the same fixed point, so that the crops are the same numbers as _resample_each's.
+    Arguments and result are those of resample_each, on any device. Both products are rounded to
+    0..255, as the passes of the integer kernel are. chunk: how many images at a time, which bounds
+    the memory of the weights.
     """
-    start, length = (x.to(device, torch.float64)[:, None, None] for x in (start, length))          # [N, 1, 1]
+    S, device = images.shape[-1], images.device
+    scale, offset = (x.view(3, 1, 1) for x in _normalization(device))
+    views = []
+    for boxes_of_crop, size in zip(boxes, sizes):
+        parts = []
+        for part, box in zip(images.split(chunk), boxes_of_crop.split(chunk)):
+            x, y, w, h = box.unbind(dim=1)                                   # [n] each
+            weights_x = _bicubic_weights(x, w, size, S, device)[:, None]     # [n, 1, size, S]
+            weights_y = _bicubic_weights(y, h, size, S, device)[:, None]     # [n, 1, size, S]
+            rows = part.float() @ weights_x.transpose(2, 3)                  # [n, 3, S, size]
+            rows.add_(0.5).floor_().clamp_(0, 255)
+            pixels = weights_y @ rows                                        # [n, 3, size, size]
+            pixels.add_(0.5).floor_().clamp_(0, 255)
+            parts.append(pixels.mul_(scale).add_(offset))
+        views.append(torch.cat(parts))                                       # [N, 3, size, size]
+    return views
+
+
+def _bicubic_weights(start, length, size, S, device):
+    """Weights by which S pixels give the `size` pixels of [start, start + length): [N, size, S].
+
+    start, length: int64 [N]. Pillow's rules: Keys' cubic with a = -0.5, stretched where the box
+    shrinks, cut at the edges of the box; each row sums to 1.
+    """
+    start = start.to(device, torch.float64)[:, None, None]                   # [N, 1, 1]
+    length = length.to(device, torch.float64)[:, None, None]
     step = length / size
-    centre = start + (torch.arange(size, device=device)[:, None] + 0.5) * step                  # [N, size, 1]
-    pixel = torch.arange(canvas, device=device) + 0.5                                              # [canvas]
-    x = ((pixel - centre) / step.clamp(min=1)).abs()                                       # [N, size, canvas]
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    centre = start + (torch.arange(size, device=device)[:, None] + 0.5) * step  # [N, size, 1]
+    pixel = torch.arange(S, device=device) + 0.5                             # [S]
+    x = ((pixel - centre) / step.clamp(min=1)).abs()                         # [N, size, S]
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     cubic = cubic * ((pixel > start) & (pixel < start + length))
-    weights = cubic / cubic.sum(2, keepdim=True)
-    unit = torch.exp2((32767.5 / weights.amax((1, 2), keepdim=True)).log2().floor())
-    return ((weights * unit).round() / unit).float()                                       # [N, size, canvas]
+    return _to_fixed_point(cubic / cubic.sum(dim=2, keepdim=True))
 
 
-def _resample_batch(images, boxes, size, chunk=64):
-    """All boxes at once, as products with weights, what a GPU likes; rounds where the integer kernel does."""
-    canvas, out = images.shape[-1], []
-    scale, offset = (x.view(3, 1, 1) for x in _affine(images.device))
-    for pictures, part in zip(images.split(chunk), boxes.split(chunk)):  # bounds the memory that weights take
-        x, y, w, h = part.unbind(1)
-        across = _weights(x, w, size, canvas, images.device)[:, None].transpose(2, 3)        # [n, 1, S, size]
-        down = _weights(y, h, size, canvas, images.device)[:, None]                          # [n, 1, size, S]
-        narrow = (pictures.float() @ across).add_(0.5).floor_().clamp_(0, 255)               # [n, 3, S, size]
-        both = (down @ narrow).add_(0.5).floor_().clamp_(0, 255)                          # [n, 3, size, size]
-        out.append(both.mul_(scale).add_(offset))
-    return torch.cat(out)
+def _to_fixed_point(weights):
+    """Round weights as torch's integer kernel does: float64 [N, size, S] -> float32.
+
+    It exists so that a GPU's crops are a CPU's, but for rare pixels that differ by one level of
+    255. The kernel stores weights as 16-bit integers, with as many binary places as the largest
+    weight of the box allows.
+    """
+    largest = weights.amax(dim=(1, 2), keepdim=True)                         # [N, 1, 1]
+    unit = torch.exp2((32767.5 / largest).log2().floor())
+    return ((weights * unit).round() / unit).float()
 
 
-def _affine(device):
-    """Factors and offsets, [3] each, that bring 0..255 to CLIP's mean and standard deviation."""
+def _normalization(device):
+    """(scale, offset), [3] each: pixels in 0..255 times scale plus offset have CLIP's MEAN, STD."""
     mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     return 1 / (255 * std), -mean / std
 
 
-# --- Strong augmentation ------------------------------------------------------------------------------------
+# ---- color distortion and blur ----
 
-GREY_WEIGHTS = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
+def distort(x, seed, sample_index, crop):
+    """SimCLR's color distortion and blur (Chen et al., arXiv 2002.05709, appendix A, with s = 1).
 
+    x: float [N, 3, H, W] in 0..1, changed in place and returned.
 
-def _grey(x):
-    """Luma of RGB pictures, [N, 3, H, W] -> [N, 1, H, W]."""
-    return (x * torch.tensor(GREY_WEIGHTS, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+    - Color jitter, for 80 % of the images: brightness, contrast, saturation and hue, in an order
+      drawn for each image.
+    - Gray, for 20 %.
+    - Gaussian blur, for 50 %: sigma from 0.1 to 2 pixels, a kernel of a tenth of the side.
 
-
-def _turn_hue(x, angle):
-    """Turn colours about the grey axis by `angle` radians, [N, 1, 1, 1], their luma kept (in YIQ)."""
-    y = _grey(x)
-    i = (x * torch.tensor((0.596, -0.274, -0.322), device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
-    q = (x * torch.tensor((0.211, -0.523, 0.312), device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
-    i, q = i * angle.cos() - q * angle.sin(), i * angle.sin() + q * angle.cos()
-    return torch.cat([y + 0.956 * i + 0.621 * q, y - 0.272 * i - 0.647 * q, y - 1.106 * i + 1.703 * q], 1)
-
-
-JITTERS = (  # of pictures in 0..1, by a factor [N, 1, 1, 1] drawn from -1..1
-    lambda x, draw: x * (1 + 0.8 * draw),                                      # brightness
-    lambda x, draw: torch.lerp(_grey(x).mean((2, 3), True), x, 1 + 0.8 * draw),  # contrast
-    lambda x, draw: torch.lerp(_grey(x), x, 1 + 0.8 * draw),                   # saturation
-    lambda x, draw: _turn_hue(x, 0.4 * math.pi * draw),                     # hue, up to a fifth of the circle
-)
-
-
-def distort(x, seed, slots, crop):
-    """SimCLR's colour distortion and blur (Chen et al., arXiv 2002.05709, appendix A; its strength 1).
-
-    x: float [N, 3, H, W] in 0..1. Four in five pictures have brightness, contrast, saturation and hue
-    changed, in an order of each one's own; one in five is made grey; half are blurred, sigma 0.1 to 2, over a
-    tenth of the side. One thing differs: hue is turned in YIQ and not in HSV.
+    One thing differs: hue is rotated in YIQ, where a rotation is linear, and not in HSV.
     """
-    draws = uniform(seed, slots, crop, JITTER, 9).float()                                          # [N, 9]
-    factors, orders = (2 * draws[:, :4] - 1).to(x.device), draws[:, 4:8].argsort(1)              # [N, 4] each
-    for turn in range(4):
-        for number, jitter in enumerate(JITTERS):
-            chosen = ((orders[:, turn] == number) & (draws[:, 8] < 0.8)).nonzero()[:, 0].to(x.device)
-            x[chosen] = jitter(x[chosen], factors[chosen, number].view(-1, 1, 1, 1)).clamp(0, 1)
-    chosen = (uniform(seed, slots, crop, GREY)[:, 0] < 0.2).nonzero()[:, 0].to(x.device)
-    x[chosen] = _grey(x[chosen]).expand(-1, 3, -1, -1)
-    draws = uniform(seed, slots, crop, BLUR, 2).float()
-    chosen = (draws[:, 0] < 0.5).nonzero()[:, 0]
-    sigma = (0.1 + 1.9 * draws[chosen, 1]).to(x.device)
-    chosen = chosen.to(x.device)
-    if len(chosen):
-        x[chosen] = blur(x[chosen], sigma).clamp(0, 1)
+    draws = uniform(seed, sample_index, crop, JITTER, 9).float()             # [N, 9]
+    amounts = (2 * draws[:, :4] - 1).to(x.device)                            # [N, 4], in -1..1
+    order = draws[:, 4:8].argsort(dim=1)                                     # [N, 4], permutations
+    has_jitter = draws[:, 8] < 0.8                                           # [N]
+    for step in range(4):
+        for k, adjust in enumerate(JITTERS):
+            rows = ((order[:, step] == k) & has_jitter).nonzero()[:, 0].to(x.device)
+            x[rows] = adjust(x[rows], amounts[rows, k].view(-1, 1, 1, 1)).clamp(0, 1)
+
+    is_gray = uniform(seed, sample_index, crop, GRAY)[:, 0] < 0.2            # [N]
+    rows = is_gray.nonzero()[:, 0].to(x.device)
+    x[rows] = _luma(x[rows]).expand(-1, 3, -1, -1)
+
+    draws = uniform(seed, sample_index, crop, BLUR, 2).float()               # [N, 2]
+    rows = (draws[:, 0] < 0.5).nonzero()[:, 0]
+    sigma = (0.1 + 1.9 * draws[rows, 1]).to(x.device)
+    rows = rows.to(x.device)
+    if len(rows):
+        x[rows] = blur(x[rows], sigma).clamp(0, 1)
     return x
 
 
+# Each takes images [N, 3, H, W] in 0..1 and an amount [N, 1, 1, 1] in -1..1, where 0 is no change.
+
+def adjust_brightness(x, amount):
+    """Multiply by 0.2 to 1.8."""
+    return x * (1 + 0.8 * amount)
+
+
+def adjust_contrast(x, amount):
+    """Multiply the distance from the image's mean luma by 0.2 to 1.8."""
+    return torch.lerp(_luma(x).mean((2, 3), True), x, 1 + 0.8 * amount)
+
+
+def adjust_saturation(x, amount):
+    """Multiply the distance from each pixel's luma by 0.2 to 1.8."""
+    return torch.lerp(_luma(x), x, 1 + 0.8 * amount)
+
+
+def adjust_hue(x, amount):
+    """Rotate hue by up to a fifth of the circle either way, in YIQ, where Y is the luma."""
+    angle = 0.4 * math.pi * amount
+    y = _luma(x)                                                             # [N, 1, H, W]
+    i = _weighted_sum(x, (0.596, -0.274, -0.322))
+    q = _weighted_sum(x, (0.211, -0.523, 0.312))
+    i, q = i * angle.cos() - q * angle.sin(), i * angle.sin() + q * angle.cos()
+    red = y + 0.956 * i + 0.621 * q
+    green = y - 0.272 * i - 0.647 * q
+    blue = y - 1.106 * i + 1.703 * q
+    return torch.cat([red, green, blue], dim=1)                              # [N, 3, H, W]
+
+
+JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
 def blur(x, sigma):
-    """Gaussian blur of [N, 3, H, W] by a standard deviation, in pixels, for each picture, [N]."""
+    """Gaussian blur of x [N, 3, H, W] with a standard deviation in pixels for each image, [N]."""
     n, _, h, w = x.shape
-    reach = min(max(1, w // 20), h - 1, w - 1)
-    offset = torch.arange(-reach, reach + 1, device=x.device)
-    kernel = torch.exp(-offset ** 2 / (2 * sigma[:, None] ** 2))                          # [N, 2 * reach + 1]
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]     # [3N, 1, 1, K]
+    reach = min(max(1, w // 20), h - 1, w - 1)  # reflection needs it below the side
+    offset = torch.arange(-reach, reach + 1, device=x.device)                # [K]
+    kernel = torch.exp(-offset ** 2 / (2 * sigma[:, None] ** 2))             # [N, K]
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    kernel = kernel.repeat_interleave(3, dim=0)[:, None, None]               # [3N, 1, 1, K]
+    # Every channel of every image is a group of one convolution, so that each has its own kernel.
     x = F.pad(x.reshape(1, 3 * n, h, w), (reach,) * 4, mode="reflect")
-    x = F.conv2d(F.conv2d(x, kernel, groups=3 * n), kernel.transpose(2, 3), groups=3 * n)
+    x = F.conv2d(x, kernel, groups=3 * n)                                    # along rows
+    x = F.conv2d(x, kernel.transpose(2, 3), groups=3 * n)                    # along columns
     return x.view(n, 3, h, w)
 
 
-# --- All crops ----------------------------------------------------------------------------------------------
+def _luma(x):
+    """Luma of RGB by ITU-R BT.601: [N, 3, H, W] -> [N, 1, H, W]."""
+    return _weighted_sum(x, (0.299, 0.587, 0.114))
 
-def multi_crop(images, crops, seed, slots, aspect=None, scale=(0.4, 1.0), low_scale=(0.05, 0.4), flip=False,
-               augment=False):
-    """Crops of every picture, ready for the model: a list of float32 [N, 3, size, size], one tensor a crop.
 
-    images: uint8 [N, 3, S, S], pictures as `data.Batch` has them, on any device; crops: as parse_crops gives;
-    seed, slots: what the draws depend on, int and int64 [N]; aspect: float [N], width / height of the
-    pictures; scale: area of a box in the first group of crops, low_scale: in the groups after it (SwAV, arXiv
-    2006.09882); flip: mirror half of the crops; augment: SimCLR's colour distortion and blur (arXiv
-    2002.05709). Raises ValueError when images are not square uint8 pictures.
+def _weighted_sum(x, weights):
+    """Sum over channels with a weight each: [N, 3, H, W] -> [N, 1, H, W]."""
+    return (x * torch.tensor(weights, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+# ---- multi-crop ----
+
+def multi_crop(images, crops, seed, sample_index, aspect=None, scale=(0.4, 1.0),
+               low_scale=(0.05, 0.4), flip=False, augment=False):
+    """Random crops of every image, ready for the model (multi-crop: SwAV, arXiv 2006.09882).
+
+    Args:
+        images: uint8 [N, 3, S, S] on any device, each image in the upper left corner of its padded
+            square, with its longer side S.
+        crops: groups of (number, side in pixels), as parse_crops returns them.
+        seed, sample_index: an int and int64 [N]. The random numbers depend on them, on the crop,
+            and on nothing else.
+        aspect: float [N], width / height of each image. None means square images.
+        scale: the least and the largest part of the image's area that a crop of the first group
+            covers.
+        low_scale: the same for the other groups.
+        flip: mirror half of the crops.
+        augment: SimCLR's color distortion and blur (distort).
+
+    Returns a list of float32 [N, 3, size, size], one for each crop, normalised by MEAN and STD.
+    Raises ValueError when images are not square or not uint8.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, *[images.shape[-1]] * 2):
-        raise ValueError(f"images: uint8 [N, 3, S, S] expected, got {images.dtype} {list(images.shape)}")
-    sizes, scales = zip(*((size, low_scale if group else scale)
-                          for group, (number, size) in enumerate(crops) for _ in range(number)))
-    boxes = [crop_boxes(seed, slots, crop, images.shape[-1], aspect, area) for crop, area in enumerate(scales)]
-    if images.device.type == "cpu":
-        views = _resample_each(images, boxes, sizes)
-    else:
-        views = [_resample_batch(images, *each) for each in zip(boxes, sizes)]
-    for crop, pictures in enumerate(views):
+    S = images.shape[-1]
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, S, S):
+        raise ValueError(f"images: uint8 [N, 3, S, S] expected, got {images.dtype} "
+                         f"{list(images.shape)}")
+    boxes, sizes = [], []
+    for group, (number, size) in enumerate(crops):
+        for _ in range(number):
+            area = low_scale if group else scale
+            boxes.append(crop_boxes(seed, sample_index, len(boxes), S, aspect, area))
+            sizes.append(size)
+    resample = resample_each if images.device.type == "cpu" else resample_batch
+    views = resample(images, boxes, sizes)
+    for crop, view in enumerate(views):
         if flip:
-            mirrored = uniform(seed, slots, crop, FLIP)[:, 0] < 0.5
-            mirrored = mirrored.to(images.device)[:, None, None, None]
-            views[crop] = pictures = torch.where(mirrored, pictures.flip(3), pictures)
+            mirrored = uniform(seed, sample_index, crop, FLIP)[:, 0] < 0.5   # [N]
+            mirrored = mirrored.to(view.device)[:, None, None, None]
+            view = torch.where(mirrored, view.flip(3), view)
         if augment:
-            factor, offset = (x.view(3, 1, 1) for x in _affine(images.device))
-            pictures = (pictures - offset) / (255 * factor)
-            views[crop] = distort(pictures, seed, slots, crop) * (255 * factor) + offset
+            pixel_scale, offset = (x.view(3, 1, 1) for x in _normalization(view.device))
+            view = (view - offset) / (255 * pixel_scale)                     # back to 0..1
+            view = distort(view, seed, sample_index, crop)
+            view = view * (255 * pixel_scale) + offset
+        views[crop] = view
     return views
