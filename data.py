@@ -1,16 +1,21 @@
-"""Pairs -> batches: one long array of all pairs, the order of a run, and the loader.
+"""Pairs -> batches: one array of all pairs, the order of a run, and the loader.
 
-    python data.py emoji                            the demo's pairs, into data/emoji
-    python data.py pack OUT FOLDER_or_TABLE...      shards from folders of pictures or from tables
-    python data.py index SHARDS...                  where each pair lies, written once for all runs
-    python data.py check SHARDS...                  read everything, report what is there and what is bad
+    python data.py emoji                                # the demo's pairs, into data/emoji
+    python data.py index SHARDS...                      # index the shards, print what is in them
+    python data.py captions SHARDS... --language ko     # one caption a line, to train a tokenizer
 
-From top to bottom: `Pairs` makes one long array of all shards of all sources; `Order` says which pair stands in
-which slot of a run; `Loader` reads, decodes and batches the slots of one rank. Whatever the ranks and workers,
-slot 12345 of a run holds the same pair, so that a position in the run is one number and resuming is starting
-there.
+    pairs = Pairs(["ko-{0000..0099}.tar::ko", "en-*.tar::2::en"])
+    loader = Loader(pairs, tokenizer, batch_size=256, padded_size=512, seed=0, workers=8)
+    for batch in loader:                                # Batch(images, aspect, tokens, ...)
 
-What it leaves out: shards on other machines (copy them, or fetch whole ones ahead of `Order`) and crops (crops.py).
+From top to bottom: `Pairs` makes one array of all shards of all sources. `Order` says which pair
+is at which sample index of a run. `Loader` reads, decodes and batches the samples of one process.
+
+Sample index 12345 of a run is the same pair for any number of processes and workers. The position
+in a run is therefore one number, and to resume is to start there.
+
+Not included: shards on other machines, and random crops (crops.py). Making shards of images, and
+checking shards, is extras/pack.py.
 """
 
 import argparse
@@ -25,27 +30,39 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import demo
-from extras import pack as packing
-from shards import LANGUAGE, Shard, decode, expand, index, read_pair, shard_rows
+from kelip import ceil_div
+from shards import (
+    LANGUAGE,
+    Shard,
+    decode,
+    expand_pattern,
+    format_counts,
+    index_shards,
+    read_pair,
+    shard_rows,
+)
+from tokenizer import run_command
 
-BAND_SHARDS = 64                 # shards that are read side by side
-BAND_ROWS = 1 << 20              # and no more pairs than this, give or take a shard
-WINDOW = 1 << 16                 # pairs among which the order is a wholly random one
-MIX = 1 << 12                    # slots in which every source has its exact share
-OPEN_SHARDS = 2 * BAND_SHARDS    # files that a process holds open
-CACHE = 512 << 20                # bytes of decoded pictures that a process keeps, when all of them fit
+CHUNK_SAMPLES = 1 << 12          # samples within which every source has its exact proportion
+GROUP_SHARDS = 64                # shards that are read interleaved
+GROUP_PAIRS = 1 << 20            # a group ends with the shard that reaches this number of pairs
+BUFFER_PAIRS = 1 << 16           # pairs of a shuffle buffer, whose order is uniformly random
+OPEN_SHARDS = 2 * GROUP_SHARDS   # files that a process keeps open
+CACHE_BYTES = 512 << 20          # decoded images that a process keeps, when all of them fit
+COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh"}  # country codes are not languages
 
 
-# --- Sources and pairs --------------------------------------------------------------------------------------
+# ---- sources and pairs ----
 
 class Source(NamedTuple):
-    """One `--data` argument."""
+    """One argument of `--data`."""
     name: str
-    weight: float    # passes over it in an epoch
-    language: str    # of captions that name none
-    first: int       # number of its first shard
+    weight: float     # epochs over it in one epoch of the run
+    language: str     # of captions that name none
+    first_shard: int  # its number in Pairs.shards
     shards: int
     pairs: int
 
@@ -55,6 +72,9 @@ def _parse_source(text):
     pattern, *options = text.split("::")
     weight, language = 1.0, ""
     for option in options:
+        if option in COUNTRIES:
+            raise ValueError(f"--data {text}: {option} is a country; write ::{COUNTRIES[option]}, "
+                             "the language")
         if LANGUAGE.fullmatch(option):
             language = option
             continue
@@ -63,416 +83,586 @@ def _parse_source(text):
         except ValueError:
             weight = 0.0
         if not 0 < weight < 1e6:
-            raise ValueError(f"--data {text}: after :: comes a weight above 0 or a language such as ko")
+            raise ValueError(f"--data {text}: after :: write a weight above 0, or a language such "
+                             "as ko")
     return pattern, weight, language
 
 
 class Pairs:
-    """All pairs of all sources, counted and addressable: len(pairs), pairs[i] -> Pair.
+    """All pairs of all sources as one array: len(pairs), pairs[i] -> Pair.
 
-    sources: one or a list of strings, each a tar, a folder of tars, a glob or a brace range, with an optional
-    weight and an optional language for captions that name none: "ko-{00000..07079}.tar::2::ko". state: what
-    `state()` gave when the run began, so that on resuming every pair has its old number, whatever became of
-    the shards since. Travels to worker processes at little cost. Raises FileNotFoundError when a source names
-    no shards and ValueError when there is no pair in any of them.
+    sources: one or a list of strings. Each is a tar, a folder of tars, a glob or a brace range,
+    with an optional weight and an optional language for captions that name none, as in
+    "ko-{00000..07079}.tar::2::ko". state: what state() returned when the run began. On resuming,
+    every pair then keeps its number, even where shards are missing. workers: processes that index
+    shards.
+
+    Attributes: sources, a list of Source; shards, a list of Shard; starts, int64 [shards + 1], the
+    number of each shard's first pair; languages and skipped, Counters.
+
+    It can be pickled to worker processes, without its open files. Raises FileNotFoundError when a
+    source names no shards, ValueError when they hold no pairs.
     """
 
     def __init__(self, sources, state=None, workers=0):
-        self.sources, self.shards = [], []
         sources = [sources] if isinstance(sources, str) else list(sources)
         if state and len(state["shards"]) != len(sources):
-            raise ValueError(f"--data: {len(sources)} sources, but the run began with {len(state['shards'])}")
-        for number, text in enumerate(sources):
+            raise ValueError(f"--data: {len(sources)} sources, but the run began with "
+                             f"{len(state['shards'])}")
+        self.sources, self.shards = [], []
+        self.languages, self.skipped = collections.Counter(), collections.Counter()
+        for i, text in enumerate(sources):
             pattern, weight, language = _parse_source(text)
-            shards = index(expand(pattern, partial=bool(state)), workers)
+            shards = index_shards(expand_pattern(pattern, partial=bool(state)), workers)
             if state:
-                shards = _as_they_were(state["shards"][number], shards)
+                shards = _match_shards(state["shards"][i], shards)
             count = sum(shard.count for shard in shards)
-            self.sources.append(Source(pattern, weight, language, len(self.shards), len(shards), count))
+            self.sources.append(
+                Source(pattern, weight, language, len(self.shards), len(shards), count))
             self.shards += shards
+            for shard in shards:
+                self.skipped.update(shard.skipped)
+                for own_language, captions in shard.languages.items():
+                    self.languages[own_language or language] += captions
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
-        self.languages, self.left_out = collections.Counter(), collections.Counter()
-        for source in self.sources:
-            for shard in self.shards[source.first:source.first + source.shards]:
-                self.left_out.update(shard.left_out)
-                self.languages.update({lang or source.language: n for lang, n in shard.languages.items()})
+        self._open = {}  # shard number -> (file, rows), the one opened first is first
         if not len(self):
-            causes = ", ".join(f"{n} {cause}" for cause, n in self.left_out.items()) or "they are empty"
-            raise ValueError(f"{' '.join(sources)}: no pairs there ({causes}); a pair is KEY.jpg and KEY.txt")
-        self._open = {}
+            reasons = format_counts(self.skipped) or "they are empty"
+            raise ValueError(f"{' '.join(sources)}: no pairs there ({reasons}); a pair is KEY.jpg "
+                             "and KEY.txt")
 
     def __len__(self):
-        """Pairs in all sources."""
+        """The number of pairs in all sources."""
         return int(self.starts[-1])
 
     def __getstate__(self):
-        """Without open files, for another process."""
         return {**self.__dict__, "_open": {}}
 
     def state(self):
-        """What a checkpoint needs for `state`: each source's shards as [file name, bytes, pairs]."""
-        spans = [self.shards[s.first:s.first + s.shards] for s in self.sources]
-        return {"shards": [[[os.path.basename(x.path), x.size, x.count] for x in span] for span in spans]}
+        """What a checkpoint saves: each source's shards as [file name, bytes, pairs]."""
+        shards = []
+        for source in self.sources:
+            own = self.shards[source.first_shard:source.first_shard + source.shards]
+            shards.append([[os.path.basename(x.path), x.size, x.count] for x in own])
+        return {"shards": shards}
 
     def __getitem__(self, i):
-        """Read pair i. Raises IndexError, or ValueError("cause: what") when it cannot be read."""
+        """Read pair i. Raises IndexError, or ValueError("reason: details") if that fails."""
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
         number = int(np.searchsorted(self.starts, i, "right")) - 1
-        shard = self.shards[number]
-        file, rows = self._open.get(number) or self._open_shard(number)
-        return read_pair(file, shard.path, rows[i - int(self.starts[number])], self._language(number))
+        if number not in self._open:
+            self._open_shard(number)
+        file, rows = self._open[number]
+        row = rows[i - int(self.starts[number])]
+        return read_pair(file, self.shards[number].path, row, self._language(number))
 
-    def _language(self, shard):
-        """The language of captions that name none, by shard."""
-        return next(s.language for s in self.sources if s.first <= shard < s.first + s.shards)
+    def _language(self, number):
+        """The language of captions that name none, in this shard."""
+        for source in self.sources:
+            if number < source.first_shard + source.shards:
+                return source.language
 
     def _open_shard(self, number):
-        """Open a shard that still is what the index says, and close the one that was opened longest ago."""
+        """Open a shard. Closes the one that was opened first when too many are open."""
         shard = self.shards[number]
-        if shard.rows is None:
-            raise ValueError(f"{next(iter(shard.left_out))}: {shard.path}")
+        if not shard.rows_file:
+            raise ValueError(f"{next(iter(shard.skipped))}: {shard.path}")
         try:
             file = open(shard.path, "rb")
         except OSError as error:
-            cause = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise ValueError(f"shard {cause}: {shard.path}: {error.strerror}") from None
+            reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+            raise ValueError(f"shard {reason}: {shard.path}: {error.strerror}") from None
         if os.fstat(file.fileno()).st_size != shard.size:
             file.close()
-            raise ValueError(f"shard changed: {shard.path} is not of the size that was indexed")
-        if len(self._open) >= OPEN_SHARDS:
-            self._open.pop(next(iter(self._open)))[0].close()
+            raise ValueError(f"shard changed: {shard.path} has another size than when it was "
+                             "indexed")
         try:
-            self._open[number] = file, shard_rows(shard)
+            rows = shard_rows(shard)
         except (OSError, ValueError):
-            raise ValueError(f"index damaged: {shard.rows}") from None
-        return self._open[number]
+            file.close()
+            raise ValueError(f"index damaged: {shard.rows_file}") from None
+        if len(self._open) >= OPEN_SHARDS:
+            oldest_file, _ = self._open.pop(next(iter(self._open)))
+            oldest_file.close()
+        self._open[number] = file, rows
 
     def describe(self):
-        """The mix, a line a source: pairs, shards, share; then the languages and what is left out."""
-        total = sum(s.weight * s.pairs for s in self.sources)
+        """What the pairs are: a line for each source, one on captions, one on what was skipped."""
+        total = sum(source.weight * source.pairs for source in self.sources)
         lines = []
-        for s in self.sources:
-            share = f"{100 * s.weight * s.pairs / total:.1f} %" + f" at weight {s.weight:g}" * (s.weight != 1)
-            lines.append(f"{s.name}: {s.pairs:,} pairs in {s.shards:,} shards, {share}")
-        for title, counts in (("captions", self.languages), ("left out", self.left_out)):
-            if counts:
-                listed = ", ".join(f"{n:,} {name or 'unnamed'}" for name, n in sorted(counts.items()))
-                lines.append(f"{title}: {listed}")
+        for source in self.sources:
+            percentage = 100 * source.weight * source.pairs / total
+            line = (f"{source.name}: {source.pairs:,} pairs in {source.shards:,} shards, "
+                    f"{percentage:.1f} % of samples")
+            if source.weight != 1:
+                line += f" at weight {source.weight:g}"
+            lines.append(line)
+        if self.languages:
+            lines.append(f"captions: {format_counts(self.languages)}")
+        if self.skipped:
+            lines.append(f"skipped: {format_counts(self.skipped)}")
         return "\n".join(lines)
 
 
-def _as_they_were(old, shards):
-    """A source's shards as a run began with them; what is gone or changed keeps its places, empty."""
-    now = collections.defaultdict(list)
+def _match_shards(saved, shards):
+    """A source's shards as they were when the run began, from Pairs.state().
+
+    One that is missing or has changed keeps its pair numbers, and none of its pairs can be read.
+    """
+    by_name = collections.defaultdict(list)
     for shard in shards:
-        now[os.path.basename(shard.path)].append(shard)
-    result = []
-    for name, size, count in old:
-        shard = now[name].pop(0) if now[name] else None
-        if shard is None or (shard.size, shard.count) != (size, count):
-            cause = "shard missing" if shard is None else "shard changed"
-            shard = Shard(name, size, 0, count, {}, {cause: count})
-        result.append(shard)
-    return result
+        by_name[os.path.basename(shard.path)].append(shard)
+    matched = []
+    for name, size, count in saved:
+        shard = by_name[name].pop(0) if by_name[name] else None
+        if shard is None:
+            shard = Shard(name, size, 0, count, {}, {"shard missing": count})
+        elif (shard.size, shard.count) != (size, count):
+            shard = Shard(name, size, 0, count, {}, {"shard changed": count})
+        matched.append(shard)
+    return matched
 
 
-# --- Order --------------------------------------------------------------------------------------------------
+# ---- the order of a run ----
+#
+# sample index  0         4,096     8,192            samples_per_epoch
+# the run       |  chunk  |  chunk  |   ...   |  chunk  |  chunk  |  chunk  |   ...
+#               '--------------- epoch 0 ---------------'--------- epoch 1 ...
+#
+# a chunk       the next samples of every source, in proportion to weight x pairs, shuffled:
+#               A A B A B B A A A B A A ...
+#
+# source A      |  group  |  group  | group |  group  |  group  | group |   ...
+#               '------- its epoch 0 -------'------- its epoch 1 -------'
+#               Every pair is there once in each epoch. The shards are shuffled, then grouped.
+#
+# a group       64 shards of the source, read interleaved, each from front to back:
+#               shard 17   rows  0 1 2 | 3 4 5 | 6 7 8
+#               shard  3   rows  0 1   | 2 3   | 4 5
+#               shard 88   rows  0 1   | 2 3   | 4
+#               buffer           0       1       2
+#
+# a buffer      the same fraction of every shard, some 65,536 pairs, in random order
+#
+# Each of these is a pure function of the seed and of its numbers. To find the pair at any sample
+# index takes one chunk, and one group of each source. The second number of every random generator's
+# seed, 0, 1 or 2, keeps the three kinds of shuffles independent.
 
 class Order:
-    """Which pair stands in which slot of a run: a function of the seed and the slot alone.
+    """Which pair is at which sample index of a run, a pure function of the seed and the index.
 
-    A run is an endless row of slots, `slots_per_epoch` to an epoch. Each source is gone through in passes,
-    every pair once in each: its shards, shuffled, are cut into bands of 64, a band's shards are read side by
-    side from front to back, and within a window of 65,536 pairs of a band the order is wholly random. Sources
-    take turns in proportion to weight x pairs, exactly so over every 4,096 slots or so. To fetch shards
-    ahead, `_bands` says all that is needed.
+    order(first, count) returns the numbers of `count` pairs, for pairs[i]. There is no last sample
+    index: after samples_per_epoch of them the next epoch begins. In an epoch, a source of weight 1
+    gives every pair once.
     """
 
     def __init__(self, pairs, seed):
-        self.seed, self.recent = seed, {}
-        self.sources = [source for source in pairs.sources if source.pairs]
-        self.counts = np.diff(pairs.starts)
-        self.starts = pairs.starts
-        self.share = np.array([max(1, round(source.weight * source.pairs)) for source in self.sources])
-        self.slots_per_epoch = int(self.share.sum())
-        self.windows = -(-self.slots_per_epoch // MIX)
+        self.seed = seed
+        self.streams, samples = [], []
+        for source in pairs.sources:
+            if source.pairs:
+                end = source.first_shard + source.shards
+                starts = pairs.starts[source.first_shard:end + 1]
+                self.streams.append(SampleStream(starts, seed, len(self.streams)))
+                samples.append(max(1, round(source.weight * source.pairs)))
+        self.samples_of_source = np.array(samples)                           # [sources], per epoch
+        self.samples_per_epoch = sum(samples)
+        self.n_chunks = ceil_div(self.samples_per_epoch, CHUNK_SAMPLES)
+        self._chunk = LastResult(self._make_chunk)
 
     def __call__(self, first, count):
-        """The pair numbers of slots first .. first + count - 1, int64 [count]."""
+        """The numbers of the pairs at sample indices first to first + count - 1: int64 [count]."""
         parts = [np.empty(0, np.int64)]
         while count > 0:
-            epoch, place = divmod(first, self.slots_per_epoch)
-            window = place * self.windows // self.slots_per_epoch
-            while self._taken(window + 1).sum() <= place:
-                window += 1
-            numbers = self._latest(self._mix, 0, epoch, window)
-            begin = place - int(self._taken(window).sum())
-            parts.append(numbers[begin:begin + count])
-            first, count = first + len(parts[-1]), count - len(parts[-1])
+            epoch, sample = divmod(first, self.samples_per_epoch)
+            chunk = self._find_chunk(sample)
+            begin = sample - int(self._samples_before(chunk).sum())
+            part = self._chunk(epoch, chunk)[begin:begin + count]
+            parts.append(part)
+            first += len(part)
+            count -= len(part)
         return np.concatenate(parts)
 
-    def _latest(self, function, source, *place):
-        """function(source, *place), remembered until it is asked for another place."""
-        kept = self.recent.get((function.__name__, source))
-        if kept is None or kept[0] != place:
-            kept = self.recent[function.__name__, source] = place, function(source, *place)
-        return kept[1]
+    def _samples_before(self, chunk):
+        """How many samples each source gives in an epoch before this chunk: int64 [sources]."""
+        return self.samples_of_source * chunk // self.n_chunks
 
-    def _taken(self, window):
-        """How far each source is at the beginning of a window of an epoch, int64 [sources]."""
-        return self.share * window // self.windows
+    def _find_chunk(self, sample):
+        """The chunk that a sample of an epoch is in."""
+        # _samples_before rounds down, so this estimate may be too low, but never too high.
+        chunk = sample * self.n_chunks // self.samples_per_epoch
+        while self._samples_before(chunk + 1).sum() <= sample:
+            chunk += 1
+        return chunk
 
-    def _mix(self, _, epoch, window):
-        """The pair numbers of one window of an epoch: the sources' next pairs, in random turns."""
-        low, high = (epoch * self.share + self._taken(window + i) for i in (0, 1))
-        turns = np.repeat(np.arange(len(self.sources)), high - low)
-        turns = np.random.default_rng((self.seed, 0, epoch, window)).permutation(turns)
-        numbers = np.empty(len(turns), np.int64)
-        for source in range(len(self.sources)):
-            numbers[turns == source] = self._stream(source, int(low[source]), int(high[source]))
+    def _make_chunk(self, epoch, chunk):
+        """The numbers of the pairs of one chunk."""
+        before = self._samples_before(chunk)                                 # [sources]
+        first = epoch * self.samples_of_source + before                      # [sources]
+        counts = self._samples_before(chunk + 1) - before                    # [sources]
+        source_of = np.repeat(np.arange(len(self.streams)), counts)          # [samples]
+        source_of = np.random.default_rng((self.seed, 0, epoch, chunk)).permutation(source_of)
+        numbers = np.empty(len(source_of), np.int64)
+        for source, stream in enumerate(self.streams):
+            numbers[source_of == source] = stream(int(first[source]), int(counts[source]))
         return numbers
 
-    def _stream(self, source, low, high):
-        """Entries low .. high - 1 of a source's passes, one behind the other."""
+
+class SampleStream:
+    """The samples of one source: its epochs one after the other, every pair once in each.
+
+    starts: int64 [shards + 1], the number of the first pair of each shard of the source, and where
+    the last shard ends. source: the number of the source.
+    """
+
+    def __init__(self, starts, seed, source):
+        self.starts, self.seed, self.source = starts, seed, source
+        self.counts = np.diff(starts)                                        # [shards], pairs
+        self.samples_per_epoch = int(self.counts.sum())
+        self._groups = LastResult(self._make_groups)
+        self._group = LastResult(self._shuffle_group)
+
+    def __call__(self, first, count):
+        """The numbers of the pairs at samples first to first + count - 1: int64 [count]."""
         parts = [np.empty(0, np.int64)]
-        while low < high:
-            turn, place = divmod(low, self.sources[source].pairs)
-            bands, starts = self._latest(self._bands, source, turn)
-            band = int(np.searchsorted(starts, place, "right")) - 1
-            numbers = self._latest(self._band, source, turn, band)
-            place -= int(starts[band])
-            parts.append(numbers[place:place + high - low])
-            low += len(parts[-1])
+        while count > 0:
+            epoch, sample = divmod(first, self.samples_per_epoch)
+            _, group_starts = self._groups(epoch)
+            group = int(np.searchsorted(group_starts, sample, "right")) - 1
+            begin = sample - group_starts[group]
+            part = self._group(epoch, group)[begin:begin + count]
+            parts.append(part)
+            first += len(part)
+            count -= len(part)
         return np.concatenate(parts)
 
-    def _bands(self, source, turn):
-        """A pass's bands, arrays of shard numbers as they are read, and where in the pass each begins."""
-        span = self.sources[source]
-        shards = np.random.default_rng((self.seed, 1, source, turn)).permutation(span.shards) + span.first
-        shards = shards[self.counts[shards] > 0]
-        cuts, rows, width = [0], 0, 0
-        for i, count in enumerate(self.counts[shards].tolist()):
-            if width == BAND_SHARDS or rows >= BAND_ROWS:
-                cuts.append(i)
-                rows, width = 0, 0
-            rows, width = rows + count, width + 1
-        ends = np.concatenate([[0], np.cumsum(self.counts[shards])])
-        return np.split(shards, cuts[1:]), ends[cuts]
+    def _make_groups(self, epoch):
+        """The groups of an epoch, lists of shards, and the sample at which each begins."""
+        rng = np.random.default_rng((self.seed, 1, self.source, epoch))
+        shards = rng.permutation(len(self.counts))
+        groups, starts, total = [], [], 0
+        for shard, count in zip(shards.tolist(), self.counts[shards].tolist()):
+            if not count:
+                continue
+            if not groups or len(groups[-1]) == GROUP_SHARDS or total - starts[-1] >= GROUP_PAIRS:
+                groups.append([])
+                starts.append(total)
+            groups[-1].append(shard)
+            total += count
+        return groups, starts
 
-    def _band(self, source, turn, band):
-        """The pair numbers of one band in the order of reading."""
-        shards = self._latest(self._bands, source, turn)[0][band]
-        counts = self.counts[shards]
+    def _shuffle_group(self, epoch, group):
+        """The numbers of the pairs of one group, in the order of the run."""
+        shards = np.array(self._groups(epoch)[0][group])                     # [G]
+        counts = self.counts[shards]                                         # [G]
         total = int(counts.sum())
-        row = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)        # place within its shard
-        window = row * -(-total // WINDOW) // np.repeat(counts, counts)
-        chance = np.random.default_rng((self.seed, 2, source, turn, band)).random(total)
-        return (np.repeat(self.starts[shards], counts) + row)[np.argsort(window + chance, kind="stable")]
+        # From here on there is one entry for each pair, shard after shard.
+        shard_of = np.repeat(np.arange(len(shards)), counts)                 # [total], in 0..G-1
+        first_of_shard = np.cumsum(counts) - counts                          # [G]
+        row = np.arange(total) - first_of_shard[shard_of]                    # [total], in its shard
+        number = self.starts[shards][shard_of] + row                         # [total]
+        # With 5 buffers, the first fifth of every shard goes into buffer 0, and so on.
+        n_buffers = ceil_div(total, BUFFER_PAIRS)
+        buffer = row * n_buffers // counts[shard_of]                         # [total]
+        # Sorting by buffer + a random number in [0, 1) shuffles within each buffer.
+        rng = np.random.default_rng((self.seed, 2, self.source, epoch, group))
+        order = np.argsort(buffer + rng.random(total), kind="stable")
+        return number[order]
 
 
-# --- Batches ------------------------------------------------------------------------------------------------
+class LastResult:
+    """A function that keeps its last result. Consecutive batches ask for the same one."""
+
+    def __init__(self, function):
+        self.function, self.arguments, self.result = function, None, None
+
+    def __call__(self, *arguments):
+        if arguments != self.arguments:
+            self.result = self.function(*arguments)
+            self.arguments = arguments
+        return self.result
+
+
+# ---- batches ----
 
 class Batch(NamedTuple):
-    """One rank's part of a batch. A hole (valid False) has a black picture and an empty caption."""
-    images: torch.Tensor    # uint8 [n, 3, S, S], each in the upper left corner, channels last in memory
-    aspect: torch.Tensor    # float32 [n], width / height of each, whose longer side is S
-    tokens: object          # int64 [n, context_length], None without a tokenizer
-    language: object        # int64 [n], which of loader.languages, -1 in a hole; None without a tokenizer
-    valid: torch.Tensor     # bool [n]
-    slots: torch.Tensor     # int64 [n]
+    """One process's part of a batch: n samples.
+
+    Each image is in the upper left corner of its padded square, and its longer side is S. Invalid
+    samples, those that were skipped or come after the end, have a black image and an empty caption.
+    """
+    images: torch.Tensor        # uint8 [n, 3, S, S], channels last in memory
+    aspect: torch.Tensor        # float32 [n], width / height of each image
+    tokens: object              # int64 [n, context_length], None without a tokenizer
+    language: object            # int64 [n], index in Loader.languages, -1 where invalid; or None
+    valid: torch.Tensor         # bool [n]
+    sample_index: torch.Tensor  # int64 [n]
 
 
-def _draw(seed, slots):
-    """A number in [0, 1) for each slot, float64 [n]: splitmix64 (Steele et al., 2014) of both."""
-    x = np.asarray(slots, np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)) * 2:
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+def random_fraction(seed, sample_index):
+    """A random number in [0, 1) for each sample index, float64 [n], by splitmix64.
+
+    A function of seed and index alone (Steele et al., Fast Splittable Pseudorandom Number
+    Generators, 2014). It is apart from crops.uniform, which also takes a crop and a purpose, so
+    that this file does not need crops.py, and in numpy, whose uint64 wraps around as this needs.
+    """
+    x = np.asarray(sample_index, np.uint64)
+    x = x + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x >> np.uint64(11)).astype(np.float64) / (1 << 53)
 
 
-def extent(aspect, canvas):
-    """Width and height in pixels of a picture that fills a square canvas in its longer side."""
-    return (max(1, min(canvas, round(canvas * aspect))), max(1, min(canvas, round(canvas / aspect))))
+def fitted_size(aspect, padded_size):
+    """(width, height) of an image whose longer side is padded_size. aspect: width / height."""
+    width = max(1, min(padded_size, round(padded_size * aspect)))
+    height = max(1, min(padded_size, round(padded_size / aspect)))
+    return width, height
 
 
-def fit(image, canvas):
-    """A PIL image in RGB as uint8 [h, w, 3], antialiased bicubic, its longer side as long as the canvas."""
-    size = extent(float(np.float32(image.width / image.height)), canvas)
-    pixels = np.asarray(image)
-    if size == image.size:
+def resize_to_fit(image, padded_size):
+    """Resize a PIL image in RGB so that its longer side is padded_size: uint8 [h, w, 3].
+
+    Bicubic, antialiased.
+    """
+    pixels = np.asarray(image)                                               # [H, W, 3]
+    width, height = fitted_size(float(np.float32(image.width / image.height)), padded_size)
+    if (width, height) == image.size:
         return pixels
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these pixels cannot be written, nor are they
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                         # [1, 3, H, W]
-    pixels = F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)
-    return pixels[0].permute(1, 2, 0).numpy()
+        warnings.simplefilter("ignore")  # the array is read-only, and nothing writes to it
+        pixels = torch.from_numpy(pixels)
+    pixels = pixels.permute(2, 0, 1)[None]                                   # [1, 3, H, W]
+    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    return pixels[0].permute(1, 2, 0).numpy()                                # [h, w, 3]
 
 
 class Loader:
-    """The batches of one rank, in order: for batch in loader.
+    """The batches of one process, in order: for batch in loader.
 
-    pairs: Pairs; tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length], or None
-    when pictures alone are wanted; batch_size: of all ranks together; canvas: side of the pictures in pixels;
-    seed: of order and languages; start: slots consumed before, wherever that was; steps: batches to make, by
-    default to `stop`, a slot number, by default the first epoch's end: a last batch that would go beyond it
-    has holes there. rank, world_size: which part of each batch. workers: processes that decode, 0 for none.
+    Args:
+        pairs: Pairs.
+        tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length]. None
+            when only images are wanted.
+        batch_size: of all processes together.
+        padded_size: the side in pixels of the square that each image is padded to.
+        seed: of the order, and of the caption that a pair of several languages gives.
+        first: the sample index to begin at, that is, the number of samples used before.
+        steps: batches to make. By default, as many as reach the end of the first epoch. Samples of
+            the last batch that come after it are then invalid.
+        rank, world_size: which part of each batch is made.
+        workers: processes that read and decode, 0 for none.
+        context_length: tokens of a caption.
+        pin_memory: put batches into memory that is copied to a GPU faster.
 
-    A pair that cannot be read is a hole, and counted in `skipped` by cause. Small sets are decoded once and
-    kept. Raises ValueError when the ranks do not divide the batch, and OSError when workers keep dying.
+    A pair that cannot be read is an invalid sample. `skipped` counts them by reason, `examples` has
+    the first of each reason. `languages` is the list that Batch.language refers to.
+
+    When all decoded images fit into CACHE_BYTES, each is decoded once and kept. Raises ValueError
+    when world_size does not divide batch_size, OSError when workers die again and again.
     """
 
-    def __init__(self, pairs, tokenizer, batch_size, canvas, seed=0, start=0, steps=None, stop=None, rank=0,
-                 world_size=1, workers=0, context_length=77, pin_memory=False):
+    def __init__(self, pairs, tokenizer, batch_size, padded_size, seed=0, first=0, steps=None,
+                 rank=0, world_size=1, workers=0, context_length=77, pin_memory=False):
         if batch_size % world_size:
             raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} processes")
         self.pairs, self.tokenizer, self.context_length = pairs, tokenizer, context_length
-        self.batch_size, self.canvas, self.seed, self.start = batch_size, canvas, seed, start
-        self.rank, self.local = rank, batch_size // world_size
-        self.workers, self.pin_memory = workers, pin_memory
+        self.padded_size, self.seed = padded_size, seed
+        self.batch_size, self.local_batch_size = batch_size, batch_size // world_size
+        self.rank, self.workers, self.pin_memory = rank, workers, pin_memory
         self.order = Order(pairs, seed)
-        if stop is None:
-            stop = self.order.slots_per_epoch if steps is None else start + steps * batch_size
-        self.stop, self.steps = stop, -(-max(0, stop - start) // batch_size) if steps is None else steps
+        self.first, self.steps = first, steps
+        if steps is None:
+            self.end = self.order.samples_per_epoch
+            self.steps = ceil_div(max(0, self.end - first), batch_size)
+        else:
+            self.end = first + steps * batch_size
         self.languages = sorted(pairs.languages)
         self.skipped, self.examples = collections.Counter(), {}
-        fits = len(pairs) * 3 * canvas * canvas * max(1, workers) <= CACHE
-        self._kept = {} if fits else None
+        image_bytes = 3 * padded_size * padded_size
+        fits = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
+        self._cache = {} if fits else None  # pair number -> what _prepare returns
 
     def __len__(self):
-        """Batches in all."""
+        """The number of batches."""
         return self.steps
 
     def __iter__(self):
-        """Yield Batch after Batch. Workers that die are started anew where the last batch ended."""
+        """Yield Batch after Batch. When a worker dies, new ones continue after the last batch."""
         done = deaths = 0
         while done < self.steps:
             try:
-                for batch, faults in self._batches(done):
-                    done, deaths = done + 1, 0
-                    for cause, what in faults:
-                        self.skipped[cause] += 1
-                        self.examples.setdefault(cause, what)
+                for batch, skipped in self._batches(done):
+                    done += 1
+                    deaths = 0
+                    for reason, example in skipped:
+                        self.skipped[reason] += 1
+                        self.examples.setdefault(reason, example)
                     yield batch
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                gone = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
-                if not self.workers or not gone or "Caught" in str(error):  # what a worker itself raised
+                if not self.workers or not _is_worker_death(error):
                     raise
                 deaths += 1
                 if deaths == 3:
-                    raise OSError(f"loader workers died {deaths} times before batch {done}: is memory short? "
-                                  f"try fewer --workers") from None
-                print(f"a loader worker died before batch {done}; starting workers anew", file=sys.stderr)
+                    raise OSError(f"loader workers died {deaths} times before batch {done}: is "
+                                  "memory short? Try fewer --workers") from None
+                print(f"a loader worker died before batch {done}; starting new workers",
+                      file=sys.stderr)
 
-    def _batches(self, done):
-        """What self[done], self[done + 1], ... give, from workers when there are any."""
-        if not self.workers:
-            return map(self.__getitem__, range(done, self.steps))
+    def _batches(self, first_step):
+        """make_batch(step) from first_step on, by worker processes if there are any."""
         handler = signal.getsignal(signal.SIGCHLD)
+        # The dataset of torch's loader is the range of steps. It gets a generator of its own,
+        # since it would draw from torch's global one.
         batches = iter(torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=range(done, self.steps), num_workers=self.workers,
-            pin_memory=self.pin_memory))
-        if threading.current_thread() is threading.main_thread():
-            # torch's handler would raise in the middle of a training step; next() notices the dead as well
+            range(first_step, self.steps), batch_size=None, collate_fn=self.make_batch,
+            num_workers=self.workers, pin_memory=self.pin_memory, generator=torch.Generator()))
+        if self.workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise in the middle of a training step. next() also notices when
+            # a worker has died.
             signal.signal(signal.SIGCHLD, handler)
         return batches
 
-    def __getitem__(self, step):
-        """Make this rank's part of one batch: (Batch, [(cause, example) of each skipped pair])."""
-        first = self.start + step * self.batch_size + self.rank * self.local
-        slots = np.arange(first, first + self.local)
-        numbers = self.order(first, min(self.local, max(0, self.stop - first)))
-        images = np.empty((self.local, self.canvas, self.canvas, 3), np.uint8)
-        aspect, valid = np.ones(self.local, np.float32), np.zeros(self.local, bool)
-        language, draws = np.full(self.local, -1), _draw(self.seed, slots)
-        tokens = self.tokenizer and self.tokenizer.encode([""], self.context_length).repeat(self.local, 1)
-        faults = []
+    def make_batch(self, step):
+        """This process's part of one batch: (Batch, [(reason, example) of each skipped pair])."""
+        n, size = self.local_batch_size, self.padded_size
+        first = self.first + step * self.batch_size + self.rank * n
+        sample_index = torch.arange(first, first + n)
+        images = np.zeros((n, size, size, 3), np.uint8)
+        aspect = torch.ones(n)
+        valid = torch.zeros(n, dtype=torch.bool)
+        tokens = language = None
+        if self.tokenizer is not None:
+            tokens = self.tokenizer.encode([""], self.context_length).repeat(n, 1)
+            language = torch.full((n,), -1)
+        fraction = random_fraction(self.seed, sample_index)
+        numbers = self.order(first, min(n, max(0, self.end - first)))
+        skipped = []
         for i, number in enumerate(numbers.tolist()):
             try:
-                pixels, aspect[i], captions = self._prepare(number)
+                pixels, image_aspect, captions = self._prepare(number)
             except ValueError as error:
-                cause, _, what = str(error).partition(": ")
-                faults.append((cause, what))
+                reason, _, example = str(error).partition(": ")
+                skipped.append((reason, example))
                 continue
-            h, w, _ = pixels.shape
-            images[i, :h, :w], images[i, h:], images[i, :h, w:] = pixels, 0, 0
+            height, width, _ = pixels.shape
+            images[i, :height, :width] = pixels
+            aspect[i] = image_aspect
             valid[i] = True
-            if self.tokenizer:
-                language[i], tokens[i] = captions[int(draws[i] * len(captions))]
-        images[~valid] = 0
-        named = self.tokenizer and torch.from_numpy(language)
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(aspect), tokens, named,
-                     torch.from_numpy(valid), torch.from_numpy(slots)), faults
+            if self.tokenizer is not None:
+                language[i], tokens[i] = captions[int(fraction[i] * len(captions))]
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)                # [n, 3, S, S]
+        return Batch(images, aspect, tokens, language, valid, sample_index), skipped
 
     def _prepare(self, number):
-        """A pair as (uint8 [h, w, 3], width / height, [(language, tokens)]). Raises as pairs[i] does."""
-        if self._kept is not None and number in self._kept:
-            return self._kept[number]
+        """Read and decode a pair: (uint8 [h, w, 3], width / height, [(language, tokens)]).
+
+        Raises ValueError("reason: details").
+        """
+        if self._cache is not None and number in self._cache:
+            return self._cache[number]
         pair = self.pairs[number]
         captions = []
-        if self.tokenizer:
+        if self.tokenizer is not None:
             if not pair.captions:
-                raise ValueError(f"{pair.fault}: pair {pair.key}")
+                raise ValueError(f"{pair.error}: pair {pair.key}")
             names, texts = zip(*sorted(pair.captions.items()))
-            rows = self.tokenizer.encode(list(texts), self.context_length)
-            captions = [(self.languages.index(name), row) for name, row in zip(names, rows)]
+            tokens = self.tokenizer.encode(list(texts), self.context_length)
+            captions = [(self.languages.index(name), row) for name, row in zip(names, tokens)]
         try:
-            image = decode(pair.image, self.canvas)
+            image = decode(pair.image, min_side=self.padded_size)
         except ValueError as error:
             raise ValueError(f"{error} (pair {pair.key})") from None
-        result = fit(image, self.canvas), image.width / image.height, captions
-        if self._kept is not None:
-            self._kept[number] = result
-        return result
+        pixels = resize_to_fit(image, self.padded_size)
+        prepared = pixels, image.width / image.height, captions
+        if self._cache is not None:
+            self._cache[number] = prepared
+        return prepared
 
     def report(self):
-        """One line on what was skipped so far, by cause, each with its first example."""
-        causes = ", ".join(f"{count:,} {cause} (first: {self.examples[cause]})"
-                           for cause, count in self.skipped.most_common())
-        return f"skipped {sum(self.skipped.values()):,} pairs: {causes}" if causes else "no pair was skipped"
+        """One line on the pairs skipped so far: counts by reason, each with its first example."""
+        if not self.skipped:
+            return "no pair was skipped"
+        reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
+                            for reason, count in self.skipped.most_common())
+        return f"skipped {sum(self.skipped.values()):,} pairs: {reasons}"
 
 
-# --- The command --------------------------------------------------------------------------------------------
+def _is_worker_death(error):
+    """Whether an error of torch's DataLoader means that a worker process died.
 
-def main():
-    """The command: emoji, pack, index or check."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\nFrom top")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    Errors that a worker raised itself arrive as "Caught ... in DataLoader worker process".
+    """
+    if "Caught" in str(error):
+        return False
+    return not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+
+
+# ---- the command ----
+
+def print_captions(sources, languages=None, workers=0):
+    """Print every caption of the sources, cleaned, one a line, in the order of the shards.
+
+    languages: those to print, all by default. Raises ValueError when there are no captions in one
+    of them.
+    """
+    pairs = Pairs(sources, workers=workers)
+    for language in languages or ():
+        if language not in pairs.languages:
+            raise ValueError(f"--language {language}: the captions are "
+                             f"{format_counts(pairs.languages)}")
+    skipped = collections.Counter()
+    # disable=None: no progress bar where stderr is not a terminal.
+    for i in tqdm(range(len(pairs)), desc="captions", unit=" pairs", disable=None):
+        try:
+            pair = pairs[i]
+        except ValueError as error:
+            skipped[str(error).partition(": ")[0]] += 1
+            continue
+        if pair.error:
+            skipped[pair.error] += 1
+        for language, text in pair.captions.items():
+            if not languages or language in languages:
+                print(text)
+    if skipped:
+        print(f"skipped: {format_counts(skipped)}", file=sys.stderr)
+
+
+def main(argv=None):
+    """The command: emoji, index or captions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n    pairs =")[0],
+        epilog="Making shards of images and checking shards: python -m extras.pack --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("emoji", help="pack the demo's pairs")
-    sub.add_argument("--out", default="data/emoji", help="folder for the shards (default: %(default)s)")
-    sub.add_argument("--test", default="Joy", help="vendor held out as the test; Joy's drawings never train")
-    sub = commands.add_parser("pack", help="make shards from folders and tables")
-    sub.add_argument("out", metavar="OUT", help="a new or empty folder")
-    sub.add_argument("inputs", nargs="+", metavar="FOLDER_or_TABLE",
-                     help="pictures with NAME.txt, NAME.ko.txt or NAME.json beside them; or a .tsv or .csv "
-                          "whose first row is image, then a language (en, ko) or caption for each column")
-    sub.add_argument("--shard-pairs", type=int, default=10_000, help="pairs a shard (default: %(default)s)")
-    for name, text in (("index", "write down where each pair lies, and print the mix"),
-                       ("check", "read and decode everything, report what is bad")):
-        sub = commands.add_parser(name, help=text)
-        sub.add_argument("sources", nargs="+", metavar="SHARDS",
-                         help="tars, folders, globs or brace ranges, with ::WEIGHT or ::LANGUAGE if wanted")
-    for name in ("pack", "index", "check"):
-        commands.choices[name].add_argument("--workers", type=int, default=os.cpu_count(),
-                                            help="processes (default: %(default)s)")
-    args = parser.parse_args()
+    emoji = commands.add_parser("emoji", help="pack the demo's pairs")
+    emoji.add_argument("--out", default=demo.DEMO, metavar="FOLDER",
+                       help="folder for the shards (default: %(default)s)")
+    emoji.add_argument("--test", default=demo.TEST, metavar="VENDOR",
+                       help="whose drawings are the test (default: %(default)s, whose drawings are "
+                            "never training pairs)")
+    index = commands.add_parser(
+        "index", help="write the index of shards, and print what is in them")
+    captions = commands.add_parser(
+        "captions", help="print the captions, one a line, for `python tokenizer.py train -`")
+    for command in (index, captions):
+        command.add_argument("sources", nargs="+", metavar="SHARDS",
+                             help="tars, folders, globs or brace ranges, with ::WEIGHT and "
+                                  "::LANGUAGE if wanted")
+        command.add_argument("--workers", type=int, default=os.cpu_count(),
+                             help="processes that index shards (default: %(default)s)")
+    captions.add_argument("--language", nargs="+", metavar="LANGUAGE",
+                          help="print captions in these languages only, such as en ko")
+    args = parser.parse_args(argv)
     if args.command == "emoji":
         demo.pack_emoji(args.out, args.test)
-    elif args.command == "pack":
-        if args.shard_pairs < 1:
-            raise ValueError(f"--shard-pairs {args.shard_pairs}: at least 1")
-        count, missing = packing.pack(args.out, args.inputs, args.shard_pairs, args.workers)
-        left = f"; {len(missing):,} left out, such as {missing[0]}" if missing else ""
-        print(f"{args.out}: {count:,} pairs{left}")
     elif args.command == "index":
         print(Pairs(args.sources, workers=args.workers).describe())
     else:
-        packing.check([path for source in args.sources for path in expand(_parse_source(source)[0])], args.workers)
+        print_captions(args.sources, args.language, args.workers)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"data.py: {error}")
+    run_command(main)

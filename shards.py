@@ -1,10 +1,22 @@
-"""What lies on disk: WebDataset tars, the index that says where each of their pairs is, captions, pictures.
+"""Pairs on disk: WebDataset tars, their index, captions, and decoding of images.
 
-A tar is walked once and the places of its pairs go into an index, one for each folder; after that a pair is one
-read of a known length at a known place, and its members are found inside. data.py makes one long array of all
-shards, and the batches of a run; packing.py makes shards and checks them.
+    paths = expand_pattern("data/emoji/train-{0..7}.tar")
+    shard = index_shards(paths)[0]                      # walks the tar once, then reads the index
+    with open(shard.path, "rb") as file:
+        pair = read_pair(file, shard.path, shard_rows(shard)[0])
+    pair.captions                                       # {"en": "red apple", "ko": "빨간 사과"}
+    decode(pair.image)                                  # a PIL image in RGB
 
-What it leaves out: shards on other machines, compressed tars, and pictures larger than memory.
+A shard is a tar as img2dataset writes it: `000001.jpg` with `000001.txt`, or with `000001.en.txt`
+and `000001.ko.txt`, or with a `000001.json` that has a "caption". Members with the same key,
+`000001`, form a pair. The index says where each pair begins and how long it is, so that reading
+any pair takes one read.
+
+From top to bottom: tars, the index, patterns that name shards, pairs and their captions, decoding.
+data.py makes one array of all shards, and the batches of a run. extras/pack.py makes shards of
+images and checks shards.
+
+Not included: shards on other machines, compressed tars, and images larger than memory.
 """
 
 import collections
@@ -14,11 +26,14 @@ import glob
 import hashlib
 import html
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import tarfile
+import tempfile
 import warnings
 from typing import NamedTuple
 
@@ -26,50 +41,53 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kelip import to_rgb
+from kelip import atomic_write, ceil_div, to_rgb
 
-BLOCK = 512                      # a tar's unit, bytes
-MAX_PAIR = 64 << 20              # bytes; a larger pair is left out
-MAX_PIXELS = 89_478_485          # of a picture, a quarter of a gigabyte as RGB; Pillow's own limit
-INDEX_PIECE = 256                # shards that are indexed before the index is written
-IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program
+BLOCK = 512                      # bytes; the unit of a tar
+MAX_PAIR = 64 << 20              # bytes; larger pairs are skipped
+MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
+INDEX_CHUNK = 256                # shards to walk before the index is written
+IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
+# The image formats that Pillow may open. Others, such as EPS, would run another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
+PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
 
 
-# --- Tars ---------------------------------------------------------------------------------------------------
+# ---- tars ----
 
-def walk_tar(read, at, end):
-    """Walk the files in a tar: yields (name, offset of its first header, offset of its bytes, their number).
+def walk_tar(read, start, end):
+    """Walk the files of a tar: yields (name, first_header, body, size) of each.
 
-    read(size, offset) -> bytes, as os.pread has it. Knows ustar, GNU and pax long names; passes over what is
-    no file. Raises ValueError("damaged tar" or "truncated tar") where it can read no further; what came
-    before it is whole.
+    first_header and body are the offsets of its first header and of its bytes. read(size, offset)
+    -> bytes, as os.pread. Handles ustar, GNU and pax long names. Skips what is not a regular file.
+    Raises ValueError("damaged tar: ...") or ValueError("truncated tar: ...") where it can read no
+    further. Files that were yielded before are complete.
     """
-    first, long_name = at, None
-    while at + BLOCK <= end:
-        header = read(BLOCK, at)
-        if not header.strip(b"\0"):
+    offset = first_header = start
+    long_name = None
+    while offset + BLOCK <= end:
+        header = read(BLOCK, offset)
+        if not header.strip(b"\0"):  # a block of zeros ends the tar
             return
-        size = _check_header(header, at)
-        body, kind = at + BLOCK, header[156:157]
-        at = body + -(-size // BLOCK) * BLOCK
+        size = _read_size(header, offset)
+        kind = header[156:157]
+        body = offset + BLOCK
+        offset = body + ceil_div(size, BLOCK) * BLOCK
         if body + size > end:
             raise ValueError(f"truncated tar: it ends inside the file at byte {body}")
-        if kind in b"Lx" and size <= BLOCK * 64:
-            long_name = _long_name(kind, read(size, body)) or long_name
+        if kind in b"Lx" and size <= 64 * BLOCK:  # the name of the file that follows
+            long_name = _read_long_name(kind, read(size, body)) or long_name
             continue
-        if kind in (b"0", b"\0", b"7"):
-            name = long_name or header[:100].split(b"\0")[0]
-            prefix = header[345:500].split(b"\0")[0]
-            if header[257:263] == b"ustar\0" and prefix and not long_name:
-                name = prefix + b"/" + name
-            yield name.decode("utf-8", "backslashreplace"), first, body, size
-        first, long_name = at, None
+        if kind in (b"0", b"\0", b"7"):  # a regular file
+            name = long_name or _read_name(header)
+            yield name.decode("utf-8", "backslashreplace"), first_header, body, size
+        first_header = offset
+        long_name = None
 
 
-def _check_header(header, at):
-    """The size that a tar header gives, after its checksum is found right."""
+def _read_size(header, offset):
+    """The size of a file by its header. Raises ValueError when the checksum is wrong."""
     try:
         checksum = int(header[148:156].split(b"\0")[0], 8)
         if header[124] & 0x80:  # GNU's way to write sizes of 8 GB and more
@@ -78,13 +96,23 @@ def _check_header(header, at):
             size = int(header[124:136].strip(b" \0") or b"0", 8)
     except (ValueError, IndexError):
         checksum, size = -1, 0
+    # The checksum is computed as if its own eight bytes were spaces.
     if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise ValueError(f"damaged tar: no header at byte {at}")
+        raise ValueError(f"damaged tar: no header at byte {offset}")
     return size
 
 
-def _long_name(kind, record):
-    """The name in a GNU (L) or pax (x) record, None when it holds none."""
+def _read_name(header):
+    """The name of a file by its header, with ustar's prefix where there is one."""
+    name = header[:100].split(b"\0")[0]
+    prefix = header[345:500].split(b"\0")[0]
+    if header[257:263] == b"ustar\0" and prefix:
+        return prefix + b"/" + name
+    return name
+
+
+def _read_long_name(kind, record):
+    """The name in a GNU (L) or pax (x) record, None when it has none."""
     if kind == b"L":
         return record.rstrip(b"\0")
     match = re.search(rb"\d+ path=([^\n]*)\n", record)
@@ -92,17 +120,20 @@ def _long_name(kind, record):
 
 
 def split_name(name):
-    """'a/0001.en.txt' -> ('a/0001', 'en.txt'), the key and what the member is; None where there is no key.
+    """Split a member's name into key and suffix: 'a/0001.en.txt' -> ('a/0001', 'en.txt').
 
-    The key ends at the first dot after the last slash, as in WebDataset. Keys are never used as paths.
+    The key ends at the first dot after the last slash, as in WebDataset. None where there is no
+    key or no suffix. Keys are never used as paths.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return (folder + slash + stem, suffix.lower()) if stem and suffix else None
+    stem, _, suffix = base.partition(".")
+    if not stem or not suffix:
+        return None
+    return folder + slash + stem, suffix.lower()
 
 
 def write_shard(path, pairs):
-    """Write (key, {suffix: bytes}) pairs into a tar that is the same, byte for byte, whenever it is made.
+    """Write (key, {suffix: bytes}) pairs to a tar. The same pairs always give the same bytes.
 
     Raises OSError, with the path, when it cannot be written.
     """
@@ -117,161 +148,235 @@ def write_shard(path, pairs):
         raise OSError(error.errno, error.strerror, path) from None
 
 
-# --- The index: where each pair lies ------------------------------------------------------------------------
+@contextlib.contextmanager
+def new_folder(out, replaceable=""):
+    """A temporary folder that becomes `out` when the block ends, and is deleted when it raises.
+
+    Files in `out` whose names match the regular expression `replaceable` are replaced. Raises
+    FileExistsError when `out` holds another file.
+    """
+    for name in os.listdir(out) if os.path.isdir(out) else []:
+        if not re.fullmatch(replaceable, name):
+            raise FileExistsError(f"{out} holds {name}: name a folder that is new or empty")
+    temporary = f"{out.rstrip('/')}.{os.getpid()}.part"
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- the index ----
 
 class Shard(NamedTuple):
     """What the index knows of one tar."""
     path: str
-    size: int        # bytes
-    mtime: int       # nanoseconds
-    count: int       # pairs
-    languages: dict  # language -> pairs with a caption in it, by the members' names; "" where they name none
-    left_out: dict   # cause -> what has no place in the index
-    first: int = 0   # its first row in the index file
-    rows: object = None  # the rows, uint32 [count, 2], or the path of the file that holds them
+    size: int            # bytes
+    mtime: int           # time of last change, nanoseconds
+    count: int           # pairs
+    languages: dict      # language -> captions in it, by the members' names; "" where unnamed
+    skipped: dict        # reason -> how many pairs or members are not in the index
+    first_row: int = 0   # several shards share a file of rows: where this one's begin
+    rows_file: str = ""  # the file of rows, "" for a shard that is missing
 
 
 def index_tar(path):
-    """Find the pairs of one tar: a Shard whose rows are (first block, bytes), uint32 [count, 2], in order.
+    """Find the pairs of one tar: (Shard, rows), before rows are written to a file.
 
-    A pair is a run of members with one key, and has a picture among them. What is not is left out and
-    counted: members without a picture, a key that the tar has had before (the first stands), what lies behind
-    a damaged place. Raises OSError when the tar cannot be read.
+    rows: uint32 [count, 2], the first block and the number of bytes of each pair, in order.
+
+    A pair is a run of members with one key, one of which is an image. Skipped and counted are
+    members without an image, a key that was there before (the first one stays), and all that
+    follows a damaged place. Raises OSError when the tar cannot be read.
     """
-    rows, languages, left_out, seen = [], collections.Counter(), collections.Counter(), set()
-
-    def close(key, start, end, suffixes):
-        if key in seen:
-            left_out["duplicate key"] += 1
-        elif not IMAGES & suffixes:
-            left_out["no image"] += 1
-        elif end - start > MAX_PAIR:
-            left_out["pair too large"] += 1
-        else:
-            rows.append((start // BLOCK, end - start))
-            texts = [s[:-4] for s in suffixes if s.endswith(".txt") and LANGUAGE.fullmatch(s[:-4])]
-            languages.update(texts + [""] * ("txt" in suffixes or not texts and "json" in suffixes))
-        seen.add(key)
-
+    rows = []
+    languages, skipped = collections.Counter(), collections.Counter()
+    seen = set()
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        key, start, end, suffixes = None, 0, 0, set()
-        try:
-            read = functools.partial(os.pread, file.fileno())
-            for name, header, body, size in walk_tar(read, 0, status.st_size):
-                parts = split_name(name)
-                if parts is None:
-                    left_out["member without a key"] += 1
-                    continue
-                if parts[0] != key:
-                    if key is not None:
-                        close(key, start, end, suffixes)
-                    key, start, suffixes = parts[0], header, set()
-                elif parts[1] in suffixes:
-                    left_out["duplicate key"] += 1
-                suffixes.add(parts[1])
-                end = body + size
-            if end + BLOCK > status.st_size:
-                left_out["truncated tar"] += 1
-        except ValueError as error:
-            left_out[str(error).partition(":")[0]] += 1
-        if key is not None:
-            close(key, start, end, suffixes)
-    return Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages), dict(left_out),
-                 rows=np.array(rows, np.uint32).reshape(-1, 2))
+        read = functools.partial(os.pread, file.fileno())
+        for key, start, end, suffixes in _walk_pairs(read, status.st_size, skipped):
+            if key in seen:
+                skipped["duplicate key"] += 1
+            elif not IMAGE_SUFFIXES & suffixes:
+                skipped["no image"] += 1
+            elif end - start > MAX_PAIR:
+                skipped["pair too large"] += 1
+            else:
+                rows.append((start // BLOCK, end - start))
+                languages.update(_languages_of(suffixes))
+            seen.add(key)
+    shard = Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages),
+                  dict(skipped))
+    return shard, np.array(rows, np.uint32).reshape(-1, 2)
 
 
-FORMAT = "pairs 1"
+def _walk_pairs(read, size, skipped):
+    """Walk a tar of `size` bytes: yields (key, first byte, end, suffixes) for each run of one key.
 
-
-def _index_places(folder):
-    """Where the index of a folder may be: beside the shards, or at home when that is read-only."""
-    digest = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
-    return [os.path.join(folder, "pairs.index"), os.path.expanduser(f"~/.cache/kelip/{digest}.index")]
-
-
-def _read_index(path, folder):
-    """The shards that an index file lists, by path; {} when it is missing or not whole."""
+    Counts in `skipped` what it cannot use, and stops at a damaged place.
+    """
+    key, start, end, suffixes = None, 0, 0, set()
     try:
-        with open(path, encoding="utf-8") as file:
-            table = json.load(file)
-        if table.pop("format") != FORMAT:
-            return {}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
-    shards = [Shard(os.path.join(folder, name), *rest, rows=os.path.join(os.path.dirname(path), file))
-              for name, (*rest, file) in table.items()]
-    sizes = {rows: os.path.getsize(rows) if os.path.exists(rows) else -1 for rows in {s.rows for s in shards}}
-    return {s.path: s for s in shards if sizes[s.rows] >= 8 * (s.first + s.count)}
+        for name, header, body, length in walk_tar(read, 0, size):
+            parts = split_name(name)
+            if parts is None:
+                skipped["member without a key"] += 1
+                continue
+            if parts[0] != key:
+                if suffixes:
+                    yield key, start, end, suffixes
+                key, start, suffixes = parts[0], header, set()
+            elif parts[1] in suffixes:
+                skipped["duplicate key"] += 1
+            suffixes.add(parts[1])
+            end = body + length
+        if end + BLOCK > size:  # a whole tar ends with blocks of zeros
+            skipped["truncated tar"] += 1
+    except ValueError as error:
+        skipped[str(error).partition(":")[0]] += 1
+    if suffixes:
+        yield key, start, end, suffixes
 
 
-def _write_index(path, shards):
-    """Write the rows that are only in memory into a file of their own, then a table of all shards, {path:
-    Shard}, each file whole or not at all. Returns the shards whose rows are now on disk.
+def _languages_of(suffixes):
+    """The languages in which a pair has captions, by the suffixes of its members."""
+    languages = [caption_language(suffix) for suffix in suffixes]
+    languages = [language for language in languages if language is not None]
+    if not languages and "json" in suffixes:
+        return [""]
+    return languages
 
-    Files of rows are never written again, so that one who has read the old table goes on with what it says.
+
+def index_shards(paths, workers=0):
+    """The Shard of each path. Walks tars that are new or have changed, and writes the index.
+
+    A folder's index is its file pairs.index. Where the folder cannot be written, it is in
+    ~/.cache/kelip, and where that cannot be written either, in a temporary folder until the
+    process ends. workers: processes that walk tars. Raises FileNotFoundError when a path does not
+    exist.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    fresh = [shard for shard in shards.values() if isinstance(shard.rows, np.ndarray)]
-    rows = np.concatenate([shard.rows for shard in fresh]).tobytes()
-    file = os.path.splitext(path)[0] + f"-{hashlib.sha256(rows).hexdigest()[:12]}.rows"
-    starts = np.cumsum([0] + [shard.count for shard in fresh]).tolist()
-    fresh = {shard.path: shard._replace(first=first, rows=file) for shard, first in zip(fresh, starts)}
-    table = {os.path.basename(shard.path): [*shard[1:7], os.path.relpath(shard.rows, os.path.dirname(path))]
-             for shard in sorted({**shards, **fresh}.values()) if os.path.exists(shard.path)}
-    for name, content in ((file, rows), (path, json.dumps({"format": FORMAT, **table}).encode())):
-        temporary = f"{name}.{os.getpid()}"
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(content)
-            os.replace(temporary, name)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-    return fresh
-
-
-def shard_rows(shard):
-    """The rows of a shard, uint32 [count, 2], memory-mapped where they are on disk."""
-    if isinstance(shard.rows, np.ndarray) or not shard.count:
-        return np.empty((0, 2), np.uint32) if shard.rows is None or not shard.count else shard.rows
-    return np.memmap(shard.rows, np.uint32, "r", offset=8 * shard.first, shape=(shard.count, 2))
-
-
-def index(paths, workers=0):
-    """The Shard of each path; tars that are new or have changed are walked, and the index is written.
-
-    The index of a folder is its file pairs.index, or one in ~/.cache/kelip where the folder cannot be
-    written, or only in memory where neither can. workers: processes that walk tars. Raises FileNotFoundError
-    when a path is not there.
-    """
-    result = {}
-    folders = collections.defaultdict(list)
+    by_folder = collections.defaultdict(list)
     for path in dict.fromkeys(paths):
-        folders[os.path.dirname(path)].append(path)
-    for folder, members in folders.items():
+        by_folder[os.path.dirname(path)].append(path)
+    result = {}
+    for folder, members in by_folder.items():
         known = {}
-        for place in reversed(_index_places(folder)):
-            known.update(_read_index(place, folder))
-        fresh = []
+        for index_file in reversed(_index_files(folder)):
+            known.update(_read_index(index_file, folder))
+        changed = []
         for path in members:
             status = os.stat(path)
-            if path not in known or known[path][1:3] != (status.st_size, status.st_mtime_ns):
-                fresh.append(path)
-        for first in range(0, len(fresh), INDEX_PIECE):  # written piece by piece: work that is done is kept
-            piece = fresh[first:first + INDEX_PIECE]
-            title = f"index, {first:,} of {len(fresh):,} shards done"
-            known.update(zip(piece, map_processes(index_tar, piece, workers, title)))
-            for place in _index_places(folder):
-                with contextlib.suppress(OSError):
-                    known.update(_write_index(place, known))
-                    break
+            shard = known.get(path)
+            if not shard or (shard.size, shard.mtime) != (status.st_size, status.st_mtime_ns):
+                changed.append(path)
+        # The index is written after each chunk, so that an interruption loses one chunk at most.
+        for first in range(0, len(changed), INDEX_CHUNK):
+            chunk = changed[first:first + INDEX_CHUNK]
+            title = f"index, {first:,} of {len(changed):,} shards done"
+            walked = map_processes(index_tar, chunk, workers, title)
+            known.update(_save_rows(folder, known, walked))
         result.update((path, known[path]) for path in members)
     return [result[path] for path in paths]
 
 
+def shard_rows(shard):
+    """The rows of a shard, uint32 [count, 2], memory-mapped."""
+    if not shard.count:
+        return np.empty((0, 2), np.uint32)
+    return np.memmap(shard.rows_file, np.uint32, "r", offset=8 * shard.first_row,
+                     shape=(shard.count, 2))
+
+
+INDEX_FORMAT = "pairs 1"
+
+
+def write_index(path, shards, rows):
+    """Write a folder's index: rows that are not on disk yet, then the table of all shards.
+
+    path: of the index file. shards: {path: Shard} of all shards of the folder. rows: {path: uint32
+    [count, 2]} of those among them whose rows are not on disk yet. Returns {path: Shard} of these,
+    with the file that holds their rows.
+
+    Rows go into a new file each time, and both files are written atomically: a process that has
+    read the old index can keep using it.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    content = b"".join(one.tobytes() for one in rows.values())
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    rows_file = os.path.splitext(path)[0] + f"-{digest}.rows"
+    written, first_row = {}, 0
+    for name, one in rows.items():
+        written[name] = shards[name]._replace(first_row=first_row, rows_file=rows_file)
+        first_row += len(one)
+
+    table = {"format": INDEX_FORMAT}
+    for shard in sorted({**shards, **written}.values()):
+        if os.path.exists(shard.path):
+            *fields, shard_rows_file = shard[1:]
+            fields.append(os.path.relpath(shard_rows_file, folder))
+            table[os.path.basename(shard.path)] = fields
+    for name, data in ((rows_file, content), (path, json.dumps(table).encode())):
+        with atomic_write(name) as file:
+            file.write(data)
+    return written
+
+
+def _index_files(folder):
+    """Where the index of a folder may be: in the folder, or at home when it is read-only."""
+    digest = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    return [os.path.join(folder, "pairs.index"),
+            os.path.expanduser(f"~/.cache/kelip/{digest}.index")]
+
+
+@functools.cache
+def _temporary_folder():
+    """A folder for indices that cannot be written elsewhere. Deleted when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="kelip-")
+
+
+def _save_rows(folder, known, walked):
+    """Write what index_tar returned into the first index file that can be written.
+
+    known: {path: Shard} of the folder so far. Returns {path: Shard} of the walked shards.
+    """
+    shards = {**known, **{shard.path: shard for shard, _ in walked}}
+    rows = {shard.path: one for shard, one in walked}
+    for index_file in _index_files(folder):
+        with contextlib.suppress(OSError):
+            return write_index(index_file, shards, rows)
+    name = os.path.basename(_index_files(folder)[-1])  # differs from folder to folder
+    return write_index(os.path.join(_temporary_folder().name, name), shards, rows)
+
+
+def _read_index(path, folder):
+    """{path: Shard} of an index file, without shards whose rows are not on disk any more.
+
+    {} when the file does not exist or is damaged.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            table = json.load(file)
+        if table.pop("format") != INDEX_FORMAT:
+            return {}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
+    shards = []
+    for name, (*fields, rows_file) in table.items():
+        rows_file = os.path.join(os.path.dirname(path), rows_file)
+        shards.append(Shard(os.path.join(folder, name), *fields, rows_file))
+    sizes = {}
+    for rows_file in {shard.rows_file for shard in shards}:
+        sizes[rows_file] = os.path.getsize(rows_file) if os.path.exists(rows_file) else -1
+    return {shard.path: shard for shard in shards
+            if sizes[shard.rows_file] >= 8 * (shard.first_row + shard.count)}
+
+
 def map_processes(function, items, workers, title):
-    """list(map(function, items)) over processes, with a bar when it takes more than a moment."""
+    """list(map(function, items)), in processes. Shows a progress bar when it takes long."""
     bar = dict(total=len(items), desc=title, delay=2, leave=False)
     if workers < 2 or len(items) < 2:
         return list(tqdm(map(function, items), **bar))
@@ -279,45 +384,74 @@ def map_processes(function, items, workers, title):
         return list(tqdm(pool.imap(function, items), **bar))
 
 
-def expand(pattern, partial=False):
-    """The tars that a pattern names, in order: braces {000..012} and {a,b}, globs, a folder, or one path.
+# ---- patterns that name shards ----
 
-    Raises FileNotFoundError when there are none or, unless `partial`, one that is named is missing.
+def expand_pattern(pattern, partial=False):
+    """The tars that a pattern names, in order.
+
+    A pattern is a path, a folder of tars, a glob, or has braces: {000..012}, {a,b}. Raises
+    FileNotFoundError when it names none or, unless `partial`, when one of a range is missing.
     """
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if brace:
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-        if numbers:
-            width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
-            options = [str(i).zfill(width) for i in range(int(numbers[1]), int(numbers[2]) + 1)]
-        else:
-            options = brace[1].split(",")
         before, after = pattern[:brace.start()], pattern[brace.end():]
-        return [path for option in options for path in expand(before + option + after, partial)]
+        paths = []
+        for option in _brace_options(brace[1]):
+            paths += expand_pattern(before + option + after, partial)
+        return paths
     if os.path.isdir(pattern):
         paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
     elif glob.has_magic(pattern) and not os.path.exists(pattern):
         paths = sorted(glob.glob(pattern))
     else:
         paths = [pattern] if os.path.exists(pattern) else []
+    tables = [path for path in paths if path.lower().endswith((".csv", ".tsv"))]
+    if tables:
+        raise FileNotFoundError(
+            f"{tables[0]}: a table, not shards; {PACK.format('its images', tables[0])}")
     if not paths and not partial:
-        raise FileNotFoundError(f"{pattern}: no shards there; name tars, folders, globs or brace ranges")
+        if _holds_images(pattern):
+            raise FileNotFoundError(
+                f"{pattern}: images, not shards; {PACK.format('them', pattern)}")
+        raise FileNotFoundError(
+            f"{pattern}: no shards there; name tars, folders, globs or brace ranges")
     return paths
 
 
-# --- Pairs --------------------------------------------------------------------------------------------------
+def _brace_options(text):
+    """What a brace stands for: '08..10' -> ['08', '09', '10'], 'a,b' -> ['a', 'b']."""
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if not numbers:
+        return text.split(",")
+    first, last = numbers.groups()
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+
+
+def _holds_images(folder):
+    """Whether images are in a folder or in the folders in it."""
+    folder = glob.escape(folder)
+    paths = itertools.chain(glob.iglob(f"{folder}/*"), glob.iglob(f"{folder}/*/*"))
+    return any(path.rpartition(".")[2].lower() in IMAGE_SUFFIXES for path in paths)
+
+
+# ---- pairs and captions ----
 
 class Pair(NamedTuple):
-    """One pair as it lies on disk."""
+    """One pair as it is on disk."""
     key: str
     image: bytes
     captions: dict   # language ("" when unnamed) -> text, cleaned
-    members: dict    # suffix -> bytes, of everything under its key
-    fault: str       # why captions is empty, "" otherwise
+    members: dict    # suffix -> bytes, of all members with this key
+    error: str       # why captions is empty, "" otherwise
 
 
 def read_pair(file, path, row, language=""):
-    """Read the pair at an index's row of an open tar. Raises ValueError("cause: what")."""
+    """Read the pair at a row of the index from an open tar.
+
+    language: of captions that name none. Raises ValueError("reason: details") when the pair cannot
+    be read or is no longer there.
+    """
     start, length = int(row[0]) * BLOCK, int(row[1])
     try:
         data = os.pread(file.fileno(), length, start)
@@ -325,35 +459,55 @@ def read_pair(file, path, row, language=""):
         raise ValueError(f"shard unreadable: {path}: {error.strerror}") from None
     if len(data) < length:
         raise ValueError(f"shard changed: {path} is shorter than when it was indexed")
+
+    def read(size, offset):
+        return data[offset - start:offset - start + size]
+
     key, members = None, {}
-    for name, _, body, size in walk_tar(lambda n, at: data[at - start:at - start + n], start, start + length):
-        this, suffix = split_name(name) or (None, None)
-        key = key or this
-        if this is not None and this == key:
-            members.setdefault(suffix, data[body - start:body - start + size])
-    image = next((members[suffix] for suffix in members if suffix in IMAGES), None)
+    for name, _, body, size in walk_tar(read, start, start + length):
+        parts = split_name(name)
+        if parts is None:
+            continue
+        key = key or parts[0]
+        if parts[0] == key:
+            members.setdefault(parts[1], read(size, body))
+    image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
     if image is None:
-        raise ValueError(f"shard changed: {path} does not hold what was indexed")
-    captions, fault = read_captions(members, language)
-    return Pair(key, image, captions, members, fault)
+        raise ValueError(f"shard changed: {path} no longer has the pair at byte {start}")
+    captions, error = read_captions(members, language)
+    return Pair(key, image, captions, members, error)
+
+
+def caption_language(suffix):
+    """The language of a caption by its suffix: 'ko.txt' -> 'ko', 'txt' -> '' (unnamed).
+
+    None for what is not a caption.
+    """
+    if suffix == "txt":
+        return ""
+    language = suffix.removesuffix(".txt")
+    if suffix.endswith(".txt") and LANGUAGE.fullmatch(language):
+        return language
+    return None
 
 
 def clean_caption(text):
-    """HTML entities resolved, white space folded: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry"."""
+    """Decode HTML entities and fold white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry"."""
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def read_captions(members, language=""):
-    """Captions by language, and why there are none: ({"ko": "사과"}, "") or ({}, "empty caption").
+    """The captions of a pair by language, and why there are none: (captions, error).
 
-    members: suffix -> bytes. Reads txt, LANGUAGE.txt, and the caption in json where no txt stands; language:
-    of captions that name none.
+    members: suffix -> bytes. Reads txt and LANGUAGE.txt, and the caption in json where there is no
+    txt. language: of captions that name none. The result is, for example, ({"ko": "사과"}, "") or
+    ({}, "empty caption").
     """
-    texts, fault = {}, "no caption"
+    texts = {}
     for suffix, data in members.items():
-        lang = "" if suffix == "txt" else suffix.removesuffix(".txt")
-        if suffix == "txt" or suffix.endswith(".txt") and LANGUAGE.fullmatch(lang):
-            texts[lang or language] = data
+        own_language = caption_language(suffix)
+        if own_language is not None:
+            texts[own_language or language] = data
     if not texts and "json" in members:
         try:
             record = json.loads(members["json"])
@@ -361,28 +515,48 @@ def read_captions(members, language=""):
             return {}, "bad json"
         if isinstance(record, dict) and isinstance(record.get("caption"), str):
             texts[language] = record["caption"].encode("utf-8", "surrogatepass")
-    captions = {}
-    for lang, data in texts.items():
+    captions, error = {}, "no caption"
+    for own_language, data in texts.items():
         try:
             text = clean_caption(data.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            fault = "caption not UTF-8"
+            error = "caption not UTF-8"
             continue
         if text:
-            captions[lang] = text
+            captions[own_language] = text
         else:
-            fault = "empty caption"
-    return captions, "" if captions else fault
+            error = "empty caption"
+    return captions, "" if captions else error
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------
+def caption_lines(pair):
+    """The captions of a pair whose .txt members have one caption a line: [(language, text)].
+
+    CLIP_benchmark's retrieval sets are of this form.
+    """
+    found = []
+    for language, caption in pair.captions.items():
+        data = pair.members.get(f"{language}.txt", pair.members.get("txt"))
+        lines = [caption]  # from a json, when there is no .txt
+        if data is not None:
+            lines = data.decode("utf-8-sig").splitlines()
+        found += [(language, clean_caption(line)) for line in lines if line.strip()]
+    return found
+
+
+def format_counts(counts):
+    """A line of counts, sorted by name: {"en": 1234, "": 5} -> "5 unnamed, 1,234 en"."""
+    return ", ".join(f"{count:,} {name or 'unnamed'}" for name, count in sorted(counts.items()))
+
+
+# ---- decoding ----
 
 def decode(data, min_side=None):
-    """Decode a picture's bytes to a PIL image in RGB, upright, its first frame, what is transparent on white.
+    """Decode the bytes of an image to a PIL image in RGB (see kelip.to_rgb).
 
-    min_side: where a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its longer side keeps
-    this many pixels. Raises ValueError("cause: what") when the bytes are no picture, are cut short, or stand
-    for too many pixels.
+    min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its longer side keeps
+    this many pixels, which is much faster. Raises ValueError("reason: details") when the bytes are
+    not an image, are cut short, or stand for more than MAX_PIXELS pixels.
     """
     if not data:
         raise ValueError("empty image: it has no bytes")
@@ -393,13 +567,15 @@ def decode(data, min_side=None):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             if min_side:
-                factor = min_side / max(image.size)
-                image.draft(None, (max(1, int(image.width * factor)), max(1, int(image.height * factor))))
+                scale = min_side / max(image.size)
+                size = tuple(max(1, int(side * scale)) for side in image.size)
+                image.draft(None, size)  # does nothing to other formats than JPEG
             image.load()
             return to_rgb(image)
         except Image.DecompressionBombError as error:
             raise ValueError(f"too many pixels: {error}") from None
         except Image.UnidentifiedImageError:
-            raise ValueError(f"not an image: {len(data):,} bytes of no format that is read") from None
-        except Exception as error:  # what decoders raise on broken bytes is not limited to OSError
+            formats = ", ".join(FORMATS)
+            raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
+        except Exception as error:  # what decoders raise on broken bytes is not only OSError
             raise ValueError(f"not an image: {error}") from None

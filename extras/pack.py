@@ -1,144 +1,343 @@
-"""Making shards, and checking them: the demo's pairs from pip packages, folders and tables of one's own pictures.
+"""Make shards of your own images, and check shards.
 
-Behind `python data.py emoji`, `pack` and `check`. The same input makes the same bytes, whatever the processes, and a
-folder of shards appears whole or not at all.
+    python -m extras.pack images OUT photos/ more.csv   # pairs of images and captions
+    python -m extras.pack classes OUT photos/           # a test set of a folder for each class
+    python -m extras.pack check 'OUT/*.tar'             # read everything, report errors
 
-What it leaves out: fetching pictures from the web (img2dataset does that, and writes the same shards).
+`images` takes folders and tables. In a folder, the captions of NAME.jpg are in NAME.txt (one
+caption in any language), in NAME.en.txt and NAME.ko.txt, or in a NAME.json that has a "caption". A
+table (.csv or .tsv) has a header: image, then caption or a language such as en or ko for each
+further column. Train on the result with `python train_clip.py --data OUT`.
+
+`classes` takes a folder whose folders are named after the classes, and writes CLIP_benchmark's
+layout: OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with
+`python evaluate.py MODEL --test OUT`.
+
+The same input gives the same bytes for any number of workers. A folder of shards appears when it
+is complete.
+
+Not included: downloading images (img2dataset does that, and writes the same shards).
 """
 
+import argparse
 import collections
 import csv
 import os
 import pathlib
 import re
+from typing import NamedTuple
 
 import numpy as np
 
-from demo import whole_folder
-from shards import BLOCK, IMAGES, LANGUAGE, decode, index_tar, map_processes, read_pair, write_shard
+from kelip import ceil_div
+from shards import (
+    BLOCK,
+    IMAGE_SUFFIXES,
+    LANGUAGE,
+    decode,
+    expand_pattern,
+    format_counts,
+    index_tar,
+    map_processes,
+    new_folder,
+    read_pair,
+    write_shard,
+)
+from tokenizer import run_command
+
+SHARD_PAIRS = 10_000
+
+
+# ---- pairs of images and captions ----
+
+def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
+    """Make shards OUT/000000.tar, ... of folders and tables, in an order shuffled by a fixed seed.
+
+    inputs: paths of folders and of .csv and .tsv files, as the top of this file describes. Returns
+    (number of pairs, [a line on each file that could not be read]). Raises ValueError when there
+    are no images or an input is neither, FileExistsError when OUT holds something, OSError when the
+    disk is full.
+    """
+    found = []
+    for path in inputs:
+        if os.path.isdir(path):
+            found += _folder_pairs(path)
+        elif path.lower().endswith((".csv", ".tsv")):
+            found += _table_pairs(path)
+        else:
+            raise ValueError(f"{path}: neither a folder of images nor a table (.csv, .tsv)")
+    if not found:
+        raise ValueError(f"{', '.join(inputs)}: no images there ({_suffixes()})")
+    order = np.random.default_rng(0).permutation(len(found))
+    items = [(f"{i:09d}", *found[source]) for i, source in enumerate(order.tolist())]
+    with new_folder(out) as temporary:
+        paths = [f"{temporary}/{i:06d}.tar" for i in range(ceil_div(len(items), shard_pairs))]
+        return _write_shards(paths, items, shard_pairs, workers)
 
 
 def _folder_pairs(folder):
-    """The pictures under a folder, sorted, and the captions beside them: [(path, {suffix: Path})]."""
+    """The images under a folder, sorted, with their captions: [(path, {suffix: Path})]."""
+    caption = re.compile(rf"(.+?)\.((?:{LANGUAGE.pattern}\.)?txt|json)")
     found = []
     for place, folders, files in os.walk(folder):
-        folders.sort()
-        texts = collections.defaultdict(dict)
+        folders.sort()  # os.walk goes through them in this order
+        captions = collections.defaultdict(dict)
         for name in files:
-            match = re.fullmatch(rf"(.+?)\.((?:{LANGUAGE.pattern}\.)?txt|json)", name)
+            match = caption.fullmatch(name)
             if match:
-                texts[match[1]][match[2]] = pathlib.Path(place, name)
+                captions[match[1]][match[2]] = pathlib.Path(place, name)
         for name in sorted(files):
             stem, _, suffix = name.rpartition(".")
-            if suffix.lower() in IMAGES:
-                found.append((os.path.join(place, name), dict(sorted(texts[stem].items()))))
+            if suffix.lower() in IMAGE_SUFFIXES:
+                found.append((os.path.join(place, name), dict(sorted(captions[stem].items()))))
     return found
 
 
 def _table_pairs(path):
-    """The rows of a .tsv or .csv whose first row names the columns: [(path, {suffix: caption})]."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.endswith(".tsv") else {}
-        names, *rows = list(csv.reader(file, **tabs)) or [[]]
-    known = all(name == "caption" or LANGUAGE.fullmatch(name) for name in names[1:])
-    if names[:1] not in (["image"], ["path"]) or not known:
-        raise ValueError(f"{path}: its first row must be 'image', then a language or 'caption' a column")
-    suffixes = ["txt" if name == "caption" else f"{name}.txt" for name in names[1:]]
-    place = os.path.dirname(path)
-    return [(os.path.join(place, row[0]), {suffix: text for suffix, text in zip(suffixes, row[1:]) if text})
-            for row in rows if row]
+    """The rows of a .csv or .tsv: [(path of the image, {suffix: caption})].
 
-
-def _pack_shard(job):
-    """Write one shard of (number, (path, {suffix: caption or Path})): (pairs, [what is missing])."""
-    path, items = job
-    pairs, missing = [], []
-    for number, (picture, captions) in items:
-        try:
-            members = {picture.rpartition(".")[2].lower(): pathlib.Path(picture).read_bytes()}
-            for suffix, text in captions.items():
-                members[suffix] = text.encode() if isinstance(text, str) else text.read_bytes()
-            pairs.append((f"{number:09d}", members))
-        except OSError as error:
-            missing.append(f"{error.filename}: {error.strerror}")
-    write_shard(path, pairs)
-    return len(pairs), missing
-
-
-def pack(out, inputs, shard_pairs=10_000, workers=1):
-    """Make shards OUT/000000.tar, ... from folders of pictures and from tables, shuffled by a fixed rule.
-
-    Captions lie beside a folder's pictures (NAME.txt, NAME.ko.txt, NAME.json); a table (.tsv, .csv) has a
-    column image and one for each language. Same input, same bytes, whatever `workers`. Returns (pairs, [what
-    is missing]). Raises ValueError when there are no pictures or an input is no table, OSError when OUT holds
-    something or the disk is full.
+    Paths of images are relative to the folder of the table.
     """
-    items = []
-    for path in inputs:
-        items += _folder_pairs(path) if os.path.isdir(path) else _table_pairs(path)
-    if not items:
-        raise ValueError(f"{', '.join(inputs)}: no pictures there ({', '.join(sorted(IMAGES))})")
-    order = np.random.default_rng(0).permutation(len(items)).tolist()
-    with whole_folder(out, "") as temporary:
-        jobs = [(f"{temporary}/{first // shard_pairs:06d}.tar",
-                 [(i, items[order[i]]) for i in range(first, min(first + shard_pairs, len(items)))])
-                for first in range(0, len(items), shard_pairs)]
-        counts, missing = zip(*map_processes(_pack_shard, jobs, workers, "pack"))
-    return sum(counts), [what for shard in missing for what in shard]
+    options = {}
+    if path.lower().endswith(".tsv"):
+        options = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header, *rows = list(csv.reader(file, **options)) or [[]]
+    known = all(name == "caption" or LANGUAGE.fullmatch(name) for name in header[1:])
+    if header[:1] not in (["image"], ["path"]) or not known:
+        raise ValueError(f"{path}: its header is {', '.join(header)!r}: it must be image, then "
+                         "caption or a language such as en or ko for each further column")
+    suffixes = ["txt" if name == "caption" else f"{name}.txt" for name in header[1:]]
+    folder = os.path.dirname(path)
+    found = []
+    for row in rows:
+        if row:
+            captions = {suffix: text for suffix, text in zip(suffixes, row[1:]) if text}
+            found.append((os.path.join(folder, row[0]), captions))
+    return found
+
+
+def _write_shards(paths, items, shard_pairs, workers):
+    """Write (key, path of the image, {suffix: text or Path}) items to shards of shard_pairs each.
+
+    Returns (number of pairs, [a line on each file that could not be read]).
+    """
+    jobs = []
+    for i, path in enumerate(paths):
+        jobs.append((path, items[i * shard_pairs:(i + 1) * shard_pairs]))
+    count, unreadable = 0, []
+    for shard_count, shard_unreadable in map_processes(_write_one_shard, jobs, workers, "pack"):
+        count += shard_count
+        unreadable += shard_unreadable
+    return count, unreadable
+
+
+def _write_one_shard(job):
+    path, items = job
+    unreadable = []
+
+    def pairs():
+        for key, image, others in items:
+            try:
+                members = {image.rpartition(".")[2].lower(): pathlib.Path(image).read_bytes()}
+                for suffix, value in others.items():
+                    is_text = isinstance(value, str)
+                    members[suffix] = value.encode() if is_text else value.read_bytes()
+            except OSError as error:
+                unreadable.append(f"{error.filename}: {error.strerror}")
+                continue
+            yield key, members
+
+    write_shard(path, pairs())
+    return len(items) - len(unreadable), unreadable
+
+
+def _suffixes():
+    return ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+# ---- folders of classes ----
+
+def pack_classes(out, folder, split="test", workers=1):
+    """Make a set for zero-shot classification of a folder of class folders.
+
+    Writes CLIP_benchmark's layout: OUT/classnames.txt, OUT/SPLIT/nshards.txt, and OUT/SPLIT/0.tar,
+    1.tar, ..., in which each image has a .cls, the number of its class among the sorted names.
+    Call it again with another split of the same classes to add it to OUT. Images may be in folders
+    inside those of the classes. Hidden files are ignored, links are followed.
+
+    Returns (number of images, class names, [a line on each image that was skipped]). Raises
+    ValueError when there are no class folders or OUT has other classes, FileExistsError when the
+    split exists, OSError when a folder cannot be read or the disk is full.
+    """
+    found = _class_images(folder)
+    names = sorted({name for name, _ in found if name})
+    if not names:
+        raise ValueError(f"{folder}: no folders of images there, one for each class "
+                         f"({_suffixes()})")
+    text = "".join(f"{name}\n" for name in names)
+    names_file = pathlib.Path(out, "classnames.txt")
+    if names_file.exists() and names_file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
+    skipped = [f"{path}: not in the folder of a class" for name, path in found if not name]
+    numbers = {name: str(i) for i, name in enumerate(names)}
+    labelled = [(path, {"cls": numbers[name]}) for name, path in found if name]
+    items = [(f"{i:09d}", *item) for i, item in enumerate(labelled)]
+    with new_folder(os.path.join(out, split)) as temporary:
+        paths = [f"{temporary}/{i}.tar" for i in range(ceil_div(len(items), SHARD_PAIRS))]
+        count, unreadable = _write_shards(paths, items, SHARD_PAIRS, workers)
+        pathlib.Path(temporary, "nshards.txt").write_text(f"{len(paths)}\n")
+        names_file.write_text(text, encoding="utf-8")
+    return count, names, skipped + unreadable
+
+
+def _class_images(folder):
+    """The images under a folder of class folders, sorted: [(class name, path)].
+
+    The name is "" for an image that is in none of them.
+    """
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it, or to one that was walked before
+            folders.clear()
+            continue
+        seen.add(real)
+        inside = os.path.relpath(place, folder)
+        class_name = "" if inside == "." else inside.split(os.sep)[0]
+        # Names in old archives may not be UTF-8.
+        class_name = os.fsencode(class_name).decode("utf-8", "replace")
+        for name in sorted(files):
+            if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append((class_name, os.path.join(place, name)))
+    return found
+
+
+def _raise(error):
+    raise error
+
+
+# ---- checking shards ----
+
+class ShardReport(NamedTuple):
+    """What check_shard found."""
+    pairs: int
+    good_pairs: int                   # whose image decodes and that have a caption
+    captions: collections.Counter     # by language
+    errors: collections.Counter       # by reason
+    examples: dict                    # reason -> where it was first
+    pixels: list                      # of each image that decodes
+    sizes: list                       # bytes, of the same images
 
 
 def check_shard(path):
-    """Read and decode all of one shard: (facts, faults, {fault: example}, pixels and bytes a picture)."""
-    facts, faults, examples, pixels, sizes = collections.Counter(), collections.Counter(), {}, [], []
+    """Read and decode all pairs of one shard: ShardReport."""
+    captions, errors, examples = collections.Counter(), collections.Counter(), {}
+    good_pairs, pixels, sizes = 0, [], []
 
-    def fault(error, what):
-        cause = str(error).partition(":")[0]
-        faults[cause] += 1
-        examples.setdefault(cause, f"{path}: {what}")
+    def note(error, where):
+        reason = str(error).partition(":")[0]
+        errors[reason] += 1
+        examples.setdefault(reason, f"{path}: {where}")
 
     try:
-        shard = index_tar(path)
-        with open(path, "rb") as file:
-            for row in shard.rows:
-                key = f"at byte {int(row[0]) * BLOCK}"
-                try:
-                    pair = read_pair(file, path, row)
-                    key = pair.key
-                    facts.update(f"captions {lang or 'unnamed'}" for lang in pair.captions)
-                    if pair.fault:
-                        fault(pair.fault, key)
-                    image = decode(pair.image)
-                    pixels.append(image.width * image.height)
-                    sizes.append(len(pair.image))
-                    facts["good pairs"] += not pair.fault
-                except ValueError as error:
-                    fault(error, key)
-        facts["pairs"] = len(shard.rows)
-        for cause, count in shard.left_out.items():
-            faults[cause] += count
-            examples.setdefault(cause, path)
+        shard, rows = index_tar(path)
     except OSError as error:
-        fault("shard unreadable", error.strerror)
-    return facts, faults, examples, pixels, sizes
+        note("shard unreadable", error.strerror)
+        return ShardReport(0, 0, captions, errors, examples, pixels, sizes)
+    with open(path, "rb") as file:
+        for row in rows:
+            where = f"at byte {int(row[0]) * BLOCK}"
+            try:
+                pair = read_pair(file, path, row)
+                where = pair.key
+                captions.update(pair.captions.keys())
+                if pair.error:
+                    note(pair.error, where)
+                image = decode(pair.image)
+            except ValueError as error:
+                note(error, where)
+                continue
+            pixels.append(image.width * image.height)
+            sizes.append(len(pair.image))
+            good_pairs += not pair.error
+    for reason, count in shard.skipped.items():
+        errors[reason] += count
+        examples.setdefault(reason, path)
+    return ShardReport(len(rows), good_pairs, captions, errors, examples, pixels, sizes)
 
 
 def check(paths, workers=1):
-    """Read every pair of some tars and print what is there and what is bad. Returns the faults, a Counter."""
-    facts, faults, examples, pixels, sizes = collections.Counter(), collections.Counter(), {}, [], []
-    for more in map_processes(check_shard, paths, workers, "check"):
-        facts.update(more[0])
-        faults.update(more[1])
-        examples = {**more[2], **examples}
-        pixels += more[3]
-        sizes += more[4]
-    count, good = facts.pop("pairs", 0), facts.pop("good pairs", 0)
-    print(f"{len(paths):,} shards, {count:,} pairs, {good:,} of them good")
-    for name, count in sorted(facts.items()):
-        print(f"  {count:,} {name}")
+    """Read and decode all pairs of some tars, and print a report. Returns the errors, a Counter."""
+    reports = map_processes(check_shard, paths, workers, "check")
+    captions, errors, examples = collections.Counter(), collections.Counter(), {}
+    pixels, sizes = [], []
+    for report in reports:
+        captions.update(report.captions)
+        errors.update(report.errors)
+        examples = {**report.examples, **examples}
+        pixels += report.pixels
+        sizes += report.sizes
+    pairs = sum(report.pairs for report in reports)
+    good_pairs = sum(report.good_pairs for report in reports)
+    print(f"{len(paths):,} shards, {pairs:,} pairs, {good_pairs:,} of them good")
+    if captions:
+        print(f"  captions: {format_counts(captions)}")
     for values, unit in ((pixels, "pixels"), (sizes, "bytes")):
         if values:
-            low, middle, high = (int(np.percentile(values, q)) for q in (5, 50, 95))
-            print(f"  {unit} a picture: {middle:,} in the middle, {low:,} to {high:,} for nine in ten")
-    for cause, count in faults.most_common():
-        print(f"  bad: {count:,} {cause} (such as {examples[cause]})")
-    return faults
+            low, median, high = (int(q) for q in np.percentile(values, (5, 50, 95)))
+            print(f"  {unit} per image: median {median:,}, 5th to 95th percentile {low:,} to "
+                  f"{high:,}")
+    for reason, count in errors.most_common():
+        print(f"  error: {count:,} {reason} (first: {examples[reason]})")
+    return errors
+
+
+# ---- the command ----
+
+def main(argv=None):
+    """The command: images, classes or check."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.pack", description=__doc__.split("\n\nThe same input")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    images = commands.add_parser("images", help="make shards of folders and tables")
+    images.add_argument("out", metavar="OUT", help="a new or empty folder for the shards")
+    images.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help="a folder of images with their captions, or a .csv or .tsv")
+    images.add_argument("--shard-pairs", type=int, default=SHARD_PAIRS,
+                        help="pairs in a shard (default: %(default)s)")
+    classes = commands.add_parser("classes", help="make a test set of a folder of class folders")
+    classes.add_argument("out", metavar="OUT", help="folder for the set")
+    classes.add_argument("folder", metavar="FOLDER", help="has one folder of images for each class")
+    classes.add_argument("--split", default="test", metavar="NAME",
+                         help="the name of these images in the set (default: %(default)s)")
+    check_shards = commands.add_parser("check", help="read and decode everything, report errors")
+    check_shards.add_argument("shards", nargs="+", metavar="SHARDS",
+                              help="tars, folders, globs or brace ranges")
+    for command in (images, classes, check_shards):
+        command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+                             help="processes (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.command == "check":
+        paths = []
+        for pattern in args.shards:
+            paths += expand_pattern(pattern.partition("::")[0])
+        check(paths, args.workers)
+        return
+    if args.command == "images":
+        if args.shard_pairs < 1:
+            raise ValueError(f"--shard-pairs {args.shard_pairs}: at least 1")
+        count, skipped = pack_images(args.out, args.inputs, args.shard_pairs, args.workers)
+        line = f"{args.out}: {count:,} pairs"
+    else:
+        count, names, skipped = pack_classes(args.out, args.folder, args.split, args.workers)
+        line = f"{args.out}: {count:,} images of {len(names):,} classes"
+    if skipped:
+        line += f"; {len(skipped):,} skipped, such as {skipped[0]}"
+    print(line)
+
+
+if __name__ == "__main__":
+    run_command(main)
