@@ -1,25 +1,23 @@
-"""Stage 1: a masked autoencoder (He et al., arXiv 2111.06377) on the pictures of the pairs, without their texts.
+"""Stage 1: a masked autoencoder (He et al., arXiv 2111.06377) on the images, without captions.
 
-    torchrun train_mae.py
-    torchrun train_clip.py --init runs/mae/last.pt
+    python train_mae.py
+    python train_clip.py --init runs/mae
 
-Three quarters of every picture's patches are hidden; the image encoder sees the rest, a small decoder fills the hidden
-ones in, and the loss is the squared error on these. The encoder then starts stage 2.
+Three quarters of the patches of every image are masked. The image encoder sees the others, a small
+decoder predicts the masked ones, and the loss is the squared error on these. The encoder then
+starts stage 2.
 
-What it leaves out: everything of the release's own autoencoder that He et al. do not have (README, "from the paper,
+Not included: what the authors' own masked autoencoder adds to He et al.'s (README, "From the paper,
 and ours").
 """
 
 import os
 
-# How long a thread spins that waits for the others before it sleeps: some tenths of a millisecond. Between the many short
-# operations of a step that saves waking it up; for ever, as is usual, all wait for one whose core something else has
-# taken. Read by libgomp when torch is loaded, so it stands before all imports.
+# By default OpenMP threads spin while they wait; on a busy machine that stalls the others. This
+# lets them sleep after some tenths of a millisecond. libgomp reads it when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,115 +26,128 @@ from PIL import Image
 import crops
 import data
 import kelip
-import trainer
+from tokenizer import run_command
+from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_dtype
 
-NOISE = 8  # the purpose of the masks' random numbers, apart from those of crops.py
+RECONSTRUCTIONS = 4  # times in a run that reconstructions.png is drawn
 
 
 def parse_arguments(argv=None):
-    """The command line, defaults filled in."""
+    """The command line. Reads no files."""
     parser = argparse.ArgumentParser(
-        description="Pre-train the image encoder as a masked autoencoder. Without flags: on the demo's emoji.",
-        epilog="A run's folder holds last.pt for `train_clip.py --init`, config.json, metrics.jsonl and "
-               "reconstructions.png: picture, what the encoder saw, what the decoder made of it.")
-    trainer.add_arguments(parser, out="runs/mae", lr=1e-3, batch_size=256, epochs=20)
+        description="Pre-train the image encoder as a masked autoencoder. Without flags: on the "
+                    "demo's emoji.",
+        epilog="The run's folder then holds last.pt for `train_clip.py --init`, config.json, "
+               "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and "
+               "what the decoder made of it.")
+    add_arguments(parser, out="runs/mae", lr=1e-3, batch_size=256, epochs=20)
     add = parser.add_argument
-    add("--size", type=int, metavar="PIXELS", help="of the pictures (default: the preset's resolution)")
+    add("--size", type=int, metavar="PIXELS",
+        help="side of the crops (default: the preset's resolution)")
     add("--scale", nargs=2, type=float, default=(0.2, 1.0), metavar=("MIN", "MAX"),
-        help="area of a crop, as a part of the picture's (default: 0.2 1)")
-    add("--mask-ratio", type=float, default=0.75, help="part of the patches that is hidden (default: 0.75)")
+        help="area of a crop, as a fraction of the image (default: 0.2 1)")
+    add("--mask-ratio", type=float, default=0.75,
+        help="fraction of the patches that is masked (default: 0.75)")
     add("--weight-decay", type=float, default=0.05, help="of matrices (default: 0.05)")
     args = parser.parse_args(argv)
-    args.evals = 4
     if args.model not in kelip.PRESETS:
-        raise ValueError(f"--model {args.model}: no such preset; there are {', '.join(kelip.PRESETS)}")
-    args.size = args.size or kelip.PRESETS[args.model]["image_resolution"]
-    patch = kelip.PRESETS[args.model]["vision_patch_size"]
-    if args.size % patch:
-        raise ValueError(f"--size {args.size}: not a multiple of {args.model}'s patch of {patch} pixels")
+        presets = ", ".join(kelip.PRESETS)
+        raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
+    preset = kelip.PRESETS[args.model]
+    args.size = args.size or preset["image_resolution"]
+    if args.size % preset["vision_patch_size"]:
+        raise ValueError(f"--size {args.size}: not a multiple of {args.model}'s patch of "
+                         f"{preset['vision_patch_size']} pixels")
     if not 0 < args.mask_ratio < 1:
-        raise ValueError(f"--mask-ratio {args.mask_ratio}: a part between 0 and 1")
+        raise ValueError(f"--mask-ratio {args.mask_ratio}: must be between 0 and 1")
     return args
 
 
-def make_step(job, args, mae):
-    """The step of this stage for trainer.fit: one crop, the masks, the loss, and the backward pass."""
-    model = trainer.wrap(mae, job)
-    flops = torch.tensor(3.0 * trainer.mae_flops(mae))
-    dtype = trainer.choose_precision(args.precision, job.device)
-
-    def step(batch, scaler):
-        images, noise = prepare(batch, args, mae, job.device)
-        valid = batch.valid.to(job.device, non_blocking=True)
-        with torch.autocast(job.device.type, dtype, enabled=dtype is not None):
-            loss, _, _ = model(images, noise, valid)
-        # The mean over the pictures of all ranks, of which each may have holes of its own.
-        count = valid.sum().float()
-        everyone = trainer.sum_over_ranks(count.clone(), job)
-        loss = loss * count * job.world_size / everyone.clamp(min=1)
-        scaler.scale(loss).backward()
-        return {"loss": loss.detach(), "flops": flops.to(job.device, non_blocking=True)}
-
-    return step
-
-
 def prepare(batch, args, mae, device):
-    """A batch of the loader -> (images [N, 3, size, size], the masks' noise [N, L]), both functions of seed and slots."""
-    [images] = crops.multi_crop(batch.images.to(device, non_blocking=True), [(1, args.size)], args.seed, batch.slots,
+    """A batch -> (images [N, 3, size, size], noise [N, L]).
+
+    Both the crops and the noise, which decides what is masked, are functions of the seed and the
+    sample index.
+    """
+    images = batch.images.to(device, non_blocking=True)
+    [images] = crops.multi_crop(images, [(1, args.size)], args.seed, batch.sample_index,
                                 batch.aspect, scale=args.scale, flip=True)
-    patches = len(mae.decoder_positions) - 1
-    noise = crops.uniform(args.seed, batch.slots, 0, NOISE, patches).float()
+    n_patches = len(mae.decoder_positions) - 1
+    noise = crops.uniform(args.seed, batch.sample_index, 0, crops.MASK, n_patches).float()
     return images.to(mae.mask_token.dtype), noise.to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def draw(path, mae, images, noise):
-    """Write a picture with a row for each image: itself, what the encoder saw, the reconstruction."""
+def draw_reconstructions(path, mae, images, noise):
+    """Write a row of three for each image: itself, what the encoder saw, the prediction.
+
+    Visible patches are copied into the prediction, as in He et al.'s figures.
+    """
     _, prediction, mask = mae(images, noise)
     _, mean, std = mae.targets(images)
-    visual = mae.visual
-    shown = visual.patchify(images)                                          # [N, L, 3*P*P]
-    filled = torch.where(mask[..., None] > 0, prediction.float() * std + mean, shown)
-    grey = torch.zeros_like(shown)
-    masked = torch.where(mask[..., None] > 0, grey, shown)
-    rows = torch.cat([visual.unpatchify(x) for x in (shown, masked, filled)], dim=3)  # [N, 3, size, 3 * size]
-    deviation, centre = (torch.tensor(x, device=rows.device).view(3, 1, 1) for x in (kelip.STD, kelip.MEAN))
-    pixels = ((rows * deviation + centre).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).flatten(0, 1)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy()))    # [N * size, 3 * size, 3]
+    masked = mask[..., None] > 0                                             # [N, L, 1]
+    patches = mae.visual.patchify(images)                                    # [N, L, 3*P*P]
+    seen = patches.masked_fill(masked, 0)
+    predicted = torch.where(masked, prediction.float() * std + mean, patches)
+    columns = [mae.visual.unpatchify(x) for x in (patches, seen, predicted)]
+    grid = torch.cat(columns, dim=3)                                         # [N, 3, size, 3*size]
+    pixel_std = torch.tensor(kelip.STD, device=grid.device).view(3, 1, 1)
+    pixel_mean = torch.tensor(kelip.MEAN, device=grid.device).view(3, 1, 1)
+    pixels = ((grid * pixel_std + pixel_mean).clamp(0, 1) * 255).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).flatten(0, 1)                        # [N*size, 3*size, 3]
+    image = Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy()))
     zoom = max(1, 128 // images.shape[-1])
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
+    image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(path)
 
 
 def main(argv=None):
     """Set up, train, and draw."""
     args = parse_arguments(argv)
-    job = trainer.start_job()
-    state = trainer.open_run(args, job)
-    pairs = trainer.open_pairs(args, job, state)
+    run = Run(args, stage="mae")
+    pairs = run.open_pairs()
+
     torch.manual_seed(args.seed)
     config = dict(kelip.PRESETS[args.model], image_resolution=args.size)
     mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=args.mask_ratio)
-    trainer.place(mae, args, job)
+    mae.to(run.device, weight_dtype(args.precision))
     if args.compile:
-        trainer.compile_blocks(mae)
-    optimizer = trainer.make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay)
-    run = trainer.describe_run("mae", args, config, pairs, state)
-    loader = trainer.open_loader(args, job, pairs, None, run, state, crops.canvas_size([(1, args.size)], args.scale))
-    few = next(iter(data.Loader(pairs, None, 8, loader.canvas, args.seed, steps=1)))
+        compile_blocks(mae)
 
-    def look(_):
-        draw(Path(args.out) / "reconstructions.png", mae, *prepare(few, args, mae, job.device))
-        return {}
+    optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
+                               weight_decay=args.weight_decay)
+    run.start(mae, optimizer, pairs, config, evaluations=RECONSTRUCTIONS)
+    model = run.data_parallel(mae)
+    padded_size = crops.padded_size([(1, args.size)], args.scale)
+    loader = run.open_loader(pairs, tokenizer=None, padded_size=padded_size)
+    few_pairs = next(iter(data.Loader(pairs, None, 8, loader.padded_size, args.seed, steps=1)))
 
-    trainer.fit(job, args, mae, optimizer, loader, make_step(job, args, mae), run, state, evaluate=look)
-    if job.main:
-        print(f"{loader.report()}\n{args.out}: last.pt for train_clip.py --init, metrics.jsonl; "
-              f"look at {args.out}/reconstructions.png")
-    trainer.end_job(job)
+    for step, batch in run.steps(loader):
+        valid = batch.valid.to(run.device, non_blocking=True)                # [n]
+        images, noise = prepare(batch, args, mae, run.device)
+        with run.autocast():
+            loss, _, _ = model(images, noise, valid)
+        # Ranks may have different numbers of valid images. DistributedDataParallel takes the mean
+        # of the gradients over ranks. With this weight it is the mean over all images:
+        #     mean over ranks of (loss * count * world_size / total) = sum over images / total
+        count = valid.sum().float()
+        total = run.sum_over_ranks(count).clamp(min=1)
+        loss = loss * count * run.world_size / total
+        run.backward(loss)
+        grad_norm = run.optimizer_step()
+        run.log(step, loss, grad_norm)
+        if run.evaluates_at(step):
+            with run.paused():
+                if run.is_rank_zero:
+                    draw_reconstructions(run.folder / "reconstructions.png", mae,
+                                         *prepare(few_pairs, args, mae, run.device))
+        run.save_if_due(step)
+
+    if run.is_rank_zero:
+        print(loader.report())
+        print(f"{args.out}: last.pt for train_clip.py --init, metrics.jsonl; "
+              f"open {args.out}/reconstructions.png")
+    run.close()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"train_mae.py: {error}")
+    run_command(main)
