@@ -1,377 +1,582 @@
-"""What a trained model knows: retrieval, zero-shot classification, and a page that shows both.
+"""Evaluate a trained model: retrieval and zero-shot classification, each in English and in Korean.
 
-    python evaluate.py runs/clip                                      on the demo's unseen style of drawing
-    python evaluate.py runs/clip --classes "emoji groups"             classification too, with names from prompts.json
+    python evaluate.py runs/clip                             the demo's test, a style never seen
+    python evaluate.py runs/clip --classes "emoji groups"    classification too
+    python evaluate.py runs/clip --test 'coco-ko/*.tar::ko' --out results
     python evaluate.py runs/clip --test wds_vtab-cifar10 --classes cifar10
-    python evaluate.py runs/clip --test 'coco-val/*.tar'              retrieval on any captioned shards
-    python evaluate.py probe runs/mae                                 a linear probe (probe.py)
-    python evaluate.py search --images PHOTOS "a red apple"           search in a folder of pictures (search.py)
 
-Retrieval finds the captions of a picture among all captions, and the picture of a caption among all pictures, in each
-language by itself. Zero-shot classification makes a class's vector out of prompts ("a photo of a {}") and takes the class
-nearest to the picture (CLIP, arXiv 2103.00020, section 3.1). Both run in float32, whatever training used.
+Retrieval finds the captions of an image among all captions, and the image of a caption among all
+images. R@k is the fraction of queries that find theirs among the k nearest. Zero-shot
+classification takes the class whose prompts ("a photo of a {}") are nearest to the image (CLIP,
+arXiv 2103.00020, section 3.1). The results go to the terminal, to evaluation.json and to a page,
+index.html.
 
-What it leaves out: fitting anything to the pictures that it measures on.
+From top to bottom: embedding a set, retrieval, classification, the report, the command.
+
+Not included: reading and labelling a set (classes.py), training on it (extras/probe.py), and
+keeping its vectors for another time (extras/features.py).
 """
 
 import argparse
 import collections
+import functools
 import json
-import signal
+import os
 import sys
 import unicodedata
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import kelip
 import page
 import shards
-from extras.features import embed_images, embed_texts, folder_of, open_store
-from classes import fill, labels_of, open_set, read_classes, spellings
+from classes import format_prompt, labels_of, open_set, read_classes, spellings
+from tokenizer import run_command
 
 KS = (1, 5, 10)
-CHUNK = 256                      # rows of scores that exist at a time
-NAMES = {"en": "English", "ko": "Korean", "": "captions"}
-WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+BATCH = 128  # images or texts that are encoded at a time
+CHUNK = 256  # rows of scores that are computed at a time
+LANGUAGE_NAMES = {"en": "English", "ko": "Korean", "": "captions"}
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
+
+# ---- embedding ----
 
 class Embedded:
-    """Pairs as a model sees them.
+    """A set as a model sees it: unit vectors of its images and captions.
 
-    images: [M, D], unit vectors of the pictures that decode. texts: {language: [P, D]}; owner: {language: int64 [P]},
-    the picture of each text, -1 for a candidate that has none; captions: {language: list of P str}. pairs: the M pairs
-    that they are of, read when they are asked for. skipped: what did not decode, by cause. store: a features.Store, where
-    vectors are to be kept; lines: whether each line of a .txt is a caption of its own.
+    Args:
+        pairs: data.Pairs.
+        candidates: {language: texts}, captions of no image that retrieval has to choose from too.
+            Ignored in languages that no pair has, and where they are captions of pairs.
+        caption_per_line: each line of a .txt is a caption of its own.
+
+    Attributes:
+        images: float32 [M, D], unit vectors of the M images that decode.
+        pairs: their M pairs, read from disk when indexed.
+        skipped: {error: number of images} for those that do not.
+        captions: {language: [P texts]}, those of the pairs first.
+        texts: {language: float32 [P, D]}, unit vectors of the captions.
+        owner: {language: int64 [P]}, the image of each, an index below M; -1 for candidates.
+
+    Raises ValueError when no image decodes.
     """
 
-    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True, store=None, lines=False):
-        self.images, kept, self.skipped = embed_images(model, pairs, store, progress)
+    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True,
+                 caption_per_line=False):
+        self.images, kept, self.skipped = embed_images(model, pairs, progress)
         if not kept:
-            raise ValueError(f"none of the {len(pairs)} pictures decodes: {dict(self.skipped)}")
+            raise ValueError(f"none of the {len(pairs):,} images decodes: "
+                             f"{shards.format_counts(self.skipped)}")
         self.pairs = torch.utils.data.Subset(pairs, kept)
-        self.captions, owner = collections.defaultdict(list), collections.defaultdict(list)
+        self.captions = collections.defaultdict(list)
+        owner = collections.defaultdict(list)
         for i, pair in enumerate(self.pairs):
-            for language, text in captions_of(pair, lines):
+            captions = shards.caption_lines(pair) if caption_per_line else pair.captions.items()
+            for language, text in captions:
                 self.captions[language].append(text)
                 owner[language].append(i)
         for language in self.captions.keys() & (candidates or {}).keys():
-            texts, own = candidates[language], set(self.captions[language])
-            more = [text for text in dict.fromkeys(texts) if text not in own]
+            own = set(self.captions[language])
+            more = [text for text in dict.fromkeys(candidates[language]) if text not in own]
             self.captions[language] += more
             owner[language] += [-1] * len(more)
         self.owner = {language: torch.tensor(indices) for language, indices in owner.items()}
-        self.texts = {language: embed_texts(model, tokenizer, texts, progress, store)
+        self.texts = {language: embed_texts(model, tokenizer, texts, progress)
                       for language, texts in self.captions.items()}
 
 
-def captions_of(pair, lines=False):
-    """A pair's captions, [(language, text)]; with lines, each line of its .txt is one."""
-    found = []
-    for language, caption in pair.captions.items():
-        text = pair.members.get(f"{language}.txt", pair.members.get("txt"))  # None: it comes from a json
-        several = text.decode("utf-8-sig").splitlines() if lines and text is not None else [caption]
-        found += [(language, shards.clean_caption(line)) for line in several if line.strip()]
-    return found
+def embed_images(model, pairs, progress=True):
+    """The unit vectors of images, and which of them could be read.
+
+    Returns vectors float32 [M, D] on the CPU; kept, the M indices of pairs whose image decodes;
+    and skipped, a Counter of errors, which includes what the index of the shards skipped.
+    """
+    device = model.logit_scale.device
+    vectors = [torch.empty(0, model.config["embed_dim"])]
+    kept, skipped = [], collections.Counter(pairs.skipped)
+    dataset = _Preprocessed(pairs, model.config["image_resolution"])
+    for batch in load_batches(dataset, range(len(pairs)), device, progress):
+        images = []
+        for i, image, error in batch:
+            if error:
+                skipped[error] += 1
+            else:
+                images.append(image)
+                kept.append(i)
+        if images:
+            encode = functools.partial(model.encode_image, l2norm=True)
+            vectors.append(encode_batch(encode, torch.stack(images).to(device)))
+    return torch.cat(vectors), kept, skipped
 
 
-# ------------------------------------------------------------------------------------------------------- retrieval
+class _Preprocessed:
+    """A dataset of (i, float32 [3, size, size], "") or, where image i is bad, (i, None, error)."""
+
+    def __init__(self, pairs, size):
+        self.pairs, self.preprocess = pairs, kelip.preprocess(size)
+
+    def __getitem__(self, i):
+        try:
+            return i, self.preprocess(shards.decode(self.pairs[i].image)), ""
+        except ValueError as error:
+            return i, None, str(error).partition(":")[0]
+
+
+def load_batches(dataset, indices, device, progress=True):
+    """Iterate over dataset[i] for i in indices, in lists of BATCH.
+
+    With a GPU and many images, several processes decode: one would keep the GPU waiting.
+    """
+    workers = min(16, os.cpu_count()) if device.type != "cpu" and len(indices) >= 4096 else 0
+    # Without a generator of its own, DataLoader would take a seed from the random numbers of the
+    # run that is evaluated, and the rest of the run would change.
+    loader = torch.utils.data.DataLoader(dataset, BATCH, sampler=indices, collate_fn=list,
+                                         num_workers=workers, generator=torch.Generator())
+    return tqdm(loader, desc="images", unit="images", unit_scale=BATCH, leave=False, delay=1,
+                disable=not progress)
+
+
+def embed_texts(model, tokenizer, texts, progress=False):
+    """The unit vectors of a list of P texts: float32 [P, D] on the CPU."""
+    tokens = tokenizer.encode(texts, model.config["context_length"])         # [P, L]
+    # Texts with the same tokens are encoded once. Encoded in different batches, their vectors could
+    # differ in the last digit, and would no longer tie.
+    keys = [row.tobytes() for row in tokens.numpy()]
+    first = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    distinct = tokens[list(first.values())]                                  # [Q, L]
+    encode = functools.partial(model.encode_text, l2norm=True)
+    batches = tqdm(distinct.split(BATCH), desc="texts", unit="texts", unit_scale=BATCH, leave=False,
+                   delay=1, disable=not progress)
+    vectors = torch.cat([encode_batch(encode, batch) for batch in batches])  # [Q, D]
+    position = {key: q for q, key in enumerate(first)}
+    return vectors[[position[key] for key in keys]]                          # [P, D]
+
+
+@torch.no_grad()
+def encode_batch(encode, batch):
+    """encode(batch) without gradients, as float32 on the CPU."""
+    return encode(batch).float().cpu()
+
+
+# ---- retrieval ----
 
 def recall_at_k(image_features, text_features, owner, ks=KS):
-    """Recall both ways. image_features [M, D], text_features [P, D], unit vectors; owner int64 [P], the picture of each
-    text, -1 for none. A picture's hit is any of its own texts among the k nearest, as in CLIP_benchmark.
+    """Recall@k in both directions, as CLIP_benchmark measures it.
 
-    Where candidates score the same, the value is what shuffling them would give on average: a model that maps everything
-    to one point has chance_recall. Scores exist some rows at a time. Returns {"image_to_text": {"R@1": ...},
-    "text_to_image": {...}}, in 0..1; pictures without a text, and texts without a picture, are candidates only.
+    The fraction of queries that have one of their positives among the k candidates with the highest
+    scores (cosines).
+
+    Args:
+        image_features: [M, D], unit vectors.
+        text_features: [P, D], unit vectors.
+        owner: int64 [P], the image of each text, -1 for none. The positives of an image are all
+            texts that it owns. Texts without an image and images without a text are candidates
+            only.
+
+    Returns {"image_to_text": {"R@1": ...}, "text_to_image": {...}}, in 0..1.
+
+    Where scores are equal, the value is the expected recall under random tie-breaking. Let a query
+    have h candidates that score higher than its best positive, and t candidates, p of them
+    positives, that score the same. In random order, the first d = k - h of the t enter the top k:
+
+        P(hit) = 1 - C(t - p, d) / C(t, d)
+
+    This is 0 or 1 without ties, where t = p = 1. For a model that maps everything to one point it
+    is chance_recall.
+
+    NaN never helps: candidates whose score is NaN rank first, before all others, and a query that
+    has NaN among the scores of its positives is a miss.
     """
-    owned = (owner >= 0).nonzero()[:, 0]                                     # [Q]
-    pictures, counts = owner[owned].unique(return_counts=True)               # [N]
-    by_picture = owned[owner[owned].argsort(stable=True)].split(counts.tolist())
-    own = torch.nn.utils.rnn.pad_sequence(list(by_picture), True, -1)        # [N, most]
-    return {"image_to_text": _recall(image_features, pictures, text_features, own, ks),
-            "text_to_image": _recall(text_features, owned, image_features, owner[owned, None], ks)}
+    owned = (owner >= 0).nonzero()[:, 0]                                     # [Q], texts
+    images, counts = owner[owned].unique(return_counts=True)                 # [N], [N]
+    by_image = owned[owner[owned].argsort(stable=True)].split(counts.tolist())
+    texts_of_image = torch.nn.utils.rnn.pad_sequence(
+        list(by_image), batch_first=True, padding_value=-1)                  # [N, most texts]
+    image_of_text = owner[owned, None]                                       # [Q, 1]
+    return {
+        "image_to_text": _recall(image_features, images, text_features, texts_of_image, ks),
+        "text_to_image": _recall(text_features, owned, image_features, image_of_text, ks)}
 
 
-def _recall(queries, rows, candidates, own, ks):
-    """{"R@k": ...} of queries[rows], [N, D]; own: int64 [N, most], the right ones among the candidates [P, D], -1 behind."""
-    before, right, tied = torch.empty(3, len(rows), dtype=torch.int64)      # small results kept between large scores would
-    for first in range(0, len(rows), CHUNK):                                # keep the memory of these from being used again
-        part = slice(first, first + CHUNK)
-        scores = queries[rows[part]] @ candidates.T                          # [n, P]
-        own_scores = scores.gather(1, own[part].clamp(min=0)).masked_fill(own[part] < 0, -torch.inf)  # [n, most]
-        best = own_scores.amax(1, keepdim=True)
-        behind = (scores <= best).sum(1)                                     # what is no number is before all others
-        before[part] = len(candidates) - behind
-        tied[part] = behind - (scores < best).sum(1)
-        right[part] = (own_scores == best).sum(1)
-    return {f"R@{k}": _hit(k - before, right, tied).mean().item() for k in ks}
+def _recall(queries, rows, candidates, positives, ks):
+    """{"R@k": ...} of queries[rows], [N, D], among candidates [P, D].
+
+    positives: int64 [N, most], the candidates that are right for each query, padded with -1.
+    """
+    # Allocated here, once: small results between the large scores of one chunk and those of the
+    # next would keep the memory of the former from being used again.
+    higher, tied, tied_positives = torch.empty(3, len(rows), dtype=torch.int64)
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        scores = queries[rows[chunk]] @ candidates.T                         # [n, P]
+        own = scores.gather(1, positives[chunk].clamp(min=0))                # [n, most]
+        own = own.masked_fill(positives[chunk] < 0, -torch.inf)
+        best = own.amax(dim=1, keepdim=True)                                 # [n, 1], may be NaN
+        not_higher = (scores <= best).sum(dim=1)                             # NaN compares as False
+        higher[chunk] = len(candidates) - not_higher
+        tied[chunk] = not_higher - (scores < best).sum(dim=1)
+        tied_positives[chunk] = (own == best).sum(dim=1)
+    return {f"R@{k}": _hit_probability(k - higher, tied, tied_positives).mean().item() for k in ks}
 
 
-def _hit(places, right, tied):
-    """The chance that drawing candidates into so many places, none twice, hits one of the right ones among those tied:
-    float64, int64 tensors or numbers that go together."""
-    places, right, tied = (torch.as_tensor(x) for x in (places, right, tied))
+def _hit_probability(draws, candidates, positives):
+    """The probability that drawing without replacement finds a positive: float64.
+
+    d draws from t candidates miss all p positives with probability
+
+        C(t - p, d) / C(t, d) = product over j < d of (t - p - j) / (t - j)
+
+    Arguments are int or int64 tensors that broadcast. 0 where there are no draws or no positives.
+    """
+    d, t, p = (torch.as_tensor(x) for x in (draws, candidates, positives))
     miss = torch.ones((), dtype=torch.float64)
-    for j in range(max(0, int(places.max()))):
-        step = (tied - right - j).clamp(min=0).double() / (tied - j).clamp(min=1)
-        miss = miss * torch.where(j < places, step, 1)
-    return torch.where(right > 0, 1 - miss, 0)                               # no right one: its score is no number
+    for j in range(max(0, int(d.max()))):
+        factor = (t - p - j).clamp(min=0).double() / (t - j).clamp(min=1)
+        miss = miss * torch.where(j < d, factor, 1)
+    return torch.where(p > 0, 1 - miss, 0)
 
 
-def chance_recall(owner, images, ks=KS):
-    """What recall_at_k would be for a model that knows nothing: all candidates tie."""
-    own = owner[owner >= 0].unique(return_counts=True)[1]
-    return {"image_to_text": {f"R@{k}": _hit(k, own, len(owner)).mean().item() for k in ks},
-            "text_to_image": {f"R@{k}": _hit(k, 1, images).item() for k in ks}}
+def chance_recall(owner, n_images, ks=KS):
+    """The expected recall_at_k of random scores, in the same form. owner as there."""
+    counts = owner[owner >= 0].unique(return_counts=True)[1]                 # [N], texts per image
+    return {
+        "image_to_text": {f"R@{k}": _hit_probability(k, len(owner), counts).mean().item()
+                          for k in ks},
+        "text_to_image": {f"R@{k}": _hit_probability(k, n_images, 1).item() for k in ks}}
 
 
-def retrieve(model, pairs, tokenizer, candidates=None, progress=True, embedded=None):
-    """Zero-shot retrieval in each language by itself: {language: {way: {"R@1": ...}}}, in 0..1.
+def retrieve(model, pairs, tokenizer, candidates=None, embedded=None, progress=True):
+    """Zero-shot retrieval in each language: {language: recall_at_k of its captions}.
 
-    candidates: {language: texts} of captions that stand beside those of the pairs, of no picture. embedded: the pairs as
-    Embedded has them, where that is done already.
+    candidates: as Embedded takes them. embedded: the Embedded of pairs where there is one already;
+    pairs and candidates are then not read.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
-    return {language: recall_at_k(embedded.images, embedded.texts[language], embedded.owner[language])
+    return {language: recall_at_k(embedded.images, embedded.texts[language],
+                                  embedded.owner[language])
             for language in sorted(embedded.texts)}
 
 
-# -------------------------------------------------------------------------------------------------- classification
+# ---- zero-shot classification ----
 
-def zero_shot_weights(model, tokenizer, classnames, templates, progress=False, store=None):
-    """Class vectors [D, C]: for each class the mean of its prompts' unit vectors, made a unit vector again (CLIP, section
-    3.1.4). classnames: C texts, or lists of spellings, whose prompts all count the same; templates as sets.fill takes
-    them."""
-    prompts = [(number, fill(template, name)) for number, names in enumerate(classnames) for name in spellings(names)
-               for template in templates]
-    numbers, texts = zip(*prompts)
-    vectors = embed_texts(model, tokenizer, list(texts), progress, store)    # [prompts, D]
-    sums = vectors.new_zeros(len(classnames), vectors.shape[1]).index_add_(0, torch.tensor(numbers), vectors)
-    return kelip.unit(sums).T
+def zero_shot_weights(model, tokenizer, classnames, templates, progress=False):
+    """The vectors of classes: [D, C], unit vectors in columns.
 
-
-def classify(model, pairs, tokenizer, classes, progress=True, embedded=None, store=None):
-    """Zero-shot classification of pairs that have a class, with class names and templates in each language.
-
-    classes: as read_classes gives. Returns the numbers of "pictures" and "classes", and {language: {"top1", "top5",
-    "mean_per_class", in 0..1, "confusions"}}: what is most often taken for what, {"true", "predicted", "pictures",
-    "share" of the true class's, "example", a number in embedded.pairs}. Raises ValueError when no pair has a class.
+    A class's vector is the mean of the unit vectors of its prompts, scaled to unit length (CLIP,
+    section 3.1.4). classnames: C texts or lists of spellings; each spelling goes into each
+    template. templates: of format_prompt.
     """
-    embedded = embedded or Embedded(model, pairs, tokenizer, progress=progress, store=store)
+    prompts, class_of_prompt = [], []
+    for label, name in enumerate(classnames):
+        for spelling in spellings(name):
+            for template in templates:
+                prompts.append(format_prompt(template, spelling))
+                class_of_prompt.append(label)
+    vectors = embed_texts(model, tokenizer, prompts, progress)               # [prompts, D]
+    sums = vectors.new_zeros(len(classnames), vectors.shape[1])              # [C, D]
+    sums.index_add_(0, torch.tensor(class_of_prompt), vectors)
+    return kelip.l2_normalize(sums).T
+
+
+def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
+    """Zero-shot classification in each language, of the pairs that have a class.
+
+    classes: as read_classes or open_set returns them. embedded: the Embedded of pairs where there
+    is one already. Returns a dict with
+
+        images: pairs that have a class and an image that decodes
+        classes: C
+        {language}: top1, top5 and mean_per_class, accuracies in 0..1, and confusions, the most
+            frequent errors first: true, predicted, images, fraction (of the images of the true
+            class), example (an index into embedded.pairs)
+
+    Raises ValueError when no pair has a class.
+    """
+    embedded = embedded or Embedded(model, pairs, tokenizer, progress=progress)
     labels = labels_of(embedded.pairs, classes)
     chosen = [i for i, label in enumerate(labels) if label is not None]
     if not chosen:
-        raise ValueError("no pair has a class: neither a .cls member nor a class's name in its caption")
-    truth = torch.tensor([labels[i] for i in chosen])
-    result = {"pictures": len(chosen), "classes": len(next(iter(classes["classnames"].values())))}
+        raise ValueError("no pair has a class: there is neither a .cls member nor a caption that "
+                         "ends with the name of a class")
+    truth = torch.tensor([labels[i] for i in chosen])                        # [M]
+    n_classes = len(next(iter(classes["classnames"].values())))
+    result = {"images": len(chosen), "classes": n_classes}
     for language, classnames in classes["classnames"].items():
-        weights = zero_shot_weights(model, tokenizer, classnames, classes["templates"][language], progress, store)
-        top = best_classes(embedded.images[chosen], weights)                 # [M, 5]
+        templates = classes["templates"][language]
+        weights = zero_shot_weights(model, tokenizer, classnames, templates, progress)  # [D, C]
+        top = top_classes(embedded.images[chosen], weights)                  # [M, 5]
         hits = top == truth[:, None]
-        per_class = [hits[truth == c, 0].float().mean() for c in truth.unique()]
-        result[language] = {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item(),
-                            "mean_per_class": torch.stack(per_class).mean().item(),
-                            "confusions": _confusions(truth, top[:, 0], chosen, classnames)}
+        per_class = [hits[truth == label, 0].float().mean() for label in truth.unique()]
+        result[language] = {
+            "top1": hits[:, 0].float().mean().item(),
+            "top5": hits.any(dim=1).float().mean().item(),
+            "mean_per_class": torch.stack(per_class).mean().item(),
+            "confusions": _confusions(truth, top[:, 0], chosen, classnames)}
     return result
 
 
-def best_classes(images, weights, count=5):
-    """The nearest classes, the best first: images [M, D], weights [D, C] -> int64 [M, count], or as many as there are."""
+def top_classes(images, weights, count=5):
+    """The nearest classes, the nearest first.
+
+    images [M, D], weights [D, C] -> int64 [M, count], or [M, C] where there are fewer classes.
+    """
     count = min(count, weights.shape[1])
-    return torch.cat([(part @ weights).topk(count, dim=1).indices for part in images.split(CHUNK)])
+    return torch.cat([(chunk @ weights).topk(count, dim=1).indices
+                      for chunk in images.split(CHUNK)])
 
 
-def _confusions(truth, predicted, chosen, classnames, most=20):
-    """The most frequent wrong answers, as classify gives them; truth, predicted int64 [M], chosen: the M pairs' numbers."""
-    totals, count, example = truth.bincount(), collections.Counter(), {}
-    for i, pair in zip(chosen, zip(truth.tolist(), predicted.tolist())):
-        if pair[0] != pair[1]:
-            count[pair] += 1
-            example.setdefault(pair, i)
+def _confusions(truth, predicted, indices, classnames, count=20):
+    """The most frequent confusions, as classify returns them.
+
+    truth, predicted: int64 [M]; indices: M int, those of the images in embedded.pairs.
+    """
+    images, example = collections.Counter(), {}
+    for i, true, wrong in zip(indices, truth.tolist(), predicted.tolist()):
+        if true != wrong:
+            images[true, wrong] += 1
+            example.setdefault((true, wrong), i)
+    of_class = truth.bincount().tolist()
     name = [spellings(names)[0] for names in classnames]
-    return [{"true": name[t], "predicted": name[p], "pictures": n, "share": n / int(totals[t]), "example": example[t, p]}
-            for (t, p), n in count.most_common(most)]
+    return [{"true": name[true], "predicted": name[wrong], "images": n,
+             "fraction": n / of_class[true], "example": example[true, wrong]}
+            for (true, wrong), n in images.most_common(count)]
 
 
-# -------------------------------------------------------------------------------------------------------- the page
+# ---- the report ----
 
-def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True, embedded=None, store=None,
-           lines=False):
-    """Measure, print, and write evaluation.json and index.html into folder. classes: a set's name in prompts.json, or a
-    set as sets.open_set gives it; embedded: what is embedded already; store, lines: as Embedded has them. Raises
-    ValueError where pairs have neither captions nor classes."""
-    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress, store, lines)
-    found = {"pictures": len(embedded.pairs), "skipped": dict(embedded.skipped), "retrieval": {}, "chance": {},
-             "candidates": {language: len(texts) for language, texts in sorted(embedded.captions.items())},
-             "test": [source.name for source in pairs.sources]}
-    for language in sorted(embedded.texts):
-        owner = embedded.owner[language]
-        found["retrieval"][language] = recall_at_k(embedded.images, embedded.texts[language], owner)
-        found["chance"][language] = chance_recall(owner, len(embedded.images))
+def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True,
+           embedded=None, caption_per_line=False):
+    """Evaluate, print, and write evaluation.json and index.html into folder; returns the numbers.
+
+    classes: the name of a set of prompts.json, or classes as open_set returns them. embedded: the
+    Embedded of pairs where there is one already. candidates, caption_per_line: as Embedded takes
+    them. Raises ValueError when the pairs have neither captions nor classes.
+    """
+    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress, caption_per_line)
+    numbers = {
+        "images": len(embedded.pairs), "skipped": dict(embedded.skipped),
+        "retrieval": retrieve(model, pairs, tokenizer, embedded=embedded),
+        "chance": {language: chance_recall(embedded.owner[language], len(embedded.images))
+                   for language in sorted(embedded.texts)},
+        "candidates": {language: len(texts)
+                       for language, texts in sorted(embedded.captions.items())},
+        "test": [source.name for source in pairs.sources]}
     if classes:
         classes = read_classes(classes) if isinstance(classes, str) else classes
-        found["classes"] = classes["name"]
-        found["classification"] = classify(model, pairs, tokenizer, classes, progress, embedded, store)
+        numbers["classes"] = classes["name"]
+        numbers["classification"] = classify(model, pairs, tokenizer, classes, progress, embedded)
     elif not embedded.texts:
-        raise ValueError(f"{found['test'][0]}: neither captions nor classes; --classes names a set of prompts.json, where "
-                         "there are .cls members or class folders")
-    print_report(found)
+        raise ValueError(f"{numbers['test'][0]}: neither captions (KEY.txt, KEY.ko.txt) nor names "
+                         "of classes; for numbers of classes (KEY.cls) give --classes, a set of "
+                         "prompts.json")
+    _print_report(numbers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page.write_whole(folder / "evaluation.json", json.dumps(found, indent=1, ensure_ascii=False))
-    render_page(folder, embedded, found)
-    return found
+    text = json.dumps(numbers, indent=1, ensure_ascii=False)
+    page.write_text(folder / "evaluation.json", text)
+    _write_page(folder, embedded, numbers)
+    return numbers
 
 
-def rows_of(found):
-    """The tables of a report: (header, rows of str) each."""
+def _percent(fraction, digits=1):
+    return f"{100 * fraction:.{digits}f}"
+
+
+def _tables(numbers):
+    """The tables of a report: a list of (header, rows), all cells are text."""
     tables = []
-    if found["retrieval"]:
-        head = ["retrieval, %"] + [f"R@{k}" for k in KS] + ["chance R@1"]
-        rows = [[f"{named(language)}, {title}"]
-                + [f"{100 * found['retrieval'][language][way][f'R@{k}']:.1f}" for k in KS]
-                + [f"{100 * found['chance'][language][way]['R@1']:.2f}"]
-                for language in found["retrieval"] for way, title in WAYS.items()]
-        tables.append((head, rows))
-    if result := found.get("classification"):
-        languages = [language for language in result if isinstance(result[language], dict)]
-        rows = [[f"{named(language)} prompts"]
-                + [f"{100 * result[language][key]:.1f}" for key in ("top1", "top5", "mean_per_class")]
-                + [f"{100 / result['classes']:.1f}"] for language in languages]
-        tables.append(([f"{found['classes']}, %", "top-1", "top-5", "mean per class", "chance top-1"], rows))
-        rows = [[f"{named(language)}: {wrong['true']} → {wrong['predicted']}", f"{wrong['pictures']:,}",
-                 f"{100 * wrong['share']:.1f}"] for language in languages for wrong in result[language]["confusions"][:3]]
-        tables.append((["taken for another", "pictures", "% of the class"], rows))
+    if numbers["retrieval"]:
+        header = ["retrieval, %", *(f"R@{k}" for k in KS), "chance R@1"]
+        rows = []
+        for language, recall in numbers["retrieval"].items():
+            for direction, title in DIRECTIONS.items():
+                chance = numbers["chance"][language][direction]["R@1"]
+                rows.append([f"{_language_name(language)}, {title}",
+                             *(_percent(recall[direction][f"R@{k}"]) for k in KS),
+                             _percent(chance, digits=2)])
+        tables.append((header, rows))
+    if "classification" in numbers:
+        header = [f"{numbers['classes']}, %", "top-1", "top-5", "mean per class", "chance top-1"]
+        chance = 1 / numbers["classification"]["classes"]
+        accuracy, confusions = [], []
+        for language, result in _languages(numbers["classification"]):
+            name = _language_name(language)
+            accuracy.append([f"{name} prompts", _percent(result["top1"]), _percent(result["top5"]),
+                             _percent(result["mean_per_class"]), _percent(chance)])
+            for wrong in result["confusions"][:3]:
+                confusions.append([f"{name}: {wrong['true']} → {wrong['predicted']}",
+                                   f"{wrong['images']:,}", _percent(wrong["fraction"])])
+        tables.append((header, accuracy))
+        tables.append((["confusions", "images", "% of the class"], confusions))
     return tables
 
 
-def named(language):
-    """A language's name."""
-    return NAMES.get(language, language)
+def _languages(classification):
+    """The (language, result) of what classify returns, without its counts."""
+    return [(key, value) for key, value in classification.items() if isinstance(value, dict)]
 
 
-def print_report(found):
-    """The report's tables on the terminal."""
-    def cells(text):  # Hangul takes two places of a terminal
-        return len(text) + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    for head, rows in rows_of(found):
-        width = max(cells(row[0]) for row in [head, *rows])
-        for first, *rest in [head, *rows]:
-            print("  ".join([first + " " * (width - cells(first)), *(x.rjust(max(6, len(h))) for x, h in zip(rest, head[1:]))]))
+def _language_name(language):
+    return LANGUAGE_NAMES.get(language, language)
+
+
+def _print_report(numbers):
+    """Print the tables, columns aligned."""
+    for header, rows in _tables(numbers):
+        width = max(_terminal_width(row[0]) for row in [header, *rows])
+        for first, *rest in [header, *rows]:
+            cells = [cell.rjust(max(6, len(title))) for cell, title in zip(rest, header[1:])]
+            print("  ".join([first + " " * (width - _terminal_width(first)), *cells]))
         print()
-    if found["skipped"]:
-        print(f"skipped: {found['skipped']}")
+    if numbers["skipped"]:
+        print(f"skipped: {shards.format_counts(numbers['skipped'])}")
 
 
-def render_page(folder, embedded, found, examples=30):
-    """Write folder/index.html: the numbers, the learning curves, what was taken for what, and what the model calls some of
-    the pictures."""
-    parts = [*(page.table(head, rows) for head, rows in rows_of(found)), *_curves(folder)]
-    for language, result in found.get("classification", {}).items():
-        if isinstance(result, dict) and result["confusions"]:
-            parts += [page.heading(f"Taken for another, {named(language)} prompts", "One picture of each; the most frequent first."),
-                      page.cards(_confusion(embedded, wrong) for wrong in result["confusions"][:12])]
+def _terminal_width(text):
+    """The columns of a terminal that a text takes: Hangul takes two for each syllable."""
+    return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+
+
+def _write_page(folder, embedded, numbers, examples=30):
+    """Write folder/index.html: the first table, examples, the curves of the run, confusions."""
+    first, *others = (page.table(header, rows) for header, rows in _tables(numbers))
+    parts = [first]
     if embedded.texts:
         step = max(1, len(embedded.pairs) // examples)
-        shown = list(range(step // 2, len(embedded.pairs), step))[:examples]
-        parts += [page.heading("What it calls pictures that it has not seen",
-                               "The three nearest names in each language; the right one is marked."),
-                  page.cards(_card(embedded, i) for i in shown)]
-    counts = ", ".join(f"{n:,} {named(language)}" for language, n in found["candidates"].items())
-    tested = ", ".join(found["test"][:3]) + (" and more" if len(found["test"]) > 3 else "")
-    page.write(folder / "index.html", f"{folder.name}: what the model learned", f"{found['pictures']:,} held-out pictures of "
-               f"{tested}" + (f"; candidates: {counts}." if counts else "."), *parts)
+        shown = range(step // 2, len(embedded.pairs), step)[:examples]
+        parts.append(page.heading(
+            "Predictions for images that were not trained on",
+            "The three nearest captions in each language. The right one is marked."))
+        parts.append(page.cards([_prediction_card(embedded, i) for i in shown]))
+    parts += _curves(folder)
+    parts += others
+    for language, result in _languages(numbers.get("classification", {})):
+        if result["confusions"]:
+            parts.append(page.heading(f"Confusions, {_language_name(language)} prompts",
+                                      "The most frequent first, with one image of each."))
+            parts.append(page.cards([_confusion_card(embedded, wrong)
+                                     for wrong in result["confusions"][:12]]))
+    tested = ", ".join(numbers["test"][:3]) + (" and more" if len(numbers["test"]) > 3 else "")
+    intro = f"{numbers['images']:,} held-out images of {tested}"
+    if numbers["candidates"]:
+        counts = [f"{n:,} {_language_name(language)}"
+                  for language, n in numbers["candidates"].items()]
+        intro += f"; candidates: {', '.join(counts)}"
+    page.write(folder / "index.html", f"{folder.name}: what the model learned", f"{intro}.", *parts)
 
 
-def _confusion(embedded, wrong):
-    """A picture of one class that was taken for another."""
-    image = shards.decode(embedded.pairs[wrong["example"]].image)
-    return page.card(page.picture(image), page.lines(f"{wrong['true']} → {wrong['predicted']}", [
-        f"{wrong['pictures']:,} pictures, {wrong['share']:.0%} of the class"]))
-
-
-def _card(embedded, i):
-    """A picture, and the names nearest to it."""
+def _prediction_card(embedded, i):
+    """An image and the captions nearest to it."""
     pair, lists = embedded.pairs[i], ""
     for language in sorted(embedded.texts):
-        scores = embedded.texts[language] @ embedded.images[i]
+        scores = embedded.texts[language] @ embedded.images[i]               # [P]
+        nearest = scores.topk(min(3, len(scores))).indices.tolist()
         found = [(embedded.captions[language][j], bool(embedded.owner[language][j] == i))
-                 for j in scores.topk(min(3, len(scores))).indices.tolist()]
+                 for j in nearest]
         lists += page.names(pair.captions.get(language, ""), found, language)
-    return page.card(page.picture(shards.decode(pair.image)), lists)
+    return page.card(page.image(shards.decode(pair.image)), lists)
+
+
+def _confusion_card(embedded, wrong):
+    """An image of one class for which another was predicted."""
+    image = shards.decode(embedded.pairs[wrong["example"]].image)
+    counts = f"{wrong['images']:,} images, {wrong['fraction']:.0%} of the class"
+    return page.card(page.image(image),
+                     page.lines(f"{wrong['true']} → {wrong['predicted']}", [counts]))
 
 
 def _curves(folder):
-    """The loss and the recall of each language over the run, from metrics.jsonl, as drawings."""
+    """Plots of the loss and the recall in each language over a run, from its metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # whole ones
+        return []
+    text = path.read_text(encoding="utf-8")
+    # The last line may be cut short, in a run that was killed.
+    log = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
-    def over_steps(key, times=1):
-        return {name: [(line["step"], times * line[key.format(language)]) for line in lines
-                       if line.get(key.format(language)) is not None] for language, name in NAMES.items()}
-    yield page.plot("Training loss by language of the caption", over_steps("loss_{}"))
-    yield page.plot("Right names at first place, held-out pictures, %", over_steps("{}/image_to_text/R@1", 100), dots=True)
+    losses, recalls = {}, {}
+    for language, name in LANGUAGE_NAMES.items():
+        losses[name] = _column(log, f"loss_{language or 'text'}")
+        recall = _column(log, f"{language}/image_to_text/R@1")
+        recalls[name] = [(step, 100 * value) for step, value in recall]
+    return [page.plot("Training loss by language of the caption", losses),
+            page.plot("R@1, image to text, of held-out images, %", recalls, dots=True)]
 
+
+def _column(log, key):
+    """The values of a key in a log: [(step, value)]."""
+    return [(line["step"], line[key]) for line in log if line.get(key) is not None]
+
+
+# ---- the command ----
 
 def main(argv=None):
-    """Evaluate a model on pairs; or probe, or search, which the files of these names do."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["probe"]:
-        from extras import probe
-        return probe.main(argv[1:])
-    if argv[:1] == ["search"]:
-        from extras import search
-        return search.main(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\nRetrieval")[0],
+    """Evaluate a model on a set."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\nFrom top")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", help="what kelip.build_model opens: a run's folder or a folder of released weights")
+    add("model", metavar="MODEL",
+        help="what kelip.build_model opens: the folder of a run or of released weights")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
-        help="shards of captioned or labelled pictures, a set in CLIP_benchmark's layout, with ::ko behind where its captions "
-             "are Korean, or a folder of class folders (default: the demo's, data/emoji/test-*.tar)")
-    add("--candidates", metavar="FILE", help="a json of {language: captions} that stand beside those of the pairs "
-                                             "(default: names.json beside the shards)")
-    add("--classes", metavar="SET", help="classify with the class names and prompts of this set of prompts.json (default: "
-                                         "classnames.txt of CLIP_benchmark's layout, or the folders' names)")
-    add("--out", metavar="FOLDER", help="where evaluation.json and index.html go (default: the model's folder)")
+        help="shards with captions or classes, or a folder in CLIP_benchmark's layout; ::ko after "
+             "it says that captions are Korean (default: the demo's, data/emoji/test-*.tar)")
+    add("--candidates", metavar="FILE",
+        help="a .json of {language: [captions]} that retrieval has to choose from too (default: "
+             "names.json in the same folder as the shards, where there is one)")
+    add("--classes", metavar="NAME",
+        help="classify with the names and prompts of this set of prompts.json (default: those in "
+             "CLIP_benchmark's layout)")
+    add("--out", metavar="FOLDER",
+        help="where evaluation.json and index.html are written (default: the model's folder)")
     args = parser.parse_args(argv)
+
+    # Folders and files first: the model takes the longest to open.
     out = Path(args.out or folder_of(args.model))
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
     candidates = read_candidates(args.test, args.candidates)
-    pairs, classes, lines = open_set(args.test, args.classes)
-    model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    report(out, model, pairs, tokenizer, candidates, classes, store=open_store(args.model, model), lines=lines)
+    pairs, classes, caption_per_line = open_set(args.test, args.classes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, tokenizer = kelip.build_model(args.model, device)
+    report(out, model, pairs, tokenizer, candidates, classes, caption_per_line=caption_per_line)
     print(f"{out}/index.html")
 
 
+def folder_of(model):
+    """The folder of the weights that kelip.build_model opens under this name or path."""
+    path = Path("weights") if model in kelip.PRESETS else Path(model)
+    return path if path.is_dir() else path.parent
+
+
 def read_candidates(sources, path=None):
-    """{language: captions} from a json, by default names.json beside the first shard, None where there is none. Raises
-    OSError, and ValueError when it is something else."""
+    """{language: captions} of a JSON file, by default names.json in the folder of the first shard.
+
+    Returns None when no path is given and there is no names.json. Raises OSError when the file
+    cannot be read, and ValueError when it is not of that form.
+    """
     if not path:
         first = Path(sources[0].partition("::")[0])
         path = (first if first.is_dir() else first.parent) / "names.json"
         if not path.is_file():
             return None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        candidates = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-                                              for texts in found.values()):
+    if not isinstance(candidates, dict) or not all(map(_is_list_of_text, candidates.values())):
         raise ValueError(f'{path}: not of the form {{"en": ["a red apple", ...], "ko": [...]}}')
-    return found
+    return candidates
+
+
+def _is_list_of_text(value):
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is embedded is kept
-    sys.stdout.reconfigure(errors="backslashreplace")          # names that the terminal cannot show
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped; what is embedded is kept, and the same command goes on from there")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    run_command(main)

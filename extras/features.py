@@ -1,17 +1,20 @@
-"""What a model makes of pictures and texts, each vector made once: kept on disk, piece by piece, under what it is of.
+"""Keep the vectors of images on disk, so that each is computed once.
 
-    store = open_store("runs/clip", model)                     # runs/clip/features/...; may be deleted at any time
-    vectors, kept, skipped = embed_images(model, pairs, store)
-    vectors = embed_texts(model, tokenizer, ["a red apple", "빨간 사과"], store=store)
+    cache = open_cache("runs/clip", model)                  # runs/clip/features/...
+    vectors, kept, skipped = embed_images(model, pairs, cache)
 
-A second run finds what the first has made, also when that was stopped half way, and also for pictures that were moved or
-are in another set. Everything is float32, whatever training used.
+The second call with the same images reads them from the cache, also where the first was
+interrupted, and where images were moved or are part of another set since. The folder may be deleted
+at any time. Vectors are float32, whatever precision the model was trained in.
 
-What it leaves out: telling one run what another, at the same time, has made (each writes pieces of its own).
+From top to bottom: FeatureCache, which reads and writes the files; embed_images, which is
+evaluate.embed_images with a cache.
+
+Not included: sharing new vectors between processes that run at the same time, and removing vectors
+that are no longer used.
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import json
@@ -22,38 +25,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import kelip
 import shards
+from evaluate import encode_batch, folder_of, load_batches
 
-BATCH = 128
-PIECE, PATIENCE = 4096, 60  # vectors that are made, and seconds that pass, before they are written
+SAVE_VECTORS, SAVE_SECONDS = 4096, 60  # new vectors are written at least this often
 
 
 def digest(content):
-    """32 hexadecimal characters for some bytes."""
+    """32 hexadecimal characters that stand for some bytes."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-class Store:
-    """Vectors by what they are of: `store[key]` is float32 [D], a key is a digest.
+# ---- the cache ----
 
-    folder: where the vectors lie in pieces, each a file of numpy's, and where save() puts new ones; None keeps them in
-    memory only. A picture has two keys, of the place where it lies, so that it is found without being read, and of its
-    bytes, so that it is found when it was moved.
+class FeatureCache:
+    """Vectors of images: cache[key] is float32 [D].
+
+    Every vector has two keys, both digests: one of where the image is, so that it is found without
+    reading the image, and one of its bytes, so that it is found after the image was moved.
+
+    folder: holds files of vectors, in numpy's format. Damaged files are ignored.
     """
 
-    def __init__(self, folder=None):
-        self.folder, self.vectors, self.fresh, self.saved = folder and Path(folder), {}, [], time.monotonic()
-        for path in sorted(self.folder.glob("*.npz")) if folder else []:
+    def __init__(self, folder):
+        self.folder, self.vectors = Path(folder), {}
+        self.new_keys, self.saved_at = [], time.monotonic()
+        for path in sorted(self.folder.glob("*.npz")):
             try:
-                with np.load(path) as piece:                               # np.load unpickles nothing unless told to
-                    keys, vectors = piece["keys"].tolist(), piece["vectors"]
-                found = [(key, vector) for pair, vector in zip(keys, vectors) for key in pair]
-            except Exception:  # whatever numpy makes of damaged bytes: what they held is made again
+                with np.load(path) as file:  # refuses pickled objects
+                    keys, vectors = file["keys"].tolist(), file["vectors"]
+            except Exception:  # what numpy raises on damaged files is not limited to OSError
                 continue
-            self.vectors.update(found)
+            for (location, content), vector in zip(keys, vectors):
+                self.vectors[location] = self.vectors[content] = vector
 
     def __contains__(self, key):
         return key in self.vectors
@@ -61,141 +67,114 @@ class Store:
     def __getitem__(self, key):
         return self.vectors[key]
 
-    def add(self, place, content, vector):
-        """Keep a vector, float32 [D], under two keys; every 4,096 are written, and every minute."""
-        self.vectors[place] = self.vectors[content] = vector
-        self.fresh.append((place, content))
-        if len(self.fresh) == PIECE or time.monotonic() - self.saved > PATIENCE:
+    def add(self, location, content, vector):
+        """Keep a vector, float32 [D], under two keys. Writes to disk now and then."""
+        self.vectors[location] = self.vectors[content] = vector
+        self.new_keys.append((location, content))
+        if (len(self.new_keys) == SAVE_VECTORS
+                or time.monotonic() - self.saved_at > SAVE_SECONDS):
             self.save()
 
     def save(self):
-        """Write what is new as one more piece, whole or not at all. Where that cannot be, vectors stay in memory only."""
-        if self.folder and self.fresh:
-            name = digest("".join(place for place, _ in self.fresh).encode())
-            temporary = self.folder / f".{name}.{os.getpid()}"
+        """Write the vectors that are new into one more file, atomically.
+
+        Where that fails, a warning says so once, and vectors stay in memory only.
+        """
+        if self.folder and self.new_keys:
+            locations = [location for location, _ in self.new_keys]
+            path = self.folder / f"{digest(''.join(locations).encode())}.npz"
+            vectors = np.stack([self.vectors[location] for location in locations])
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with open(temporary, "wb") as file:
-                    np.savez(file, keys=np.array(self.fresh), vectors=np.stack([self[place] for place, _ in self.fresh]))
-                os.replace(temporary, self.folder / f"{name}.npz")
+                with kelip.atomic_write(path) as file:
+                    np.savez(file, keys=np.array(self.new_keys), vectors=vectors)
             except OSError as error:
-                warnings.warn(f"{self.folder}: {error.strerror}: vectors are not kept there")
+                warnings.warn(f"{self.folder}: {error.strerror}: no vectors are kept there",
+                              stacklevel=2)
                 self.folder = None
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-        self.fresh, self.saved = [], time.monotonic()
+        self.new_keys, self.saved_at = [], time.monotonic()
 
 
-def folder_of(where):
-    """The folder of the weights that kelip.build_model opens: where, or where it is a file, its folder."""
-    folder = Path("weights") if where in kelip.PRESETS else Path(where)
-    return folder if folder.is_dir() else folder.parent
+def open_cache(name_or_path, model, kind="unit"):
+    """The FeatureCache of a model: features/DIGEST in the folder of its weights.
 
-
-def open_store(where, model, kind="unit"):
-    """The Store of a model: features/DIGEST beside its weights, or in ~/.cache/kelip where that folder is read-only.
-
-    where: what kelip.build_model opened. The digest is of weights, configuration and kind, what the vectors are: those of
-    other weights are never taken for these.
+    Where that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
+    opened. kind: what the vectors are. The digest is of weights, configuration and kind, so that
+    other models, or the same model after more training, have caches of their own.
     """
     state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         state.update(name.encode())
         state.update(weight.cpu().contiguous().numpy())
-    folder = folder_of(where)
+    folder = folder_of(name_or_path)
     if not os.access(folder, os.W_OK):
         folder = Path("~/.cache/kelip").expanduser()
-    return Store(folder / "features" / state.hexdigest()[:16])
+    return FeatureCache(folder / "features" / state.hexdigest()[:16])
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---- embedding ----
 
-class _Decoded:
-    """What workers do: picture i -> (i, digest of its bytes, float [3, size, size]); None in the place of a picture whose
-    vector is known by these bytes, text in that of one that cannot be read, the cause."""
+def embed_images(model, pairs, cache, progress=True, encode=None):
+    """The vectors of images, those that are not in the cache computed and added to it.
 
-    def __init__(self, pairs, size, known):
-        self.pairs, self.preprocess, self.known = pairs, kelip.preprocess(size), known
+    pairs: data.Pairs or extras.search.ImageFolder. encode: images [N, 3, size, size] -> [N, D], by
+    default encode_image's unit vectors. Returns vectors float32 [M, D] on the CPU; kept, the M
+    indices of pairs whose image decodes; and skipped, a Counter of errors. When interrupted, it
+    saves what it has.
+    """
+    encode = encode or functools.partial(model.encode_image, l2norm=True)
+    device = model.logit_scale.device
+    locations = list(_locations(pairs))
+    missing = [i for i, location in enumerate(locations) if location not in cache]
+    skipped = collections.Counter(pairs.skipped)
+    dataset = _Preprocessed(pairs, model.config["image_resolution"], set(cache.vectors))
+    try:
+        for batch in load_batches(dataset, missing, device, progress):
+            images, keys = [], []
+            for i, content, image, error in batch:
+                if error:
+                    skipped[error] += 1
+                elif image is None:
+                    cache.add(locations[i], content, cache[content])
+                else:
+                    images.append(image)
+                    keys.append((locations[i], content))
+            if images:
+                vectors = encode_batch(encode, torch.stack(images).to(device)).numpy()
+                for (location, content), vector in zip(keys, vectors):
+                    cache.add(location, content, vector)
+    finally:
+        cache.save()
+    kept = [i for i, location in enumerate(locations) if location in cache]
+    if not kept:
+        return torch.empty(0, 1), kept, skipped
+    vectors = np.stack([cache[locations[i]] for i in kept])
+    return torch.from_numpy(vectors), kept, skipped
 
-    def __getitem__(self, i):
-        try:
-            image = self.pairs[i].image
-            content = digest(image)
-            return i, content, None if content in self.known else self.preprocess(shards.decode(image))
-        except ValueError as error:
-            return i, "", str(error).partition(":")[0]
 
-
-def places(pairs):
-    """A key for where each picture lies, by its shard's or file's path, size and time, and its number there."""
+def _locations(pairs):
+    """A key for where each image is: its shard's path, size and time, and its number in there."""
     for shard in pairs.shards:
         path = os.fsencode(f"{os.path.abspath(shard.path)} {shard.size} {shard.mtime}")
         for number in range(shard.count):
             yield digest(path + f" {number}".encode())
 
 
-def embed_images(model, pairs, store=None, progress=True, encode=None):
-    """The vectors of pictures: (float32 [M, D] on the CPU, the numbers of the M that decode, {cause: how many do not, or
-    were left out of pairs already}).
+class _Preprocessed:
+    """A dataset of (i, digest of the bytes, float32 [3, size, size], "").
 
-    pairs: data.Pairs or sets.Folder. encode: images [N, 3, size, size] -> [N, D], by default encode_image's unit
-    vectors. What is made is saved also when this is interrupted. On a GPU, other processes decode.
+    The image is None where `known` has its digest, and where it is bad: (i, "", None, error).
     """
-    encode = encode or functools.partial(model.encode_image, l2norm=True)
-    store, skipped, keys = Store() if store is None else store, collections.Counter(pairs.left_out), list(places(pairs))
-    missing = [i for i, key in enumerate(keys) if key not in store]
-    device = model.logit_scale.device
-    loader = torch.utils.data.DataLoader(
-        _Decoded(pairs, model.config["image_resolution"], set(store.vectors)), BATCH, sampler=missing, collate_fn=list,
-        num_workers=0 if device.type == "cpu" or len(missing) < PIECE else min(16, os.cpu_count()),
-        generator=torch.Generator())                                         # the run's own random numbers stay as they are
-    bar = tqdm(total=len(missing), desc="pictures", disable=not (progress and missing), leave=False, delay=1)
-    try:
-        for batch in loader:
-            fresh = [(i, content, image) for i, content, image in batch if torch.is_tensor(image)]
-            if fresh:
-                images = torch.stack([image for _, _, image in fresh])
-                for (i, content, _), vector in zip(fresh, _encode(model, encode, images.to(device)).numpy()):
-                    store.add(keys[i], content, vector)
-            for i, content, image in batch:
-                if image is None:
-                    store.add(keys[i], content, store[content])
-                elif isinstance(image, str):
-                    skipped[image] += 1
-            bar.update(len(batch))
-    finally:
-        store.save()
-        bar.close()
-    kept = [i for i, key in enumerate(keys) if key in store]
-    vectors = [store[keys[i]] for i in kept]
-    return torch.from_numpy(np.stack(vectors)) if kept else torch.empty(0, 1), kept, skipped
 
+    def __init__(self, pairs, size, known):
+        self.pairs, self.preprocess, self.known = pairs, kelip.preprocess(size), known
 
-# ------------------------------------------------------------------------------------------------------- texts
-
-def embed_texts(model, tokenizer, texts, progress=False, store=None):
-    """A list of P texts -> unit vectors, float32 [P, D], on the CPU. A text that stands there twice is encoded once."""
-    store = Store() if store is None else store
-    tokens = tokenizer.encode(texts, model.config["context_length"])         # [P, context_length]
-    keys = [digest(row.tobytes()) for row in tokens.numpy()]
-    missing = list({key: i for i, key in enumerate(keys) if key not in store}.items())
-    try:
-        for first in tqdm(range(0, len(missing), BATCH), desc="texts", disable=not (progress and missing), leave=False, delay=1):
-            some = missing[first:first + BATCH]
-            rows = tokens[[i for _, i in some]]
-            for (key, _), vector in zip(some, _encode(model, functools.partial(model.encode_text, l2norm=True), rows).numpy()):
-                store.add(key, key, vector)
-    finally:
-        store.save()
-    return torch.from_numpy(np.stack([store[key] for key in keys]))          # [P, D]
-
-
-@torch.no_grad()
-def _encode(model, encode, batch):
-    """encode(batch) in evaluation mode, float32, on the CPU."""
-    was_training = model.training
-    model.eval()
-    features = encode(batch).float().cpu()
-    model.train(was_training)
-    return features
+    def __getitem__(self, i):
+        try:
+            data = self.pairs[i].image
+            content = digest(data)
+            if content in self.known:
+                return i, content, None, ""
+            return i, content, self.preprocess(shards.decode(data)), ""
+        except ValueError as error:
+            return i, "", None, str(error).partition(":")[0]

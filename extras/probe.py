@@ -1,63 +1,107 @@
-"""Linear probe: how much of what pictures show can be read off a frozen image encoder by one linear layer.
+"""Linear probe: how much of the classes of images a linear layer can read from a frozen encoder.
 
-    python evaluate.py probe runs/mae
-    python evaluate.py probe runs/clip --train cars/train --test cars/test
+    python -m extras.probe runs/mae                                    the demo's groups of emoji
+    python -m extras.probe runs/clip --train cars --test cars          classes of one's own
 
-Multinomial logistic regression on the encoder's features before the projection, as CLIP has it (arXiv 2103.00020, appendix
-A.3): the class token after ln_post, and beside it the mean of the patches' tokens. Stage 1 trains no projection, so that
-both stages are read at the same place. Features are standardised (He et al., arXiv 2111.06377, section A.1, have a
-BatchNorm without scale there), and the strength of the L2 penalty is the best of nine on a fifth of the training set held
-out. Beside it stands the same probe of an encoder of the same sizes that has learned nothing.
+The probe is a multinomial logistic regression on features before the projection, as in CLIP (arXiv
+2103.00020, appendix A.3). There are two kinds: the class token after ln_post, and the mean of the
+patch tokens. Stage 1 trains no projection, so both stages are compared at the same layer. Features
+are standardised, which corresponds to the BatchNorm without scale of He et al. (arXiv 2111.06377,
+section A.1). The L2 penalty is the best of nine on a fifth of the training images. For comparison
+there is the same probe of an untrained encoder of the same size.
 
-What it leaves out: fine-tuning, and augmentation of the training pictures.
+From top to bottom: the encoders, the regression, the command.
+
+Not included: fine-tuning, and augmentation of the training images.
 """
 
 import argparse
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import kelip
-from extras.features import embed_images, open_store
 from classes import labels_of, open_set
+from extras.features import embed_images, open_cache
+from shards import format_counts
+from tokenizer import run_command
 
-STRENGTHS = [10.0 ** n for n in range(2, -7, -1)]
 FEATURES = ("class token", "mean of patches")
+L2_PENALTIES = [10.0 ** n for n in range(2, -7, -1)]
 
 
-def open_encoder(name, device="cpu"):
-    """Two KELIPs: one whose image encoder is that of a run of either stage or of anything that kelip.build_model opens, and
-    one of the same sizes as it is before training (seed 0)."""
-    opened = kelip.open_weights(name)
-    config = opened.config or kelip.load_checkpoint(opened.where)["config"]["model"]
+# ---- the encoders ----
+
+def open_encoder(name_or_path, device="cpu"):
+    """A KELIP with a trained image encoder, and an untrained one of the same size (seed 0).
+
+    name_or_path: a run of either stage, or anything else that kelip.build_model opens.
+    """
+    checkpoint = kelip.open_checkpoint(name_or_path)
     torch.manual_seed(0)
-    random, model = kelip.KELIP(**config), kelip.KELIP(**config)
-    kelip.init_from(model, opened)
-    return model.to(device).eval(), random.to(device).eval()
+    untrained = kelip.KELIP(**checkpoint.config)
+    trained = kelip.KELIP(**checkpoint.config)
+    kelip.init_from(trained, checkpoint)
+    return trained.to(device).eval(), untrained.to(device).eval()
 
 
 def encode(model, images):
-    """images [N, 3, size, size] -> both FEATURES, one behind the other, [N, 2W]."""
-    v = model.visual
-    x = v.ln_post(v.transformer(v.ln_pre(v.embed(images))))                  # [N, 1 + L, W]
-    return torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=1)                     # [N, 2W]
+    """images [N, 3, size, size] -> both FEATURES, concatenated: [N, 2W]."""
+    visual = model.visual
+    positions = visual.positions(images)                                     # [1 + L, W]
+    x = visual.embed(visual.patchify(images), positions[0], positions[1:])   # [N, 1 + L, W]
+    x = visual.ln_post(visual.transformer(visual.ln_pre(x)))
+    return torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1)                 # [N, 2W]
 
 
-def fit(x, y, classes, strength, start=None):
-    """Multinomial logistic regression by L-BFGS: weights [W + 1, C], the last row the bias, that minimise the mean
-    cross-entropy + strength / 2 * |weights without bias|^2. x [N, W], y int64 [N] below C; start: weights to start from."""
-    weights = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()
-    weights.requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+def features_of(model, name_or_path, evaluation_set, flag):
+    """The features of the images that have a class.
 
-    def loss():
+    evaluation_set: of classes.open_set. flag: what named it, for the error. Returns features
+    [N, 2W], labels int64 [N], and a Counter of the errors of images that do not decode. Raises
+    ValueError for fewer than five images.
+    """
+    pairs, classes, _ = evaluation_set
+    cache = open_cache(name_or_path, model, "probe")
+    features, kept, skipped = embed_images(
+        model, pairs, cache, encode=functools.partial(encode, model))
+    labels = labels_of(torch.utils.data.Subset(pairs, kept), classes)
+    chosen = [i for i, label in enumerate(labels) if label is not None]
+    if len(chosen) < 5:
+        causes = f"; skipped: {format_counts(skipped)}" if skipped else ""
+        raise ValueError(f"{flag}: {len(chosen)} of {len(labels)} images that decode have a class, "
+                         f"too few for a probe{causes}")
+    return features[chosen], torch.tensor([labels[i] for i in chosen]), skipped
+
+
+# ---- the regression ----
+
+def fit(x, y, n_classes, l2_penalty, start=None):
+    """Multinomial logistic regression by L-BFGS.
+
+    x [N, W], y int64 [N] below n_classes. Returns weights [W + 1, n_classes], the bias in the last
+    row. They minimise
+
+        cross_entropy(predict(weights, x), y) + l2_penalty / 2 * weights[:-1].square().sum()
+
+    which is convex. start: weights to start from, by default zeros.
+    """
+    if start is None:
+        start = torch.zeros(x.shape[1] + 1, n_classes, dtype=x.dtype)
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-6,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
         optimizer.zero_grad()
-        value = F.cross_entropy(predict(weights, x), y) + strength / 2 * weights[:-1].square().sum()
-        value.backward()
-        return value
-    optimizer.step(loss)
+        penalty = l2_penalty / 2 * weights[:-1].square().sum()
+        loss = F.cross_entropy(predict(weights, x), y) + penalty
+        loss.backward()
+        return loss
+    optimizer.step(closure)
     return weights.detach()
 
 
@@ -67,84 +111,105 @@ def predict(weights, x):
 
 
 def probe(train, test, bar=None):
-    """Fit on one set and measure on the other: {"top1", "mean_per_class", in 0..1, "strength"}.
+    """Fit on one set, evaluate on another: {"top1", "mean_per_class", "l2_penalty"}.
 
-    train, test: (features float32 [N, W], labels int64 [N]).
+    train, test: (features float32 [N, W], labels int64 [N]). bar: is updated after each fit.
     """
     (x, y), (x_test, y_test) = train, test
-    classes = int(torch.cat([y, y_test]).max()) + 1
-    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
+    n_classes = int(torch.cat([y, y_test]).max()) + 1
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:len(y) // 5], order[len(y) // 5:]
-    weights, found = None, []
-    for strength in STRENGTHS:  # from the strongest, whose fit is quick, each from where the one before it ended
-        weights = fit(x[rest], y[rest], classes, strength, weights)
-        hits = predict(weights, x[held]).argmax(1) == y[held]
-        found.append((hits.float().mean().item(), strength))
+    held_out, rest = order[:len(y) // 5], order[len(y) // 5:]
+    weights, accuracies = None, []
+    # The strongest penalty first: its fit is quick, and is a good start for the next.
+    for l2_penalty in L2_PENALTIES:
+        weights = fit(x[rest], y[rest], n_classes, l2_penalty, weights)
+        hits = predict(weights, x[held_out]).argmax(dim=1) == y[held_out]
+        accuracies.append((hits.float().mean().item(), l2_penalty))
         if bar is not None:
             bar.update()
-    strength = max(found)[1]
-    hits = predict(fit(x, y, classes, strength), x_test).argmax(1) == y_test
-    per_class = [hits[y_test == c].float().mean() for c in y_test.unique()]
-    return {"top1": hits.float().mean().item(), "mean_per_class": torch.stack(per_class).mean().item(), "strength": strength}
+    _, l2_penalty = max(accuracies)  # of equal accuracies the one with the stronger penalty
+    weights = fit(x, y, n_classes, l2_penalty)
+    top1, mean_per_class = accuracy(predict(weights, x_test).argmax(dim=1), y_test)
+    return {"top1": top1, "mean_per_class": mean_per_class, "l2_penalty": l2_penalty}
 
 
-def features_of(model, where, pairs, classes, flag):
-    """(features of the pictures that decode and have a class, [N, 2W], their labels [N], {cause: how many do not decode}).
-    flag: what they were named by. Raises ValueError where they are fewer than five."""
-    store = open_store(where, model, "probe")
-    x, kept, skipped = embed_images(model, pairs, store, encode=functools.partial(encode, model))
-    labels = labels_of(torch.utils.data.Subset(pairs, kept), classes)
-    chosen = [i for i, label in enumerate(labels) if label is not None]
-    if len(chosen) < 5:
-        raise ValueError(f"{flag}: {len(chosen)} of {len(labels)} pictures that decode have a class, too few to probe with"
-                         + (f"; skipped: {dict(skipped)}" if skipped else ""))
-    return x[chosen], torch.tensor([labels[i] for i in chosen]), skipped
+def accuracy(predicted, y):
+    """Accuracy over all images, and its mean over the classes in y. predicted, y: int64 [N]."""
+    hits = (predicted == y).float()
+    per_class = [hits[y == label].mean() for label in y.unique()]
+    return hits.mean().item(), torch.stack(per_class).mean().item()
 
+
+# ---- the command ----
 
 def main(argv=None):
-    """Probe an encoder, and one of its sizes that has learned nothing."""
-    parser = argparse.ArgumentParser(prog="evaluate.py probe", description=__doc__.split("\nMulti")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Probe an encoder, and an untrained one of the same size."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.probe", description=__doc__.partition("\nFrom top")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", help="a run of train_mae.py or train_clip.py, or anything else that kelip.build_model opens")
-    add("--train", nargs="+", default=["data/emoji/train-*.tar"], metavar="SET", help="shards, a set in CLIP_benchmark's "
-        "layout or a folder of class folders (default: the demo's, data/emoji/train-*.tar)")
-    add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET", help="likewise (default: the demo's)")
-    add("--classes", metavar="SET", help="a set of prompts.json (default: what lies beside the pictures, or the demo's "
-                                         "\"emoji groups\")")
+    add("model", metavar="MODEL",
+        help="a run of train_mae.py or train_clip.py, or what else kelip.build_model opens")
+    add("--train", nargs="+", default=["data/emoji/train-*.tar"], metavar="SET",
+        help="images to fit on: shards, or a folder in CLIP_benchmark's layout, such as `python -m "
+             "extras.pack classes OUT FOLDER --split train` makes of class folders (default: the "
+             "demo's, data/emoji/train-*.tar)")
+    add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
+        help="images to evaluate on: the same, with --split test (default: the demo's, "
+             "data/emoji/test-*.tar)")
+    add("--classes", metavar="NAME",
+        help="a set of prompts.json (default: the names in CLIP_benchmark's layout; for the demo, "
+             "\"emoji groups\")")
     args = parser.parse_args(argv)
     if not args.classes and args.train == parser.get_default("train"):
         args.classes = "emoji groups"
-    sets = [open_set(args.train, args.classes, "train"), open_set(args.test, args.classes)]
-    names = [found.classes and found.classes["classnames"] for found in sets]
-    if not all(names) or names[0] != names[1]:
-        raise ValueError("--train and --test have no classes or not the same ones; --classes names a set of prompts.json")
-    results = []
-    for title, model in zip((args.model, "the same, untrained"), open_encoder(args.model, _device())):
-        (*train, skipped), (*test, skipped_test) = (
-            features_of(model, args.model, found.pairs, found.classes, flag) for found, flag in zip(sets, ("--train", "--test")))
-        if len(train[1].unique()) < 2:
-            raise ValueError("--train: all its pictures are of one class, which there is nothing to learn from")
-        width = train[0].shape[1] // 2
-        with tqdm(total=2 * len(STRENGTHS), desc="fit", leave=False) as bar:
-            for number, name in enumerate(FEATURES):
-                part = slice(number * width, (number + 1) * width)
-                results.append((f"{title}, {name}", probe((train[0][:, part], train[1]), (test[0][:, part], test[1]), bar)))
-    right = test[1] == train[1].bincount().argmax()
-    print(f"{len(train[1]):,} pictures to fit on, {len(test[1]):,} to measure on")
-    for title, causes in (("fit", skipped), ("measure", skipped_test)):
-        if causes:
-            print(f"skipped, to {title} on: {dict(causes)}")
-    lines = [("linear probe, %", "top-1", "mean per class", "L2")]
-    lines += [(title, f"{100 * r['top1']:.1f}", f"{100 * r['mean_per_class']:.1f}", f"{r['strength']:g}") for title, r in results]
-    lines.append(("always the most frequent class", f"{100 * right.float().mean():.1f}",
-                  f"{100 * right.any() / len(test[1].unique()):.1f}", ""))
+    train_set = open_set(args.train, args.classes, "train")
+    test_set = open_set(args.test, args.classes, "test")
+    if not _same_classes(train_set.classes, test_set.classes):
+        raise ValueError("--train and --test have no classes, or not the same; --classes gives a "
+                         "set of prompts.json to both")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained, untrained = open_encoder(args.model, device)
+    rows = []
+    for title, model in ((args.model, trained), ("the same, untrained", untrained)):
+        x, y, skipped = features_of(model, args.model, train_set, "--train")
+        x_test, y_test, skipped_test = features_of(model, args.model, test_set, "--test")
+        if len(y.unique()) < 2:
+            raise ValueError("--train: all images are of one class, so there is nothing to learn")
+        halves = zip(FEATURES, x.chunk(2, dim=1), x_test.chunk(2, dim=1))    # [N, W] each
+        with tqdm(total=2 * len(L2_PENALTIES), desc="fit", leave=False) as bar:
+            for name, half, half_test in halves:
+                result = probe((half, y), (half_test, y_test), bar)
+                rows.append((f"{title}, {name}", result["top1"], result["mean_per_class"],
+                             f"{result['l2_penalty']:g}"))
+    most_frequent = y.bincount().argmax().expand(len(y_test))
+    rows.append(("always the most frequent class", *accuracy(most_frequent, y_test), ""))
+
+    print(f"{len(y):,} images to fit on, {len(y_test):,} to evaluate on")
+    for purpose, errors in (("fit", skipped), ("evaluate", skipped_test)):
+        if errors:
+            print(f"skipped, to {purpose} on: {format_counts(errors)}")
+    _print_table(rows)
+
+
+def _same_classes(one, other):
+    """Whether both sets have classes, and by the same names."""
+    return bool(one and other and one["classnames"] == other["classnames"])
+
+
+def _print_table(rows):
+    """Print (title, top-1, mean per class, L2 penalty) for each probe."""
+    lines = [("linear probe, %", "top-1", "mean per class", "L2 penalty")]
+    for title, top1, mean_per_class, l2_penalty in rows:
+        lines.append((title, f"{100 * top1:.1f}", f"{100 * mean_per_class:.1f}", l2_penalty))
     width = max(len(line[0]) for line in lines)
     for title, *cells in lines:
         print("  ".join([title.ljust(width), *(cell.rjust(14) for cell in cells)]))
 
 
-def _device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    run_command(main, "embedded images are kept; the same command continues from there")

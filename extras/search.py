@@ -1,18 +1,22 @@
-"""Search in pictures: by words in either language, by a picture, or by a picture with something taken away and added.
+"""Search images by words in English or Korean, by an image, or by an image plus and minus words.
 
-    python evaluate.py search --images PHOTOS "빨간 사과"
-    python evaluate.py search --images 'data/emoji/test-*.tar' --like apple.png
-    python evaluate.py search --images PHOTOS --like king.png --minus man --plus woman
-    python evaluate.py search --images PHOTOS             asks what to look for, until nothing is said
+    python -m extras.search runs/clip 빨간 사과 --images PHOTOS
+    python -m extras.search runs/clip red apple --images 'data/emoji/test-*.tar'
+    python -m extras.search runs/clip --images PHOTOS --like apple.png
+    python -m extras.search runs/clip --images PHOTOS --like king.png --minus man --plus woman
+    python -m extras.search runs/clip --images PHOTOS                  asks for words, repeatedly
 
-Prints the ten best and writes a page, search.html, with forty. Pictures are embedded once (features.py): the next search
-only looks for new ones, and one that was moved or renamed is not new.
+Prints the ten nearest images and writes a page, search.html, with forty. Each image is embedded
+once (extras/features.py): later searches start at once.
 
-What it leaves out: an approximate index; a million pictures are one product with a vector.
+From top to bottom: a folder of images as a set, the query, the command.
+
+Not included: an approximate index. A search among a million images is one matrix product.
 """
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -22,95 +26,215 @@ import data
 import kelip
 import page
 import shards
-from extras.features import embed_images, embed_texts, folder_of, open_store
-from classes import Folder, holds_pictures
+from evaluate import embed_texts, folder_of
+from extras.features import embed_images, open_cache
+from shards import IMAGE_SUFFIXES, Pair, Shard
+from tokenizer import run_command
 
-SHOWN, PRINTED = 40, 10         # pictures on the page and on the terminal
-SIDE = 112                       # of a picture on the page, in its pixels
+PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
+SIDE = 112               # pixels of the page that an image takes
 
 
-def query_vector(model, tokenizer, words=(), like=None, minus=()):
-    """The unit vector of a query, [D]: the sum of the unit vectors of words and of a picture (like, its path), less those
-    of minus (KELIP's fourth finding). Raises OSError or ValueError where the picture cannot be read, or nothing is left."""
-    vector = torch.zeros(model.config["embed_dim"])
-    if like:
+# ---- a folder of images ----
+
+class ImageFolder:
+    """The images in a folder and all folders in it, sorted by name; read as data.Pairs are.
+
+    Links are followed; files and folders whose name begins with a dot are ignored. `shards` are the
+    files, each a Shard of one image. Raises FileNotFoundError when there is no image, and OSError
+    when a folder cannot be read.
+    """
+
+    def __init__(self, root):
+        self.shards, self.keys, self.skipped = [], [], {}
+        root = str(root)
+        seen = set()
+        for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link to a folder that contains it
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if name.startswith(".") or name.rpartition(".")[2].lower() not in IMAGE_SUFFIXES:
+                    continue
+                path = os.path.join(folder, name)
+                # A link whose target is gone is an image that cannot be read, not an error here.
+                status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+                self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1, {}, {}))
+                # Names from old archives may not be UTF-8.
+                key = os.path.relpath(path, root).replace(os.sep, "/")
+                self.keys.append(os.fsencode(key).decode("utf-8", "replace"))
+        if not self.keys:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise FileNotFoundError(f"{root}: no images there ({suffixes})")
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        """Image i, as a Pair. Raises ValueError("image unreadable: why")."""
         try:
-            image = kelip.preprocess(model.config["image_resolution"])(shards.decode(Path(like).read_bytes()))
-        except ValueError as error:
-            raise ValueError(f"--like {like}: {error}") from None
-        with torch.no_grad():
-            vector += model.encode_image(image[None].to(model.logit_scale.device), l2norm=True)[0].float().cpu()
-    for texts, sign in ((words, 1), (minus, -1)):
-        if texts:
-            vector += sign * embed_texts(model, tokenizer, list(texts)).sum(0)
-    if vector.norm() < 1e-6:
-        raise ValueError(f"{' '.join(words)} less {' '.join(minus)}: nothing is left to look for")
-    return kelip.unit(vector[None])[0]
+            image = Path(self.shards[i].path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"image unreadable: {error}") from None
+        return Pair(self.keys[i], image, {}, {}, "no caption")
 
 
-def search(vectors, query, count=SHOWN):
-    """The pictures nearest to a query: [(score, row)], the best first. vectors [M, D], query [D], unit vectors."""
-    scores, rows = (vectors @ query).topk(min(count, len(vectors)))
-    return list(zip(scores.tolist(), rows.tolist()))
+def _raise(error):
+    raise error
 
+
+def holds_images(source):
+    """Whether a source is a folder of images, rather than shards.
+
+    Raises ValueError when a folder has both.
+    """
+    folder = Path(source)
+    if not source or not folder.is_dir():
+        return False
+    tar = next(folder.glob("*.tar"), None)
+    if tar is None:
+        return True
+    for pattern in ("*.*", "*/*.*"):
+        for path in folder.glob(pattern):
+            if path.suffix[1:].lower() in IMAGE_SUFFIXES:
+                raise ValueError(f"{folder} holds {tar.name} and {path.relative_to(folder)}: "
+                                 f"shards or images? Give '{folder}/*.tar', or a folder of images")
+    return False
+
+
+# ---- the search ----
+
+def query_vector(model, tokenizer, plus=(), like=None, minus=()):
+    """The unit vector of a query: [D].
+
+    The sum of the unit vectors of the texts `plus` and of the image `like`, a path, minus those of
+    the texts `minus`, scaled to unit length (KELIP's fourth finding). Raises OSError or ValueError
+    when the image cannot be read or the sum is zero.
+    """
+    query = torch.zeros(model.config["embed_dim"])
+    if like:
+        query += _image_vector(model, like)
+    if plus:
+        query += embed_texts(model, tokenizer, list(plus)).sum(dim=0)
+    if minus:
+        query -= embed_texts(model, tokenizer, list(minus)).sum(dim=0)
+    if query.norm() < 1e-6:
+        raise ValueError(f"{' + '.join(plus)} - {' - '.join(minus)}: nothing is left to search for")
+    return kelip.l2_normalize(query[None])[0]
+
+
+@torch.no_grad()
+def _image_vector(model, path):
+    """The unit vector of the image in a file: float32 [D]."""
+    try:
+        image = shards.decode(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--like {path}: {error}") from None
+    image = kelip.preprocess(model.config["image_resolution"])(image)        # [3, size, size]
+    image = image[None].to(model.logit_scale.device)
+    return model.encode_image(image, l2norm=True)[0].float().cpu()
+
+
+def nearest(vectors, query, count=SHOWN):
+    """The images nearest to a query, the nearest first: [(cosine, index)].
+
+    vectors [M, D] and query [D] are unit vectors.
+    """
+    scores, indices = (vectors @ query).topk(min(count, len(vectors)))
+    return list(zip(scores.tolist(), indices.tolist()))
+
+
+# ---- the command ----
 
 def main(argv=None):
     """Search, print, and write the page."""
-    parser = argparse.ArgumentParser(prog="evaluate.py search", description=__doc__.split("\nPrints")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("words", nargs="?", help="what to look for, in English or Korean (default: ask, or read a query a line)")
-    add("--images", required=True, metavar="FOLDER", help="a folder of pictures, with all folders under it, or shards")
-    add("--model", default="runs/clip", help="what kelip.build_model opens (default: runs/clip)")
-    add("--like", metavar="PICTURE", help="look for what is like this picture")
-    add("--plus", action="append", default=[], metavar="WORDS", help="and like these words; may stand several times")
-    add("--minus", action="append", default=[], metavar="WORDS", help="and unlike these; likewise")
-    add("--out", metavar="FOLDER", help="where search.html goes (default: the model's folder)")
-    args = parser.parse_args(argv)
-    words, args.minus = ([text for text in texts if text.strip()] for texts in ([args.words or ""] + args.plus, args.minus))
-    if args.minus and not words and not args.like:
-        raise ValueError("--minus: from what? give words, or --like PICTURE")
-    pairs = Folder(args.images) if holds_pictures(args.images) else data.Pairs(args.images)
-    model, _, tokenizer = kelip.build_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    args = parse_arguments(argv)
+    words = " ".join(args.words).strip()
+    plus = [text for text in [words, *args.plus] if text.strip()]
+    minus = [text for text in args.minus if text.strip()]
+    if minus and not plus and not args.like:
+        raise ValueError("--minus alone: say what to subtract from, by words or --like IMAGE")
+    pairs = ImageFolder(args.images) if holds_images(args.images) else data.Pairs(args.images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, tokenizer = kelip.build_model(args.model, device)
     folder = Path(args.out or folder_of(args.model))
     folder.mkdir(parents=True, exist_ok=True)
-    signed = [f"+ {text}" for text in [args.like] * bool(args.like) + words] + [f"− {text}" for text in args.minus]
-    if signed:
-        queries = [(" ".join(signed).removeprefix("+ "), query_vector(model, tokenizer, words, args.like, args.minus))]
+
+    # The query comes first: it takes no time, and its errors should not wait for the images.
+    if plus or minus or args.like:
+        query = query_vector(model, tokenizer, plus, args.like, minus)
+        terms = [args.like] * bool(args.like) + plus
+        title = " + ".join(terms) + "".join(f" − {text}" for text in minus)
+        queries = [(title, query)]
     else:
         queries = ((text, query_vector(model, tokenizer, [text])) for text in ask())
-    vectors, kept, skipped = embed_images(model, pairs, open_store(args.model, model))
+    vectors, kept, skipped = embed_images(model, pairs, open_cache(args.model, model))
     if not kept:
-        raise ValueError(f"none of the {len(pairs)} pictures decodes: {dict(skipped)}")
+        raise ValueError(f"none of the {len(pairs):,} images decodes: "
+                         f"{shards.format_counts(skipped)}")
     if skipped:
-        print(f"skipped: {dict(skipped)}")
-    pictures, asked = torch.utils.data.Subset(pairs, kept), 0
-    for asked, (title, query) in enumerate(queries, 1):
-        show(folder, pictures, search(vectors, query), title)
+        print(f"skipped: {shards.format_counts(skipped)}")
+    images = torch.utils.data.Subset(pairs, kept)
+    asked = False
+    for title, query in queries:
+        show(folder, images, nearest(vectors, query), title)
+        asked = True
     if not asked:
-        raise ValueError('nothing to look for: give words, "빨간 사과", or --like PICTURE, or a line for each query')
+        raise ValueError("nothing to search for: give words, --like IMAGE, or a line on standard "
+                         "input for each query")
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.search", description=__doc__.partition("\nFrom top")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL",
+        help="what kelip.build_model opens: the folder of a run or of released weights")
+    add("words", nargs="*", metavar="WORDS",
+        help="what to search for, in English or Korean (default: ask, or read a query a line)")
+    add("--images", required=True, metavar="FOLDER_OR_SHARDS",
+        help="a folder of images, with all folders in it, or shards")
+    add("--like", metavar="IMAGE", help="search for images like this one")
+    add("--plus", action="append", default=[], metavar="WORDS",
+        help="add these words to the query; may be repeated")
+    add("--minus", action="append", default=[], metavar="WORDS",
+        help="subtract these words from the query; may be repeated")
+    add("--out", metavar="FOLDER",
+        help="where search.html is written (default: the model's folder)")
+    return parser.parse_intermixed_args(argv)  # WORDS may follow flags, as in the first example
 
 
 def ask():
-    """What a terminal answers, until that is nothing; or the lines that are piped in, blank ones aside."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin or () if line.strip())
+    """Queries from the terminal until an empty line; or the lines of standard input, if piped."""
+    if sys.stdin is None:
+        return
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
         return
     with contextlib.suppress(EOFError):
-        while text := input("\nlook for: ").strip():
+        while text := input("\nsearch for: ").strip():
             yield text
 
 
-def show(folder, pictures, found, title):
-    """Print what search found, and write folder/search.html."""
+def show(folder, images, found, title):
+    """Print what `nearest` found and write folder/search.html."""
     cards = []
-    for rank, (score, row) in enumerate(found):
-        pair = pictures[row]
-        name = [pair.key, *pair.captions.values()]
+    for rank, (score, i) in enumerate(found):
+        pair = images[i]
+        names = [pair.key, *pair.captions.values()]
         if rank < PRINTED:
-            print(f"{score:6.3f}  {', '.join(name)}")
-        picture = page.picture(shards.decode(pair.image, 2 * SIDE), SIDE)
-        cards.append(page.card(picture, page.lines(f"{score:.3f}", name)))
-    page.write(folder / "search.html", title, f"The {len(cards)} nearest of {len(pictures):,} pictures, by cosine.",
-               page.cards(cards))
+            print(f"{score:6.3f}  {', '.join(names)}")
+        image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
+        cards.append(page.card(image, page.lines(f"{score:.3f}", names)))
+    intro = f"The {len(cards)} nearest of {len(images):,} images, by cosine."
+    page.write(folder / "search.html", title, intro, page.cards(cards))
     print(f"{folder}/search.html", flush=True)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    run_command(main, "embedded images are kept; the same command continues from there")
