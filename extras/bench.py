@@ -1,32 +1,53 @@
-"""Speed and memory, beside the peers that are installed: the only place where speed is claimed.
+"""Speed and memory, compared with other libraries: the only place where speed is claimed.
 
-    python bench.py data                        # loader, crops, index: a few minutes
-    python bench.py tokenizer                   # 3.5M captions, 98K entries, as in the paper: some ten minutes
-    python bench.py tokenizer --size 0.05       # a twentieth of the captions
-    python bench.py train                       # losses, steps, processes: some minutes
-    python bench.py evaluate                    # embedding, retrieval, classification: some ten minutes
-    python bench.py network                     # what 80 GPUs would send each other, by arithmetic
+    python -m extras.bench                          all parts that measure
+    python -m extras.bench train                    one part
+    python -m extras.bench tokenizer --size 0.05    on a twentieth of the captions
 
-Ratios are taken in one run, ours and the peer's in turns, best of several; a row whose peer is missing says which pip
-install mends it. Tokenizer rows run each in a fresh process, on captions drawn from the word frequencies of the package
-wordfreq and on the help of LibreOffice (`apt-get install libreoffice-help-ko libreoffice-help-en-us`, or unpack the two
-with `dpkg -x` and name the folder with --help-pages). Pictures are drawn at random with the spectrum of photographs.
+part        measures                                             peers                 minutes
+data        images from shards to crops, how exact crops are,    open_clip,                  5
+            the index of shards, loader processes                torchvision, webdataset
+tokenizer   training on 3.5 million captions (98,000 entries,    tokenizers, tiktoken,      15
+            as in the paper), encoding Korean and English        open_clip
+train       the contrastive loss, training steps of ViT-B/32,    open_clip                   5
+            stage 1, train_clip.py itself, two processes
+evaluate    embedding, retrieval among 50,000 images,            open_clip                  10
+            classification
+network     nothing: what 80 GPUs would send each other,         none                        0
+            by arithmetic
+
+Each row of the table is one quantity: ours, a peer's and their ratio. A peer is another library
+that does the same. Both are measured in one run, alternately, and the best of several rounds
+counts, because the speed of a machine varies. Rates are better when higher; seconds (s) and
+megabytes (MB) when lower. A row whose peer is not installed names the `pip install` that adds it.
+Minutes are those of two CPU cores.
+
+Nothing is downloaded. Images are random, with the spectrum of photographs. Captions are drawn from
+the word frequencies of the package wordfreq. The text to encode is the help of LibreOffice
+(`apt-get install libreoffice-help-ko libreoffice-help-en-us`, or unpack the two packages with
+`dpkg -x` and name the folder with --help-pages).
+
+From top to bottom: rows of the table, timing, and a section for each part, with FLOPs before train.
+A part is a generator of rows: `data_rows` and so on.
+
+Not included: the quality of models (evaluate.py, extras/findings.py), and training on many GPUs,
+which `network` only estimates.
 """
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as train_clip.py has it, for ours and for the peers
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_clip.py; it holds for peers, too
 
 import argparse
 import html
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import random
 import re
-import resource
 import subprocess
 import sys
 import tarfile
@@ -34,52 +55,487 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import accumulate, chain
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizer
+from tokenizer import run_command
 
-if __name__ != "__mp_main__":  # the fresh processes of the tokenizer's rows, whose memory is a row, do without these
+# Some rows are measured in fresh processes, which import this file under the name __mp_main__. They
+# import no more than they measure, so that their peak memory is that of the row.
+if __name__ != "__mp_main__":
     import numpy as np
     import torch
     from PIL import Image
 
     import crops
     import data
-    import evaluate
     import kelip
     import shards
     import train_clip
     import trainer
 
+ROOT = Path(__file__).parent.parent
 HELP_PAGES = "/usr/share/libreoffice/help"
-PIP = {"tokenizers": "tokenizers", "tiktoken": "tiktoken",
-       "open_clip": "--no-deps open_clip_torch ftfy wcwidth", "torchvision": "torchvision", "webdataset": "webdataset"}
+PIP = {"open_clip": "open_clip_torch"}  # the name of a package on PyPI, where it is another
 
 
-# ---- tokenizer.py: the texts ----
+# ---- rows of the table ----
+
+class Row(NamedTuple):
+    """One quantity, ours and a peer's."""
+    what: str
+    ours: float     # None where it could not be measured
+    peer_name: str  # a package, or what else ours is compared with; "" for nothing
+    peer: float     # None without a peer, and where it is not installed
+    unit: str       # of ours and of the peer's
+    note: str       # on what it was measured
+
+
+def format_row(row):
+    """A Row as a line of the table."""
+    ours = "-" if row.ours is None else f"{row.ours:,.2f}"
+    peer = "-" if row.peer is None else f"{row.peer:,.2f}"
+    ratio = f"{row.ours / row.peer:.2f}" if row.ours and row.peer else "-"
+    notes = [row.unit, row.peer_name or "no peer", row.note]
+    if row.peer is None and row.peer_name:
+        notes.append(f"peer not installed: pip install {PIP.get(row.peer_name, row.peer_name)}")
+    return f"{row.what:58} {ours:>10} {peer:>10} {ratio:>7}  {'; '.join(notes)}"
+
+
+HEADER = f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}  unit; peer; measured on"
+
+
+# ---- timing ----
+
+def seconds_of(function, *arguments):
+    """The seconds that one call takes."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def first_and_second(function, *arguments):
+    """The seconds of the first call and of the second, when caches are filled."""
+    return seconds_of(function, *arguments), seconds_of(function, *arguments)
+
+
+def least_cpu_seconds(*functions, repeats=7):
+    """The least CPU seconds of each function, called alternately: a list."""
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, own_times in zip(functions, times):
+            start = time.process_time()
+            function()
+            own_times.append(time.process_time() - start)
+    return [min(own_times) for own_times in times]
+
+
+def least_seconds(*functions, repeats=5):
+    """The least seconds of each function, called alternately, after a first round to warm up."""
+    times = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, own_times in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat > 0:
+                own_times.append(time.perf_counter() - start)
+    return [min(own_times) for own_times in times]
+
+
+def best_of(rounds, ours, peer):
+    """Call two functions alternately, and take the least of each number that they return.
+
+    ours, peer: functions that return the same number of seconds or megabytes. Returns two lists,
+    the second of None where peer is None.
+    """
+    our_results, peer_results = [], []
+    for _ in range(rounds):
+        our_results.append(ours())
+        if peer:
+            peer_results.append(peer())
+    our_best = [min(numbers) for numbers in zip(*our_results)]
+    if not peer:
+        return our_best, [None] * len(our_best)
+    return our_best, [min(numbers) for numbers in zip(*peer_results)]
+
+
+def alone(function, *arguments, threads=1):
+    """The result of function(*arguments) in a fresh process, whose libraries use `threads` threads.
+
+    No library has been used there, and its peak memory is that of the function.
+    """
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of tokenizers
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    try:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def peak_memory():
+    """The most megabytes that this process has held."""
+    return _memory("VmHWM")
+
+
+def current_memory():
+    """The megabytes that this process holds now."""
+    return _memory("VmRSS")
+
+
+def _memory(field):
+    # Not getrusage: its ru_maxrss begins at that of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+
+
+def is_installed(package):
+    """Whether a package can be found, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def try_import(package):
+    """A package, None where it is not installed or does not load."""
+    try:
+        return importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError):
+        return None
+
+
+# ---- data: images from shards to crops ----
+
+N_IMAGES = 96     # in the shards of this section
+BATCH = 96
+PADDED_SIZE = 512
+
+
+def data_rows():
+    """All rows of this part."""
+    yield from crop_rows()
+    yield from exactness_rows()
+    yield from index_rows()
+    yield from large_index_rows(1000)
+    yield from large_index_rows(8000)
+    yield from worker_rows()
+
+
+def photograph(seed, width=512, height=384):
+    """A random image with the spectrum of photographs: amplitudes fall with frequency ** 1.5."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape)))          # [3, H, W / 2 + 1]
+    channels = [np.fft.irfft2(phase / frequency ** 1.5, (height, width)) for phase in phases]
+    pixels = np.stack(channels, axis=-1)                                     # [H, W, 3]
+    gray = pixels.mean(axis=-1, keepdims=True)
+    pixels = 0.7 * gray + 0.3 * pixels  # photographs are rarely colorful
+    pixels = 128 + 55 * pixels / pixels.std()
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def photograph_jpeg(seed, *size):
+    """The bytes of a photograph() as JPEG."""
+    file = io.BytesIO()
+    photograph(seed, *size).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def crop_rows():
+    """Images per second from a shard to crops as the model takes them, on one core.
+
+    One crop of 224 pixels, as open_clip's transform makes it, and 2x224+6x96, as torchvision's
+    transforms make it. The peers have the bytes in memory, or read the shard through webdataset.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = [photograph_jpeg(seed) for seed in range(N_IMAGES)]
+        path = f"{folder}/images.tar"
+        shards.write_shard(path, [(f"{i:04d}", {"jpg": image, "txt": b"a photograph"})
+                                  for i, image in enumerate(images)])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield from compare_crops(images, path, "224", (0.9, 1.0), "open_clip", open_clip_crop())
+        yield from compare_crops(images, path, "2x224+6x96", (0.4, 1.0), "torchvision",
+                                 torchvision_crops())
+        torch.set_num_threads(threads)
+
+
+def compare_crops(images, path, spec, scale, name, transform):
+    """The two rows of one kind of crops. transform: the peer's, None where it is not installed."""
+    def transform_all():
+        for image in images:
+            transform(Image.open(io.BytesIO(image)))
+
+    functions = [partial(make_crops, data.Pairs(path), spec, scale)]
+    if transform:
+        functions.append(transform_all)
+    if transform and try_import("webdataset"):
+        functions.append(partial(make_crops_by_webdataset, path, transform))
+    rates = [N_IMAGES / seconds for seconds in least_cpu_seconds(*functions)]
+    ours, peer, webdataset = rates + [None] * (3 - len(rates))
+    kilobytes = np.mean([len(image) for image in images]) / 1000
+    note = f"JPEGs of 512 x 384, {kilobytes:.0f} KB; padded square {PADDED_SIZE}; one core"
+    yield Row(f"crops {spec}", ours, name, peer, "images/s", f"{note}; peer without shards")
+    yield Row(f"crops {spec}", ours, "webdataset", webdataset, "images/s",
+              f"{note}; peer with {name}'s transform")
+
+
+def make_crops(pairs, spec, scale):
+    """Read a shard once, through data.py and crops.py."""
+    groups = crops.parse_crops(spec)
+    # A new loader has decoded nothing yet, so that each call decodes all images.
+    for batch in data.Loader(pairs, None, BATCH, PADDED_SIZE):
+        crops.multi_crop(batch.images, groups, 0, batch.sample_index, batch.aspect, scale)
+
+
+def make_crops_by_webdataset(path, transform):
+    """Read a shard once, through webdataset: shuffled, decoded, transformed and batched."""
+    import webdataset as wds
+
+    def one_tensor(image):  # a batch holds one tensor for each image
+        views = transform(image)
+        return views[0] if isinstance(views, list) else views
+
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(path), wds.tarfile_to_samples(), wds.shuffle(100),
+        wds.decode("pilrgb"), wds.to_tuple("jpg", "txt"), wds.map_tuple(one_tensor),
+        wds.batched(BATCH))
+    for _ in pipeline:
+        pass
+
+
+def open_clip_crop():
+    """open_clip's transform for training, None where it is not installed."""
+    open_clip = try_import("open_clip")
+    return open_clip.image_transform(224, is_train=True) if open_clip else None
+
+
+def torchvision_crops():
+    """torchvision's 2x224+6x96 of an image, antialiased bicubic like ours: a function, or None."""
+    if not try_import("torchvision"):
+        return None
+    from torchvision import transforms as T
+
+    def random_crop(size, scale):
+        bicubic = T.InterpolationMode.BICUBIC
+        return T.Compose([T.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
+                          T.ToTensor(), T.Normalize(kelip.MEAN, kelip.STD)])
+    large, small = random_crop(224, (0.4, 1.0)), random_crop(96, (0.05, 0.4))
+
+    def transform(image):
+        image = image.convert("RGB")
+        return [crop(image) for crop in [large] * 2 + [small] * 6]
+    return transform
+
+
+def exactness_rows():
+    """How far our crops are from Pillow's, which crops and resizes the full image.
+
+    Ours are made from the padded square, to which the image was resized before.
+    """
+    for width, height in ((400, 300), (512, 384), (1024, 768)):
+        for size, difference in crop_differences(width, height).items():
+            yield Row(f"crops of {size} from {width} x {height}, difference from Pillow's",
+                      difference, "the bound", 2.0, "of 255",
+                      f"mean absolute difference; padded square {PADDED_SIZE}; lower is better")
+
+
+def crop_differences(width, height, n_images=4, n_samples=8):
+    """The mean absolute difference from Pillow's crops, in 0..255, for each size of crops."""
+    groups = crops.parse_crops("2x224+6x96")
+    padded_size = crops.padded_size(groups)
+    sample_index = torch.arange(n_samples)
+    aspect = torch.full((n_samples,), width / height)
+    differences = {size: [] for _, size in groups}
+    for seed in range(n_images):
+        jpeg = photograph_jpeg(seed, width, height)
+        full = shards.decode(jpeg)
+        pixels = data.resize_to_fit(shards.decode(jpeg, padded_size), padded_size)
+        h, w, _ = pixels.shape
+        images = torch.zeros(n_samples, 3, padded_size, padded_size, dtype=torch.uint8)
+        images[:, :, :h, :w] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        views = crops.multi_crop(images, groups, 0, sample_index, aspect)    # 8 x [N, 3, s, s]
+        for crop, view in enumerate(views):
+            size = view.shape[-1]
+            scale = (0.4, 1.0) if size == 224 else (0.05, 0.4)
+            boxes = crops.crop_boxes(0, sample_index, crop, padded_size, aspect, scale)
+            for ours, box in zip(view, boxes.tolist()):
+                theirs = pillow_crop(full, box, padded_size, size)
+                differences[size].append(np.abs(to_pixels(ours) - theirs).mean())
+    return {size: float(np.mean(values)) for size, values in differences.items()}
+
+
+def pillow_crop(image, box, padded_size, size):
+    """Pillow's crop of a box of the padded square, from the full image: float32 [size, size, 3]."""
+    x, y, w, h = (value * image.width / padded_size for value in box)
+    box = (x, y, min(x + w, image.width), min(y + h, image.height))
+    return np.asarray(image.resize((size, size), Image.BICUBIC, box=box), np.float32)
+
+
+def to_pixels(view):
+    """Undo the normalization of a crop: [3, size, size] -> float32 [size, size, 3] in 0..255."""
+    mean, std = 255 * np.array(kelip.MEAN, np.float32), 255 * np.array(kelip.STD, np.float32)
+    return view.permute(1, 2, 0).numpy() * std + mean
+
+
+def index_rows(pairs=10_000):
+    """Seconds to index one shard, and those in which tarfile lists its members."""
+    jpeg = os.urandom(53_000)
+    record = b"{}" * 200
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/images.tar"
+        shards.write_shard(path, ((f"{i:09d}", {"jpg": jpeg, "json": record, "txt": b"a caption"})
+                                  for i in range(pairs)))
+
+        def list_members():
+            with tarfile.open(path) as tar:
+                for _ in tar:
+                    pass
+        ours, peer = least_cpu_seconds(partial(shards.index_tar, path), list_members, repeats=3)
+    yield Row(f"index of {pairs:,} pairs", ours, "tarfile alone", peer, "s",
+              "jpg, json and txt each, 560 MB in the page cache")
+
+
+def large_index_rows(n_shards, pairs_per_shard=10_000):
+    """Seconds and memory from the start to the middle of the third epoch, for many pairs."""
+    blocks = 120  # of a pair in its shard
+    first_block = np.arange(pairs_per_shard, dtype=np.uint32) * blocks
+    n_bytes = np.full(pairs_per_shard, 55_000, np.uint32)
+    rows = np.stack([first_block, n_bytes], axis=1)                          # [pairs, 2]
+    with tempfile.TemporaryDirectory() as folder:
+        listed, rows_of = {}, {}
+        for i in range(n_shards):
+            path = f"{folder}/{i:05d}.tar"
+            with open(path, "wb") as file:
+                # A sparse file, which takes no space on the disk: nothing in it is read.
+                file.truncate(pairs_per_shard * blocks * shards.BLOCK + 2 * shards.BLOCK)
+            status = os.stat(path)
+            listed[path] = shards.Shard(path, status.st_size, status.st_mtime_ns, pairs_per_shard,
+                                        languages={"": pairs_per_shard}, skipped={})
+            rows_of[path] = rows
+        shards.write_index(f"{folder}/pairs.index", listed, rows_of)
+        seconds, megabytes, n_pairs = alone(open_in_third_epoch, folder)
+    note = f"{n_pairs / 1e6:.0f}M pairs in {n_shards:,} shards"
+    yield Row("open the index and go to the middle of the third epoch", seconds, "", None, "s",
+              note)
+    yield Row("memory that this takes", megabytes, "", None, "MB", note)
+
+
+def open_in_third_epoch(folder, batch_size=4096):
+    """Open the index, and look up where the pairs of a batch of the third epoch are on disk.
+
+    Returns (seconds, megabytes, number of pairs).
+    """
+    import numpy as np
+
+    import data
+    import shards
+    before = current_memory()
+    start = time.perf_counter()
+    pairs = data.Pairs(folder)
+    numbers = data.Order(pairs, seed=1)(5 * len(pairs) // 2, batch_size)
+    rows = {}  # shard -> its rows
+    for number in numbers:
+        shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
+        if shard not in rows:
+            rows[shard] = shards.shard_rows(pairs.shards[shard])
+        _first_block, _n_bytes = rows[shard][number - pairs.starts[shard]]
+    return time.perf_counter() - start, current_memory() - before, len(pairs)
+
+
+def worker_rows():
+    """Images per second that the loader gives, with one worker process to as many as cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = [photograph_jpeg(seed) for seed in range(N_IMAGES)]
+        path = f"{folder}/images.tar"
+        shards.write_shard(path, [(f"{i:04d}", {"jpg": images[i % N_IMAGES], "txt": b"x"})
+                                  for i in range(8 * N_IMAGES)])
+        pairs = data.Pairs(path)
+        one_worker = None
+        for workers in range(1, len(os.sched_getaffinity(0)) + 1):
+            batches = iter(data.Loader(pairs, None, BATCH, PADDED_SIZE, workers=workers))
+            next(batches)  # the workers have started
+            start = time.perf_counter()
+            count = sum(len(batch.images) for batch in batches)
+            rate = count / (time.perf_counter() - start)
+            one_worker = one_worker or rate
+            yield Row(f"loading, worker processes: {workers}", rate, "one worker", one_worker,
+                      "images/s", "decoded, on the padded square, in the training process")
+
+
+# ---- tokenizer: training and encoding ----
+
+def tokenizer_rows(size=1.0, vocab_size=98_000, help_pages=HELP_PAGES, rounds=3):
+    """All rows of this part.
+
+    size: of the corpus; 1 is 3.5 million captions. rounds: of encoding; training has one.
+    """
+    if not is_installed("wordfreq"):
+        yield Row("train", None, "wordfreq", None, "s", "no captions to train on")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        captions, text = f"{folder}/captions.txt", f"{folder}/text.txt"
+        path = f"{folder}/tokenizer.json"
+        write_captions(captions, size)
+        yield from tokenizer_training_rows(captions, path, vocab_size)
+        what = write_text(text, help_pages, captions)
+        yield from encoding_rows(text, path, what, rounds)
+        seconds, megabytes = alone(encode_long_word, path)
+        yield Row("one word of 1,000,000 Hangul syllables", seconds, "", None, "s",
+                  f"{megabytes:.0f} MB peak")
+
 
 def write_captions(path, size):
-    """size x 3.5M captions of 4 to 16 words, 2.0M English and 1.5M Korean, one a line; the seed is fixed."""
+    """Write random captions of 4 to 16 words, one a line: size x 2.0M English, 1.5M Korean."""
     import wordfreq
     with open(path, "w", encoding="utf-8") as file:
         for language, count in (("en", 2_000_000), ("ko", 1_500_000)):
-            rng, frequency = random.Random(0), wordfreq.get_frequency_dict(language, "best")
-            words, weights = list(frequency), list(accumulate(frequency.values()))
+            frequency = wordfreq.get_frequency_dict(language, "best")
+            words, weights = list(frequency), list(itertools.accumulate(frequency.values()))
+            rng = random.Random(0)
             for _ in range(int(count * size)):
-                file.write(" ".join(rng.choices(words, cum_weights=weights, k=rng.randint(4, 16))) + "\n")
-    return Path(path).stat().st_size / 1e6
+                drawn = rng.choices(words, cum_weights=weights, k=rng.randint(4, 16))
+                file.write(" ".join(drawn) + "\n")
 
 
-def paragraphs(folder, limit, wanted):
-    """The paragraphs in a folder of HTML pages that `wanted` accepts, none twice, up to `limit` bytes."""
+def write_text(path, help_pages, captions):
+    """Write Korean and English paragraphs of LibreOffice's help, shuffled. Returns what they are.
+
+    Without the help, it is the last 100,000 captions.
+    """
+    korean = read_paragraphs(Path(help_pages) / "ko", 1.7e6, is_mostly_hangul)
+    english = read_paragraphs(Path(help_pages) / "en-US", 3.3e6, str.isascii)
+    if korean and english:
+        lines = korean + english
+        random.Random(0).shuffle(lines)
+        what = (f"LibreOffice's help, {megabytes_of(korean):.1f} MB Korean + "
+                f"{megabytes_of(english):.1f} MB English")
+    else:
+        lines = list(iterate_lines(captions))[-100_000:]
+        what = ("captions, since there is no real text (apt-get install libreoffice-help-ko "
+                "libreoffice-help-en-us)")
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    return what
+
+
+def read_paragraphs(folder, limit, is_wanted):
+    """The paragraphs in a folder of HTML pages, each once, up to `limit` bytes."""
     found, size = {}, 0
     for page in sorted(Path(folder).rglob("*.html")):
-        text = re.sub(r"(?s)<(script|style|head).*?</\1>", "", page.read_text("utf-8", "replace"))
-        text = re.sub(r"</?(p|div|li|h\d|td|tr|dt|dd|pre|br|table|ul)\b[^>]*>", "\0", " ".join(text.split()))
-        for line in html.unescape(re.sub(r"<[^>]+>", "", text)).split("\0"):
+        text = page.read_text("utf-8", "replace")
+        text = re.sub(r"(?s)<(script|style|head).*?</\1>", "", text)
+        text = " ".join(text.split())
+        text = re.sub(r"</?(p|div|li|h\d|td|tr|dt|dd|pre|br|table|ul)\b[^>]*>", "\0", text)
+        text = html.unescape(re.sub(r"<[^>]+>", "", text))
+        for line in text.split("\0"):
             line = " ".join(line.split())
-            if len(line) > 20 and line not in found and wanted(line):
+            if len(line) > 20 and line not in found and is_wanted(line):
                 found[line] = None
                 size += len(line.encode())
                 if size > limit:
@@ -87,608 +543,649 @@ def paragraphs(folder, limit, wanted):
     return list(found)
 
 
-def mostly_hangul(line):
-    """Whether a third of the characters are Korean syllables: untranslated pages are left out."""
+def is_mostly_hangul(line):
+    """Whether a third of the characters are Korean syllables. Untranslated pages have fewer."""
     return 3 * len(re.findall("[가-힣]", line)) > len(line)
 
 
-def write_real_text(path, help_pages, captions):
-    """Korean and English paragraphs, shuffled, or captions if the pages are missing. Returns what it is."""
-    korean = paragraphs(Path(help_pages) / "ko", 1.7e6, mostly_hangul)
-    english = paragraphs(Path(help_pages) / "en-US", 3.3e6, str.isascii)
-    if korean and english:
-        lines = korean + english
-        random.Random(0).shuffle(lines)
-        sizes = [sum(len(line.encode()) for line in part) / 1e6 for part in (korean, english)]
-        what = f"LibreOffice's help, {sizes[0]:.1f} MB Korean + {sizes[1]:.1f} MB English"
-    else:
-        lines = Path(captions).read_text(encoding="utf-8").splitlines()[-100_000:]
-        what = "captions, for want of real text (apt-get install libreoffice-help-ko libreoffice-help-en-us)"
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
-    return what
-
-
-# ---- what is measured, each function in a process of its own ----
-
-def lines_of(path):
-    """The lines of a text file."""
+def read_lines(path):
+    """The lines of a text file, as a list."""
     return Path(path).read_text(encoding="utf-8").split("\n")
 
 
-def timed(function, *arguments):
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def read_lines(path):
-    """Yield the lines of a text file."""
+def iterate_lines(path):
+    """Yield the lines of a text file, without holding all of it."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield line.rstrip("\n")
 
 
-def peak_memory():
-    """Most megabytes that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def megabytes_of(lines):
+    """The size of lines in UTF-8, without line breaks."""
+    return sum(len(line.encode()) for line in lines) / 1e6
 
 
-def train_ours(captions, entries, path, workers):
-    """Seconds and peak memory in MB; the tokenizer is saved at `path`."""
+# -- training --
+
+def tokenizer_training_rows(captions, path, vocab_size):
+    """Training with one thread, its peak memory, and training with two. Saves ours at `path`."""
+    megabytes = os.path.getsize(captions) / 1e6
+    n_captions = sum(1 for _ in iterate_lines(captions))
+    note = f"{megabytes:.0f} MB, {n_captions:,} captions, {vocab_size:,} entries"
+    for threads in (1, 2):
+        seconds, memory, merges = alone(train_ours, captions, vocab_size, path, threads)
+        peer_seconds, peer_memory, merges_note = None, None, ""
+        if is_installed("tokenizers"):
+            peer_seconds, peer_memory, peer_merges = alone(
+                train_tokenizers, captions, vocab_size, threads=threads)
+            verdict = "equal" if merges == peer_merges else "DIFFER"
+            merges_note = f"; {len(merges):,} merges {verdict}"
+        what = "one thread" if threads == 1 else "two processes or threads"
+        yield Row(f"train, {what}", seconds, "tokenizers", peer_seconds, "s", note + merges_note)
+        if threads == 1:
+            yield Row("train, peak memory", memory, "tokenizers", peer_memory, "MB", note)
+
+
+def train_ours(captions, vocab_size, path, workers):
+    """(seconds, peak megabytes, merges). Saves the tokenizer at `path`."""
     start = time.perf_counter()
-    tok = tokenizer.Tokenizer.train(read_lines(captions), entries, progress=False, workers=workers)
+    tok = tokenizer.Tokenizer.train(iterate_lines(captions), vocab_size, progress=False,
+                                    workers=workers)
     seconds = time.perf_counter() - start
     tok.save(path)
     return seconds, peak_memory(), tok.spec["model"]["merges"]
 
 
-def lean_normalizer():
-    """The peer's share of normalising: white space is folded in these texts, and folding doubles its time."""
+def train_tokenizers(captions, vocab_size):
+    """The same by tokenizers, which is fastest when it reads the file itself."""
+    import tokenizers
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.normalizer = short_normalizer()
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer_trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(tokenizer.SPECIALS), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    start = time.perf_counter()
+    peer.train([captions], peer_trainer)
+    seconds = time.perf_counter() - start
+    return seconds, peak_memory(), json.loads(peer.to_str())["model"]["merges"]
+
+
+def short_normalizer():
+    """What tokenizers has to normalize here: NFC and lower case.
+
+    White space is folded in these texts, and folding it again would double the peer's time.
+    """
     from tokenizers import normalizers
     return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
 
 
-def train_tokenizers(captions, entries, path, workers):
-    import tokenizers
-    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    peer.normalizer = lean_normalizer()
-    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    start = time.perf_counter()
-    peer.train([captions], tokenizers.trainers.BpeTrainer(  # its fastest way: it reads the file itself
-        vocab_size=entries - 3, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return time.perf_counter() - start, peak_memory(), json.loads(peer.to_str())["model"]["merges"]
+# -- encoding --
 
+def encoding_rows(text, path, what, rounds):
+    """Encoding to lists of ids with each peer, loading the file, and encoding to a tensor.
+
+    Each for words that the process has not seen before, and for the same words again.
+    """
+    lines = read_lines(text)
+    megabytes = megabytes_of(lines)
+    vocab_size = len(json.loads(Path(path).read_bytes())["model"]["vocab"])
+    note = f"{what}, {len(lines):,} lines, {vocab_size:,} entries"
+    encode_peer = {"tokenizers": encode_tokenizers, "tiktoken": encode_tiktoken,
+                   "open_clip": encode_open_clip}
+    for name, encode in encode_peer.items():
+        peer = partial(alone, encode, text, path) if is_installed(name) else None
+        (load, *ours), (peer_load, *theirs) = best_of(
+            rounds, partial(alone, encode_ours, text, path), peer)
+        yield from rate_rows("encode", megabytes, ours, name, theirs, note)
+        if name == "tokenizers":
+            yield Row("load the file", load, name, peer_load, "s", f"{vocab_size:,} entries")
+    peer = partial(alone, encode_open_clip_tensor, text) if is_installed("open_clip") else None
+    ours, theirs = best_of(rounds, partial(alone, encode_ours_tensor, text, path), peer)
+    yield from rate_rows("encode to [N, 77]", megabytes, ours, "open_clip", theirs,
+                         f"{note}, open_clip with CLIP's 49,408")
+
+
+def rate_rows(what, megabytes, ours, name, theirs, note):
+    """Two rows, of (seconds for words not seen before, seconds for words seen before)."""
+    for words, seconds, peer_seconds in zip(("not seen before", "seen before"), ours, theirs):
+        rate = megabytes / seconds
+        peer_rate = megabytes / peer_seconds if peer_seconds else None
+        yield Row(f"{what}, words {words}", rate, name, peer_rate, "MB/s", note)
+
+
+# Each of these returns the seconds to load the tokenizer, and to encode all lines the first and the
+# second time. Those of open_clip and tiktoken do not measure loading, which is then 0.
 
 def encode_ours(text, path):
-    """Seconds to load the file, to encode lines for the first time, the second time, and to a tensor."""
-    lines = lines_of(text)
-    load = timed(tokenizer.Tokenizer.load, path)
+    lines = read_lines(text)
+    load = seconds_of(tokenizer.Tokenizer.load, path)
     tok = tokenizer.Tokenizer.load(path)
-    return load, timed(tok.encode_ordinary_batch, lines), timed(tok.encode_ordinary_batch, lines)
-
-
-def tensor_ours(text, path):
-    """Seconds to a padded tensor, the first time and the second time."""
-    import torch
-    torch.set_num_threads(1)
-    lines, tok = lines_of(text), tokenizer.Tokenizer.load(path)
-    return timed(tok.encode, lines), timed(tok.encode, lines)
+    return load, *first_and_second(tok.encode_ordinary_batch, lines)
 
 
 def encode_tokenizers(text, path):
     import tokenizers
-    lines = lines_of(text)
-    load = timed(tokenizers.Tokenizer.from_file, path)
+    lines = read_lines(text)
+    load = seconds_of(tokenizers.Tokenizer.from_file, path)
     peer = tokenizers.Tokenizer.from_file(path)
-    peer.normalizer = lean_normalizer()
-    return load, *(timed(lambda: peer.encode_batch_fast(lines, add_special_tokens=False)) for _ in range(2))
+    peer.normalizer = short_normalizer()
+    encode = partial(peer.encode_batch_fast, add_special_tokens=False)
+    return load, *first_and_second(encode, lines)
 
 
 def encode_tiktoken(text, path):
     import tiktoken
-    lines, spec = lines_of(text), json.loads(Path(path).read_bytes())
-    tok = tokenizer.Tokenizer(spec)
-    ranks = {tok._bytes[i]: i for i in spec["model"]["vocab"].values() if tok._bytes[i]}
-    peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN.pattern, mergeable_ranks=ranks, special_tokens={})
-    lines = [tok.normalize(line) for line in lines]  # it has no normalizer, so its time is without
-    return 0, *(timed(lambda: [peer.encode_ordinary(line) for line in lines]) for _ in range(2))
+    tok = tokenizer.Tokenizer.load(path)
+    ranks = {}  # the bytes of a token -> its id
+    for token, i in tok.spec["model"]["vocab"].items():
+        if token not in tokenizer.SPECIALS:
+            ranks[bytes(tokenizer.CHAR_TO_BYTE[char] for char in token)] = i
+    peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN.pattern, mergeable_ranks=ranks,
+                             special_tokens={})
+    # It has no normalizer, so that its time does not include normalizing.
+    lines = [tok.normalize(line) for line in read_lines(text)]
+
+    def encode():
+        return [peer.encode_ordinary(line) for line in lines]
+    return 0, *first_and_second(encode)
+
+
+def encode_open_clip(text, path):
+    peer, lines = open_clip_tokenizer(), read_lines(text)
+
+    def encode():
+        return [peer.encode(line) for line in lines]
+    return 0, *first_and_second(encode)
 
 
 def open_clip_tokenizer():
-    """open_clip's Python tokenizer, loaded without the rest of the package."""
+    """open_clip's Python tokenizer, loaded without the rest of the package and its memory."""
     folder = Path(importlib.util.find_spec("open_clip").origin).parent
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
-    module = importlib.util.module_from_spec(spec)  # the package itself would need torchvision
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.SimpleTokenizer()
 
 
-def encode_open_clip(text, path):
-    lines, peer = lines_of(text), open_clip_tokenizer()
-    return 0, *(timed(lambda: [peer.encode(line) for line in lines]) for _ in range(2))
+# These return the seconds to encode all lines to a padded tensor the first and the second time.
 
-
-def tensor_open_clip(text, path):
+def encode_ours_tensor(text, path):
     import torch
     torch.set_num_threads(1)
-    lines, peer = lines_of(text), open_clip_tokenizer()
-    return timed(peer, lines), timed(peer, lines)
+    tok = tokenizer.Tokenizer.load(path)
+    return first_and_second(tok.encode, read_lines(text))
 
 
-def long_word_ours(path):
-    """Seconds and MB for one word of a million random Hangul syllables."""
-    rng, tok = random.Random(0), tokenizer.Tokenizer.load(path)
+def encode_open_clip_tensor(text):
+    import torch
+    torch.set_num_threads(1)
+    return first_and_second(open_clip_tokenizer(), read_lines(text))
+
+
+def encode_long_word(path):
+    """(seconds, peak megabytes) for one word of a million random Hangul syllables."""
+    tok = tokenizer.Tokenizer.load(path)
+    rng = random.Random(0)
     word = "".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(1_000_000))
-    return timed(tok.encode_ordinary, word), peak_memory()
+    return seconds_of(tok.encode_ordinary, word), peak_memory()
 
 
-def alone(function, *arguments, threads=1):
-    """Run `function` in a fresh process whose libraries may use so many threads, and return its result."""
-    limits = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-              "OMP_NUM_THREADS": str(threads)}
-    before = {key: os.environ.get(key) for key in limits}
-    os.environ.update(limits)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
+# ---- FLOPs ----
+#
+# Of one sample, in matrix products alone: a multiplication and an addition are two FLOPs. These are
+# the FLOPs that the model needs; a loss or an optimizer adds little.
+
+# The backward pass takes twice the FLOPs of the forward pass: the gradients of inputs and weights.
+FORWARD_AND_BACKWARD = 3
+
+# Peak FLOP/s of dense matrix products in bfloat16 (float16 on V100), by the makers' data sheets.
+PEAK_FLOPS = {
+    "V100": 125e12,
+    "A10": 125e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+}
 
 
-def best_of(rounds, ours, peer, package):
-    """The best of each of the times that the two give in alternating rounds; None for a missing peer."""
-    have = peer is not None and importlib.util.find_spec(package) is not None
-    results = [(ours(), peer() if have else None) for _ in range(rounds)]
-    return [min(times) for times in zip(*(pair[0] for pair in results))], (
-        [min(times) for times in zip(*(pair[1] for pair in results))] if have else None)
+def transformer_flops(tokens, width, layers, forward_one=False):
+    """FLOPs of the forward pass of a kelip.Transformer over one sequence.
+
+    For L tokens of width W, a layer takes
+
+        6 L W^2     queries, keys and values
+        4 L^2 W     q k^T, and the weighted sum of v
+        2 L W^2     the projection of the heads' outputs
+        16 L W^2    the MLP, whose hidden layer is 4 W wide
+
+    in all 24 L W^2 + 4 L^2 W. With forward_one (see Transformer.forward_one), the last layer takes
+    4 L W^2 for the keys and values of all tokens, and 20 W^2 + 4 L W for one query and what follows
+    from it.
+    """
+    L, W = tokens, width
+    layer = 24 * L * W ** 2 + 4 * L ** 2 * W
+    if not forward_one:
+        return layers * layer
+    last_layer = 4 * L * W ** 2 + 20 * W ** 2 + 4 * L * W
+    return (layers - 1) * layer + last_layer
 
 
-def row(what, ours, package, peer, unit, better, note):
-    """A row of the table."""
-    missing = f"; missing peer: pip install {PIP[package]}" if peer is None and package in PIP else ""
-    return {"what": what, "ours": ours, "peer_name": package, "peer": peer, "unit": unit, "better": better,
-            "note": note + missing}
+def image_flops(config, sizes):
+    """FLOPs of the image encoder's forward pass over one image's crops.
+
+    config: of a KELIP; sizes: the side of each crop in pixels. A crop of n patches takes
+
+        2 n (3 P^2) W               patches of P x P pixels to width W
+        transformer_flops(n + 1)    with the class token
+        2 W D                       the projection to embed_dim = D
+    """
+    patch, width = config["vision_patch_size"], config["vision_width"]
+    total = 0
+    for size in sizes:
+        patches = (size // patch) ** 2
+        total += 2 * patches * 3 * patch ** 2 * width
+        total += transformer_flops(patches + 1, width, config["vision_layers"], forward_one=True)
+        total += 2 * width * config["embed_dim"]
+    return total
 
 
-# ---- the rows ----
+def text_flops(config, length):
+    """FLOPs of the text encoder's forward pass over a caption.
 
-def training_rows(captions, path, entries, note):
-    """Training on one thread, on two, and its peak memory. Leaves our tokenizer at `path`."""
-    have = importlib.util.find_spec("tokenizers") is not None
-    for threads in (1, 2):
-        seconds, memory, merges = alone(train_ours, captions, entries, path, threads)
-        peer = [None, None, None]
-        if have:
-            peer = alone(train_tokenizers, captions, entries, path, threads, threads=threads)
-        same = f"; {len(merges):,} merges {'equal' if merges == peer[2] else 'DIFFER'}" if have else ""
-        label = "one thread" if threads == 1 else "two processes or threads"
-        yield row(f"train, {label}", seconds, "tokenizers", peer[0], "s", "lower", note + same)
-        if threads == 1:
-            yield row("train, peak memory", memory, "tokenizers", peer[1], "MB", "lower", note)
+    transformer_flops(length) + 2 W D, for width W and embed_dim D. config: of a KELIP; length:
+    tokens, start and end included. Padding costs nothing, since captions are packed.
+    """
+    width = config["transformer_width"]
+    transformer = transformer_flops(length, width, config["transformer_layers"], forward_one=True)
+    return transformer + 2 * width * config["embed_dim"]
 
 
-def encoding_rows(text, path, what, rounds):
-    """Encoding text never seen in the process, then seen, to lists and to a tensor; and loading the file."""
-    size = sum(len(line.encode()) for line in lines_of(text)) / 1e6
-    entries = len(json.loads(Path(path).read_bytes())["model"]["vocab"])
-    note = f"{what}, {len(lines_of(text)):,} lines, {entries:,} entries"
-    for package, peer in (("tokenizers", encode_tokenizers), ("tiktoken", encode_tiktoken),
-                          ("open_clip", encode_open_clip)):
-        ours, peers = best_of(rounds, partial(alone, encode_ours, text, path),
-                              partial(alone, peer, text, path), package)
-        peers = peers or [None] * 3
-        for label, i in (("first time", 1), ("seen before", 2)):
-            yield row(f"encode, {label}", size / ours[i], package, peers[i] and size / peers[i], "MB/s",
-                      "higher", note)
-        if package == "tokenizers":
-            yield row("load the file", ours[0], package, peers[0], "s", "lower", f"{entries:,} entries")
-    ours, peers = best_of(rounds, partial(alone, tensor_ours, text, path),
-                          partial(alone, tensor_open_clip, text, path), "open_clip")
-    peers = peers or [None] * 2
-    for label, i in (("first time", 0), ("seen before", 1)):
-        yield row(f"encode to [N, 77], {label}", size / ours[i], "open_clip", peers[i] and size / peers[i],
-                  "MB/s", "higher", note + ", open_clip with CLIP's 49,408")
+def mae_flops(mae):
+    """FLOPs of the forward pass of a kelip.MAE over one image.
+
+    For n patches of 3 P^2 = p numbers, l of them visible, an encoder of width W and a decoder of
+    width D:
+
+        2 l p W                       visible patches to width W
+        transformer_flops(l + 1)      the encoder, with the class token
+        2 (l + 1) W D                 its output to width D
+        transformer_flops(n + 1)      the decoder
+        2 n D p                       pixels of all patches
+    """
+    n_patches, pixels = len(mae.decoder_positions) - 1, mae.decoder_pred.out_features
+    n_visible = max(1, round(n_patches * (1 - mae.mask_ratio)))
+    width, decoder_width = mae.decoder_embed.in_features, mae.decoder_embed.out_features
+    layers, decoder_layers = len(mae.visual.transformer.resblocks), len(mae.decoder.resblocks)
+    encoder = 2 * n_visible * pixels * width + transformer_flops(n_visible + 1, width, layers)
+    between = 2 * (n_visible + 1) * width * decoder_width
+    decoder = transformer_flops(n_patches + 1, decoder_width, decoder_layers)
+    return encoder + between + decoder + 2 * n_patches * decoder_width * pixels
 
 
-def tokenizer_rows(size=1.0, entries=98_000, help_pages=HELP_PAGES, rounds=3):
-    """All rows. `size` 1 is 3.5M captions; training has one round, encoding `rounds`."""
-    if importlib.util.find_spec("wordfreq") is None:
-        yield row("train", None, "tokenizers", None, "s", "lower",
-                  "no corpus: pip install --no-deps wordfreq langcodes locate msgpack ftfy wcwidth")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        captions, text, path = (f"{folder}/{name}" for name in ("captions.txt", "text.txt", "tokenizer.json"))
-        megabytes = write_captions(captions, size)
-        note = f"{megabytes:.0f} MB, {int(3.5e6 * size):,} captions, {entries:,} entries"
-        yield from training_rows(captions, path, entries, note)
-        yield from encoding_rows(text, path, write_real_text(text, help_pages, captions), rounds)
-        seconds, memory = alone(long_word_ours, path)
-        yield row("a word of 1,000,000 Hangul syllables", seconds, "", None, "s", "lower",
-                  f"{memory:.0f} MB peak")
-
-
-# ---- data.py and crops.py ----
-
-PICTURES, BATCH = 96, 96
-
-
-def photograph(seed, width=512, height=384):
-    """A random picture with the spectrum of photographs."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = 1
-    phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape)))
-    planes = np.stack([np.fft.irfft2(phase / frequency**1.5, (height, width)) for phase in phases], -1)
-    planes = 0.7 * planes.mean(-1, keepdims=True) + 0.3 * planes
-    return Image.fromarray(np.clip(128 + 55 * planes / planes.std(), 0, 255).astype(np.uint8))
-
-
-def jpegs(count=PICTURES):
-    """The bytes of some pictures."""
-    result = []
-    for seed in range(count):
-        file = io.BytesIO()
-        photograph(seed).save(file, "JPEG", quality=90)
-        result.append(file.getvalue())
-    return result
-
-
-def least_cpu(*functions, repeats=7):
-    """The least CPU seconds of each function, called in turns."""
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, kept in zip(functions, times):
-            start = time.process_time()
-            function()
-            kept.append(time.process_time() - start)
-    return [min(kept) for kept in times]
-
-
-def installed(name):
-    """A package, None where it is missing or does not load."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError, OSError):
+def peak_flops(device):
+    """PEAK_FLOPS of a torch.device, None where it is not known."""
+    if device.type != "cuda":
         return None
+    name = torch.cuda.get_device_name(device)
+    for key in sorted(PEAK_FLOPS, key=len, reverse=True):  # "H100 PCIe" before "H100"
+        if key in name:
+            return PEAK_FLOPS[key]
+    return None
 
 
-def through_webdataset(path, transform):
-    """A function that reads `path` once through webdataset, shuffled, decoded, transformed and batched."""
-    import webdataset as wds
-    stages = [wds.SimpleShardList(path), wds.tarfile_to_samples(), wds.shuffle(100), wds.decode("pilrgb"),
-              wds.to_tuple("jpg", "txt"), wds.map_tuple(transform), wds.batched(BATCH)]
-    return lambda: [None for _ in wds.DataPipeline(*stages)]
+def describe_flops(flops_per_second, device):
+    """"12.34 TFLOP/s", and the model FLOPs utilisation where the device's peak is known.
+
+    MFU is the FLOP/s that the model needs as a fraction of the device's peak (Chowdhery et al.,
+    PaLM, arXiv 2204.02311, section 4.1).
+    """
+    text = f"ours does {flops_per_second / 1e12:.2f} TFLOP/s"
+    peak = peak_flops(device)
+    if peak:
+        text += f", MFU {flops_per_second / peak:.1%} of {peak / 1e12:,.0f} TFLOP/s"
+    return text
 
 
-def through_ours(path, spec, scale):
-    """A function that reads `path` once through data.py and crops.py."""
-    spec, pairs = crops.parse_crops(spec), data.Pairs(path)
+# ---- train: losses, steps, processes ----
 
-    def read():
-        loader = data.Loader(pairs, None, BATCH, 512)
-        loader._kept = None  # decode anew each time, as with more pairs than memory holds
-        for batch in loader:
-            crops.multi_crop(batch.images, spec, 0, batch.slots, batch.aspect, scale)
-    return read
+MULTI_CROP = [224] * 2 + [96] * 6                    # the sizes of 2x224+6x96
+OPEN_CLIP_MODEL = "ViT-B-32-quickgelu"               # ViT-B/32 with CLIP's 49,408 tokens
 
 
-def torchvision_crops():
-    """torchvision's 2x224+6x96 of a picture, antialiased bicubic like ours."""
-    from torchvision import transforms as T
-    two, six = (T.Compose([T.RandomResizedCrop(side, scale=scale, interpolation=T.InterpolationMode.BICUBIC),
-                           T.ToTensor(), T.Normalize(crops.MEAN, crops.STD)])
-                for side, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4))))
-    return lambda image: [crop(image.convert("RGB")) for crop in [two] * 2 + [six] * 6]
+def train_rows(batches=(8192,)):
+    """All rows of this part. batches: those of the contrastive loss."""
+    for batch in batches:
+        yield from loss_rows(batch)
+    device = training_device()
+    yield one_crop_row(device)
+    yield multi_crop_row(device)
+    yield from autoencoder_rows(device)
+    yield script_row()
+    yield processes_row()
 
 
-def bench_crops():
-    """Pictures a second from a shard to tensors ready for the model, for both kinds of crops."""
-    torch.set_num_threads(1)
-    clip = installed("open_clip")
-    peers = {"open_clip": clip and clip.image_transform(224, True),
-             "torchvision": torchvision_crops() if installed("torchvision") else None}
-    with tempfile.TemporaryDirectory() as folder:
-        pictures, path = jpegs(), f"{folder}/x.tar"
-        shards.write_shard(path, [(f"{i:04d}", {"jpg": p, "txt": b"a photograph"}) for i, p in enumerate(pictures)])
-        note = f"JPEGs of 512 x 384, {np.mean([len(p) for p in pictures]) / 1000:.0f} KB; canvas 512; one core; peer"
-        for spec, scale, name in (("224", (0.9, 1.0), "open_clip"), ("2x224+6x96", (0.4, 1.0), "torchvision")):
-            functions, transform = [through_ours(path, spec, scale)], peers[name]
-            if transform:
-                functions.append(lambda: [transform(Image.open(io.BytesIO(p))) for p in pictures])
-            if transform and installed("webdataset"):
-                one = transform if name == "open_clip" else lambda image: transform(image)[0]  # batches want one tensor
-                functions.append(through_webdataset(path, one))
-            rates = [PICTURES / seconds for seconds in least_cpu(*functions)] + [None] * 2
-            yield row(f"{spec}: pictures a second", rates[0], name, rates[1], "pictures/s", "higher",
-                      f"{note} without shards")
-            yield row(f"{spec}: pictures a second", rates[0], "webdataset", rates[2], "pictures/s", "higher",
-                      f"{note} + {name}'s transform")
+def loss_rows(batch, threads=2):
+    """Seconds and memory of the contrastive loss alone, each library's in a fresh process."""
+    ours = partial(alone, loss_and_backward, "kelip", batch, threads=threads)
+    peer = None
+    if try_import("open_clip"):
+        peer = partial(alone, loss_and_backward, "open_clip", batch, threads=threads)
+    rounds = 1 if batch > 8192 else 2
+    (seconds, megabytes), (peer_seconds, peer_megabytes) = best_of(rounds, ours, peer)
+    note = f"batch {batch:,}, width 512, forward and backward, float32, {threads} threads"
+    yield Row("contrastive loss", seconds, "open_clip", peer_seconds, "s", note)
+    yield Row("contrastive loss, memory", megabytes, "open_clip", peer_megabytes, "MB", note)
 
 
-def bench_quality():
-    """How far our crops are from Pillow's crop and antialiased bicubic of the whole picture."""
-    for width, height in ((400, 300), (512, 384), (1024, 768)):
-        for side, error in measure_quality(width, height).items():
-            yield row(f"crops of {side} from {width} x {height}: from Pillow's", error, "the bound", 2.0, "of 255", "lower",
-                      "mean absolute difference; canvas 512")
-
-
-def measure_quality(width, height):
-    """Mean absolute difference in 0..255 by the crops' side, over four pictures of a size."""
-    spec = crops.parse_crops("2x224+6x96")
-    canvas, slots = crops.canvas_size(spec), torch.arange(8)
-    aspect = torch.full((8,), width / height)
-    factor, offset = (torch.tensor(x).view(3, 1, 1) * 255 for x in (crops.STD, crops.MEAN))
-    errors = {224: [], 96: []}
-    for seed in range(4):
-        file = io.BytesIO()
-        photograph(seed, width, height).save(file, "JPEG", quality=90)
-        whole = shards.decode(file.getvalue())
-        pixels = data.fit(shards.decode(file.getvalue(), canvas), canvas)
-        images = torch.zeros(8, 3, canvas, canvas, dtype=torch.uint8)
-        images[:, :, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        for crop, view in enumerate(crops.multi_crop(images, spec, 0, slots, aspect)):
-            side, scale = view.shape[-1], (0.4, 1.0) if crop < 2 else (0.05, 0.4)
-            boxes = crops.crop_boxes(0, slots, crop, canvas, aspect, scale)
-            for one, box in zip(view * factor + offset, boxes.tolist()):
-                x, y, w, h = (v * whole.width / canvas for v in box)
-                box = (x, y, min(x + w, whole.width), min(y + h, whole.height))
-                wanted = np.asarray(whole.resize((side, side), Image.BICUBIC, box=box), np.float32)
-                errors[side].append(np.abs(one.permute(1, 2, 0).numpy() - wanted).mean())
-    return {side: float(np.mean(kept)) for side, kept in errors.items()}
-
-
-def bench_index():
-    """Seconds to index a shard of 10,000 pairs of 53 KB, beside the standard library's walk over it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, body = f"{folder}/x.tar", os.urandom(53_000)
-        shards.write_shard(path, ((f"{i:09d}", {"jpg": body, "json": b"{}" * 200, "txt": b"a caption"})
-                                  for i in range(10_000)))
-
-        def walk():
-            with tarfile.open(path) as tar:
-                return sum(1 for _ in tar)
-        ours, theirs = least_cpu(lambda: shards.index_tar(path), walk, repeats=3)
-    yield row("index of 10,000 pairs", ours, "tarfile alone", theirs, "s", "lower",
-              "jpg, json and txt each, 560 MB in the page cache")
-
-
-LISTED = """
-import re, sys, time
-import numpy as np
-import data
-import shards
-memory = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-before, start = memory(), time.perf_counter()
-pairs = data.Pairs(sys.argv[1])
-loader = data.Loader(pairs, None, 4096, 224, seed=1, start=5 * len(pairs) // 2)
-numbers = loader.order(loader.start, 4096)
-rows = {}
-for number in numbers:
-    shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
-    if shard not in rows:
-        rows[shard] = shards.shard_rows(pairs.shards[shard])
-    block, length = rows[shard][number - pairs.starts[shard]]
-print(time.perf_counter() - start, memory() - before, len(pairs))
-"""
-
-
-def bench_listed(tars, rows=10_000):
-    """Start-up and memory with so many shards listed, of 10,000 pairs each: open the index, go to the middle of the third
-    epoch, and find where on disk each of a batch's 4,096 pairs lies."""
-    with tempfile.TemporaryDirectory() as folder:
-        listed = []
-        table = np.stack([np.arange(rows, dtype=np.uint32) * 120, np.full(rows, 55_000, np.uint32)], 1)
-        for i in range(tars):
-            path = f"{folder}/{i:05d}.tar"
-            with open(path, "wb") as file:
-                file.truncate(rows * 120 * 512 + 1024)  # a file of holes: none of it is read
-            status = os.stat(path)
-            listed.append(shards.Shard(path, status.st_size, status.st_mtime_ns, rows, {"": rows}, {}, rows=table))
-        shards._write_index(f"{folder}/pairs.index", {shard.path: shard for shard in listed})
-        run = subprocess.run([sys.executable, "-c", LISTED, folder], capture_output=True, text=True, check=True,
-                             cwd=Path(__file__).parent.parent)
-        seconds, megabytes, count = map(float, run.stdout.split())
-    note = f"{count / 1e6:.0f}M pairs in {tars:,} shards"
-    yield row("open the index and reach the 2.5th epoch", seconds, "", None, "s", "lower", note)
-    yield row("memory that this takes", megabytes, "", None, "MB", "lower", note)
-
-
-def bench_workers():
-    """Pictures a second against worker processes, as far as the cores go."""
-    with tempfile.TemporaryDirectory() as folder:
-        pictures, path = jpegs(), f"{folder}/x.tar"
-        shards.write_shard(path, [(f"{i:04d}", {"jpg": pictures[i % PICTURES], "txt": b"x"}) for i in range(768)])
-        pairs, single = data.Pairs(path), None
-        for workers in range(1, len(os.sched_getaffinity(0)) + 1):
-            loader = data.Loader(pairs, None, BATCH, 512, workers=workers)
-            loader._kept = None
-            batches = iter(loader)
-            next(batches)  # workers are up
-            start = time.perf_counter()
-            count = sum(len(batch.slots) for batch in batches)
-            rate = count / (time.perf_counter() - start)
-            single = single or rate
-            yield row(f"loading with {workers} workers", rate, "one worker", single, "pictures/s", "higher",
-                      "decoded, on the canvas, in the training process")
-
-
-# ---- training ----
-
-def loss_and_backward(which, batch, width=512):
-    """Least seconds, and megabytes beyond its inputs, of one loss of a library, forward and backward, in float32."""
-    import kelip
+def loss_and_backward(library, batch, width=512):
+    """(least seconds, megabytes beyond the inputs) of a library's loss, forward and backward."""
     import torch
-    features = [kelip.unit(torch.randn(batch, width)).requires_grad_() for _ in range(2)]
-    scale = torch.tensor(1 / 0.07, requires_grad=True)
-    if which == "open_clip":
+
+    import kelip
+    image_features = kelip.l2_normalize(torch.randn(batch, width)).requires_grad_()
+    text_features = kelip.l2_normalize(torch.randn(batch, width)).requires_grad_()
+    logit_scale = torch.tensor(1 / 0.07, requires_grad=True)
+    loss = kelip.contrastive_loss
+    if library == "open_clip":
         from open_clip.loss import ClipLoss
         loss = ClipLoss()
-    else:
-        loss = kelip.contrastive_loss
-    small = [x[:64].detach().requires_grad_() for x in features]
-    loss(*small, scale).backward()  # libraries are loaded and threads are up
-    before, seconds = peak_memory(), [timed(lambda: loss(*features, scale).backward())]
-    after = peak_memory()
+
+    def step(images, texts):
+        loss(images, texts, logit_scale).backward()
+
+    # A small batch first, after which libraries are loaded and threads have started.
+    small = [x[:64].detach().requires_grad_() for x in (image_features, text_features)]
+    step(*small)
+    before = peak_memory()
+    seconds = [seconds_of(step, image_features, text_features)]
+    megabytes = peak_memory() - before
     if batch <= 8192:
-        seconds += [timed(lambda: loss(*features, scale).backward()) for _ in range(3)]
-    return min(seconds), after - before
+        seconds += [seconds_of(step, image_features, text_features) for _ in range(3)]
+    return min(seconds), megabytes
 
 
-def bench_loss(batches, threads=2):
-    """The contrastive loss alone, each library's in a fresh process."""
-    for batch in batches:
-        ours, theirs = best_of(1 if batch > 8192 else 2, *(
-            partial(alone, loss_and_backward, which, batch, threads=threads) for which in ("ours", "open_clip")), "open_clip")
-        theirs = theirs or (None, None)
-        note = f"batch {batch:,}, width 512, forward and backward, float32, {threads} threads"
-        yield row("contrastive loss", ours[0], "open_clip", theirs[0], "s", "lower", note)
-        yield row("contrastive loss, memory", ours[1], "open_clip", theirs[1], "MB", "lower", note)
+def training_device():
+    """The device of a training run, with the settings that trainer.py makes for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = train_clip.parse_arguments(["--out", f"{folder}/run"])
+        return trainer.Run(args, stage="clip").device
 
 
-def fastest(*steps, repeats=5):
-    """Least seconds of each step, taken in turns after one round to warm up."""
-    times = [[] for _ in steps]
-    for turn in range(repeats + 1):
-        for step, kept in zip(steps, times):
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            kept += [time.perf_counter() - start] * (turn > 0)
-    return [min(kept) for kept in times]
+def base_config():
+    """ViT-B/32 with the vocabulary of OpenAI's CLIP, as open_clip has it."""
+    return dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
 
 
-def batch_of(config, batch, sizes, seed=0):
-    """Crops of each size and captions of 6 to 25 tokens, as token ids padded to 77."""
-    torch.manual_seed(seed)
+def random_batch(config, batch, sizes):
+    """A crop of each size [N, 3, size, size], and captions of 6 to 25 tokens [N, 77]."""
+    torch.manual_seed(0)
     end = config["vocab_size"] - 1
     tokens = torch.randint(300, end - 3, (batch, 77))
-    place, last = torch.arange(77), torch.randint(5, 25, (batch, 1))
-    tokens = tokens.masked_fill(place == last, end).masked_fill(place > last, 0)
+    position, last = torch.arange(77), torch.randint(5, 25, (batch, 1))
+    tokens = tokens.masked_fill(position == last, end).masked_fill(position > last, 0)
     return [torch.randn(batch, 3, size, size) for size in sizes], tokens
 
 
-def step_of(model, job, crops_or_images, tokens, encode, loss):
-    """A step of training: forward in bfloat16, loss, backward, AdamW."""
-    optimizer = trainer.make_optimizer(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
+def step_batch(device):
+    """Pairs per step in the rows of training steps."""
+    return 512 if device.type == "cuda" else 32
+
+
+def one_crop_row(device):
+    """Pairs per second of training steps with one crop of 224 pixels, ours and open_clip's."""
+    config, batch = base_config(), step_batch(device)
+    views, tokens = random_batch(config, batch, [224])
+    views = [view.to(device) for view in views]
+    steps = [our_step(config, device, views, tokens)]
+    if try_import("open_clip"):
+        steps.append(open_clip_step(device, views[0], tokens))
+    rates = [batch / seconds for seconds in least_seconds(*steps)]
+    ours, peer = rates if len(rates) == 2 else (rates[0], None)
+    return Row("step, one 224 crop", ours, "open_clip", peer, "pairs/s",
+               step_note(config, [224], tokens, ours, device))
+
+
+def multi_crop_row(device):
+    """Pairs per second of training steps with 2x224+6x96, ours alone."""
+    config, batch = base_config(), step_batch(device)
+    views, tokens = random_batch(config, batch, MULTI_CROP)
+    views = [view.to(device) for view in views]
+    [seconds] = least_seconds(our_step(config, device, views, tokens), repeats=3)
+    rate = batch / seconds
+    return Row("step, 2x224+6x96", rate, "", None, "pairs/s",
+               step_note(config, MULTI_CROP, tokens, rate, device))
+
+
+def step_note(config, sizes, tokens, pairs_per_second, device):
+    """What a training step was measured on, with its FLOP/s."""
+    length = (tokens.argmax(dim=1) + 1).float().mean().item()
+    flops = FORWARD_AND_BACKWARD * (image_flops(config, sizes) + text_flops(config, length))
+    return (f"ViT-B/32, 49,408 tokens, batch {len(tokens):,}, bfloat16, captions of 6 to 25 "
+            f"tokens; {describe_flops(flops * pairs_per_second, device)}")
+
+
+def our_step(config, device, views, tokens):
+    """A training step as in train_clip.py, from the crops on: a function."""
+    model = kelip.KELIP(**config).to(device)
+    encode = partial(train_clip.Encoders(model), views, tokens)
+    return training_step(model, device, encode, kelip.contrastive_loss)
+
+
+def open_clip_step(device, images, tokens):
+    """The same by open_clip, whose model is compiled on a GPU."""
+    import open_clip
+    model = open_clip.create_model(OPEN_CLIP_MODEL).to(device)
+    encode = torch.compile(model) if device.type == "cuda" else model
+    return training_step(model, device, partial(encode, images, tokens.to(device)),
+                         open_clip.loss.ClipLoss())
+
+
+def training_step(model, device, encode, loss):
+    """A function that makes a step: forward pass in bfloat16, loss, backward pass, AdamW.
+
+    encode() -> the arguments of loss: image features, text features, the factor on the cosines.
+    """
+    optimizer = trainer.make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6,
+                                       weight_decay=0.2)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(job.device.type, torch.bfloat16):
-            features = encode(crops_or_images, tokens)
+        with torch.autocast(device.type, torch.bfloat16):
+            features = encode()
         loss(*features).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.MAX_GRAD_NORM)
         optimizer.step()
     return step
 
 
-def our_step(config, job, views, tokens):
-    """A step of train_clip.py, from crops on."""
-    model = kelip.KELIP(**config).to(job.device)
-    towers = train_clip.Towers(model)
-    return step_of(model, job, views, tokens, towers, kelip.contrastive_loss)
+def autoencoder_rows(device, batch=32):
+    """Stage 1: what the encoder takes on a quarter of the patches, and what the whole takes.
 
-
-def open_clip_step(config, job, views, tokens):
-    """The same by open_clip, whose model is compiled on a GPU."""
-    import open_clip
-    model = open_clip.create_model("ViT-B-32-quickgelu").to(job.device)
-    encode = torch.compile(model) if job.device.type == "cuda" else model
-    return step_of(model, job, views[0], tokens.to(job.device), encode, open_clip.loss.ClipLoss())
-
-
-def bench_steps(batch=32):
-    """Whole steps of ViT-B/32 on this machine's device, open_clip's and ours in turns."""
-    job = trainer.start_job()
-    batch = 4096 if job.device.type == "cuda" else batch
-    config = dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
-    views, tokens = batch_of(config, batch, [224])
-    views = [view.to(job.device) for view in views]
-    note = f"ViT-B/32, 49,408 tokens, batch {batch:,}, bfloat16, captions of 6 to 25 tokens"
-    steps = [our_step(config, job, views, tokens)]
-    if importlib.util.find_spec("open_clip"):
-        steps.append(open_clip_step(config, job, views, tokens))
-    rates = [batch / seconds for seconds in fastest(*steps)]
-    length = float((tokens.argmax(1) + 1).float().mean())
-    tflops = 3 * (trainer.image_flops(config, [224]) + trainer.text_flops(config, length)) * rates[0] / 1e12
-    yield row("step, one 224 crop", rates[0], "open_clip", rates[1] if len(rates) > 1 else None, "pairs/s", "higher",
-              f"{note}; ours does {tflops:.2f} Tflop/s")
-    del steps
-    views, tokens = batch_of(config, batch, [224] * 2 + [96] * 6)
-    views = [view.to(job.device) for view in views]
-    [seconds] = fastest(our_step(config, job, views, tokens), repeats=3)
-    yield row("step, 2x224+6x96", batch / seconds, "", None, "pairs/s", "higher", note)
-
-
-def bench_autoencoder(batch=32):
-    """The encoder of stage 1 on a quarter of the patches, beside all of them; then the whole of stage 1."""
-    job = trainer.start_job()
+    Both are compared with the encoder on all patches.
+    """
     config = dict(kelip.PRESETS["ViT-B/16"], vocab_size=512, transformer_layers=1)
-    mae = kelip.MAE(kelip.KELIP(**config).visual).to(job.device)
-    images = torch.randn(batch, 3, 224, 224, device=job.device)
-    patches = len(mae.decoder_positions) - 1
-    every = torch.arange(patches, device=job.device).expand(batch, -1)
+    mae = kelip.MAE(kelip.KELIP(**config).visual).to(device)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    n_patches = len(mae.decoder_positions) - 1
+    all_patches = torch.arange(n_patches, device=device).expand(batch, -1)   # [N, L]
+    quarter_of_patches = all_patches[:, :n_patches // 4]                     # [N, L / 4]
 
     def encoder(keep):
-        with torch.autocast(job.device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             latent = mae.forward_encoder(images, keep)
         latent.float().square().mean().backward()
 
-    def whole():
-        with torch.autocast(job.device.type, torch.bfloat16):
+    def autoencoder():
+        with torch.autocast(device.type, torch.bfloat16):
             loss, _, _ = mae(images)
         loss.backward()
-    quarter, full, stage = fastest(lambda: encoder(every[:, :patches // 4]), lambda: encoder(every), whole, repeats=3)
+
+    quarter, full, both = least_seconds(
+        partial(encoder, quarter_of_patches), partial(encoder, all_patches), autoencoder, repeats=3)
     note = f"ViT-B/16, batch {batch}, bfloat16, forward and backward"
-    yield row("encoder on 25 % of the patches", quarter, "all patches", full, "s", "lower", note)
-    yield row("stage 1, with its decoder of 8 x 512", stage, "all patches", full, "s", "lower", note)
+    yield Row("encoder on 25 % of the patches", quarter, "all patches", full, "s", note)
+    flops_per_second = FORWARD_AND_BACKWARD * mae_flops(mae) * batch / both
+    yield Row("stage 1, with its decoder of 8 x 512", both, "all patches", full, "s",
+              f"{note}; {describe_flops(flops_per_second, device)}")
 
 
-def bench_processes(steps=40):
-    """Two gloo processes on two cores beside one on one core, through train_clip.py on the demo's pairs."""
+def script_row(steps=10, batch=4):
+    """Pairs per second of train_clip.py: ViT-B/32, 2x224+6x96, a shard as img2dataset writes it."""
+    english = [f"photograph number {i} of no place in particular" for i in range(8)]
+    korean = [f"어디도 아닌 곳의 사진 {i}번" for i in range(8)]
+    pairs = []
+    for i, caption in enumerate(english + korean):
+        record = json.dumps({"caption": caption}).encode()
+        pairs.append((f"{i:09d}", {"jpg": photograph_jpeg(i), "txt": caption.encode(),
+                                   "json": record}))
+    with tempfile.TemporaryDirectory() as folder:
+        shards.write_shard(f"{folder}/00000.tar", pairs)
+        log = run_train_clip(folder, [], "--model", "ViT-B/32", "--data", f"{folder}/00000.tar",
+                             "--steps", steps, "--batch-size", batch)
+    first, last = log[0]["loss"], log[-1]["loss"]
+    return Row(f"train_clip.py, {steps} steps from shards", median_rate(log), "", None, "pairs/s",
+               f"ViT-B/32, 2x224+6x96, batch {batch}, JPEGs of 512 x 384, with the loader; "
+               f"loss {first:.2f} to {last:.2f}")
+
+
+def processes_row(steps=40):
+    """Pairs per second of train_clip.py with two processes, a core each, and with one."""
     rates = []
     for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         with tempfile.TemporaryDirectory() as folder:
-            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-            subprocess.run([sys.executable, *launcher, "train_clip.py", "--steps", str(steps), "--evals", "0",
-                            "--batch-size", str(128 * processes), "--out", f"{folder}/run"], check=True,
-                           capture_output=True, cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
-            found = sorted(line["images_per_second"] for line in lines if line["step"] > 10)
-            rates.append(found[len(found) // 2])
-    yield row("two processes, each on a core", rates[1], "one on one core", rates[0], "pairs/s", "higher",
-              "train_clip.py, tiny, 128 pairs a process, torchrun")
+            log = run_train_clip(folder, launcher, "--steps", steps,
+                                 "--batch-size", 128 * processes, OMP_NUM_THREADS="1")
+        rates.append(median_rate([line for line in log if line["step"] > 10]))
+    one, two = rates
+    return Row("two processes, each on a core", two, "one process on a core", one, "pairs/s",
+               "train_clip.py, tiny, the demo's pairs, 128 of them per process, gloo, torchrun")
 
 
-def bench_photographs(steps=10, batch=4):
-    """train_clip.py itself: ViT-B/32 at 2x224+6x96, ten steps from a shard as img2dataset writes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = jpegs(16)
-        captions = [f"photograph number {i} of no place in particular" for i in range(8)] + [
-            f"어디도 아닌 곳의 사진 {i}번" for i in range(8)]
-        shards.write_shard(f"{folder}/00000.tar", [
-            (f"{i:09d}", {"jpg": picture, "txt": caption.encode(), "json": json.dumps({"caption": caption}).encode()})
-            for i, (picture, caption) in enumerate(zip(pictures, captions))])
-        subprocess.run([sys.executable, "train_clip.py", "--model", "ViT-B/32", "--data", f"{folder}/00000.tar", "--steps",
-                        str(steps), "--batch-size", str(batch), "--evals", "0", "--out", f"{folder}/run"], check=True,
-                       capture_output=True, cwd=Path(__file__).parent.parent)
-        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
-    rates = sorted(line["images_per_second"] for line in lines)
-    yield row(f"train_clip.py, {steps} steps from shards", rates[len(rates) // 2], "", None, "pairs/s", "higher",
-              f"ViT-B/32, 2x224+6x96, batch {batch}, JPEGs of 512 x 384, loader and all; loss {lines[0]['loss']:.2f} to "
-              f"{lines[-1]['loss']:.2f}")
+def run_train_clip(folder, launcher, *flags, **environment):
+    """Run train_clip.py without evaluations: the lines of its metrics.jsonl.
+
+    launcher: arguments of python before the script. Raises ValueError when it fails.
+    """
+    command = [sys.executable, *launcher, "train_clip.py", "--out", f"{folder}/run",
+               "--evals", "0", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise ValueError(f"train_clip.py failed: {done.stderr.strip()[-500:]}")
+    text = Path(f"{folder}/run/metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
-# ---- evaluate.py ----
+def median_rate(log):
+    """The median of images_per_second over lines of metrics.jsonl."""
+    rates = sorted(line["images_per_second"] for line in log)
+    return rates[len(rates) // 2]
 
-class Lengths:
-    """A tokenizer whose texts are as long as captions: 6 to 25 tokens, the same for the same text."""
+
+# ---- evaluate: embedding, retrieval, classification ----
+
+def evaluate_rows(size=1.0, batch=64):
+    """All rows of this part. size: of the sets; 1 is 50,000 images, and 1,000 classes."""
+    n_images, n_classes = int(50_000 * size), max(2, int(1000 * size))
+    images_per_second = None
+    for row in embedding_rows(batch):
+        images_per_second = images_per_second or row.ours  # the first row is images in float32
+        yield row
+    yield from retrieval_rows(n_images)
+    yield from classification_rows(n_images, n_classes, images_per_second)
+
+
+def embedding_rows(batch):
+    """Images and captions per second through ViT-B/32 without gradients, in two precisions."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = base_config()
+    [images], tokens = random_batch(config, batch, [224])
+    images = images.to(device)
+    model, peer = kelip.KELIP(**config).to(device).eval(), None
+    if try_import("open_clip"):
+        import open_clip
+        peer = open_clip.create_model(OPEN_CLIP_MODEL).to(device).eval()
+
+    def encode(method, inputs, in_bfloat16):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
+            method(inputs)
+
+    note = f"ViT-B/32, batch {batch}, no gradients"
+    for method, what, inputs in (("encode_image", "images", images),
+                                 ("encode_text", "captions", tokens)):
+        for precision in ("float32", "bfloat16"):
+            in_bfloat16 = precision == "bfloat16"
+            functions = [partial(encode, getattr(model, method), inputs, in_bfloat16)]
+            if peer:
+                functions.append(
+                    partial(encode, getattr(peer, method), inputs.to(device), in_bfloat16))
+            rates = [batch / seconds for seconds in least_seconds(*functions)]
+            ours, theirs = rates if len(rates) == 2 else (rates[0], None)
+            yield Row(f"embed {what}, {precision}", ours, "open_clip", theirs, "per s", note)
+
+
+def retrieval_rows(count):
+    """Seconds and memory of recall in both directions."""
+    seconds, megabytes = alone(retrieval_of, count, threads=os.cpu_count())
+    note = f"{count:,} images x {count:,} texts, width 512, float32, both directions"
+    yield Row("recall at 1, 5, 10", seconds, "", None, "s", note)
+    all_scores = 4 * count ** 2 / 1e6
+    yield Row("recall at 1, 5, 10, memory", megabytes, "", None, "MB",
+              f"{note}; all scores would be {all_scores:,.0f} MB")
+
+
+def retrieval_of(count, width=512):
+    """(seconds, megabytes beyond the features) of recall between `count` images and their texts."""
+    import torch
+
+    import evaluate
+    import kelip
+    images = kelip.l2_normalize(torch.randn(count, width))
+    texts = kelip.l2_normalize(images + torch.randn(count, width))
+    owner = torch.arange(count)
+    evaluate.recall_at_k(images[:64], texts[:64], owner[:64])  # threads have started
+    before = peak_memory()
+    seconds = seconds_of(evaluate.recall_at_k, images, texts, owner)
+    return seconds, peak_memory() - before
+
+
+PART_OF_CLASSES = 20  # the vectors of a twentieth of the classes are computed, and counted 20 times
+
+
+def classification_rows(count, n_classes, images_per_second):
+    """Seconds for the vectors of classes, and for the five nearest classes of all images."""
+    vectors, scores = alone(classification_of, count, n_classes, threads=os.cpu_count())
+    note = (f"{count:,} images, {n_classes:,} classes, 24 templates; to embed the images would "
+            f"take {count / images_per_second:,.0f} s at the rate above")
+    yield Row("class vectors, 20 times those of a twentieth", vectors, "", None, "s", note)
+    yield Row("scores and the five nearest classes", scores, "", None, "s", note)
+
+
+def classification_of(count, n_classes, n_templates=24):
+    """(seconds for the vectors of n_classes, seconds for the nearest classes of count images)."""
+    import torch
+
+    import evaluate
+    import kelip
+    model = kelip.KELIP(**dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)).eval()
+    names = [f"class {i}" for i in range(kelip.ceil_div(n_classes, PART_OF_CLASSES))]
+    templates = [f"{i} {{}}" for i in range(n_templates)]
+    seconds = seconds_of(evaluate.zero_shot_weights, model, RandomTokens(), names, templates)
+    images = kelip.l2_normalize(torch.randn(count, 512))
+    weights = kelip.l2_normalize(torch.randn(n_classes, 512)).T              # [D, C]
+    return PART_OF_CLASSES * seconds, seconds_of(evaluate.top_classes, images, weights)
+
+
+class RandomTokens:
+    """In place of a tokenizer: 6 to 25 random tokens, the same for the same text."""
 
     def encode(self, texts, context_length):
         import torch
@@ -696,139 +1193,103 @@ class Lengths:
         for row, text in zip(rows, texts):
             rng = random.Random(text)
             length = rng.randint(5, 24)
-            row[:length + 1] = torch.tensor([rng.randint(300, 49_000) for _ in range(length)] + [49_407])
+            row[:length] = torch.tensor([rng.randint(300, 49_000) for _ in range(length)])
+            row[length] = 49_407  # the end token
         return rows
 
 
-def encoders(batch=64):
-    """(what, ours, open_clip's or None) of ViT-B/32 without gradients, one batch each: pictures and captions, in float32 and in
-    bfloat16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
-    [images], tokens = batch_of(config, batch, [224])
-    images, model, theirs = images.to(device), kelip.KELIP(**config).to(device).eval(), None
-    if importlib.util.find_spec("open_clip"):
-        import open_clip
-        theirs = open_clip.create_model("ViT-B-32-quickgelu").to(device).eval()
+# ---- network: many GPUs, by arithmetic ----
 
-    def encode(model, name, inputs, half):
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
-            getattr(model, name)(inputs)
-    for name, what, inputs in (("encode_image", "pictures", images), ("encode_text", "captions", tokens)):
-        for half in (False, True):
-            yield (f"{what} embedded, {'bfloat16' if half else 'float32'}", partial(encode, model, name, inputs, half),
-                   theirs and partial(encode, theirs, name, inputs.to(device), half))
+# Bytes per second and GPU, in each direction: NVSwitch of an A100 SXM, and a node of 8 GPUs with 8
+# InfiniBand HDR adapters of 200 Gbit/s.
+NVLINK, INFINIBAND = 300e9, 25e9
 
 
-def retrieval_of(count, width=512):
-    """Seconds and megabytes, beyond the features, of recall both ways between so many pictures and as many texts."""
-    import evaluate
-    import kelip
-    import torch
-    images = kelip.unit(torch.randn(count, width))
-    texts = kelip.unit(images + torch.randn(count, width))
-    owner = torch.arange(count)
-    evaluate.recall_at_k(images[:64], texts[:64], owner[:64])
-    before = peak_memory()
-    return timed(evaluate.recall_at_k, images, texts, owner), peak_memory() - before
+def print_network(nodes=10, gpus_per_node=8, batch=32_000, utilisation=0.4, length=15):
+    """Print what one step of ViT-B/32 with 2x224+6x96 sends between A100s. Nothing is measured.
 
-
-def classification_of(count, classes=1000, templates=24, part=20):
-    """Seconds for the classes' vectors, from a part of them, and for the five best classes of so many pictures, with
-    ViT-B/32."""
-    import evaluate
-    import kelip
-    import torch
-    model = kelip.KELIP(**dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)).eval()
-    names, prompts = [f"class {n}" for n in range(classes)], [f"{n} {{}}" for n in range(templates)]
-    images, weights = (kelip.unit(torch.randn(n, 512)) for n in (count, classes))
-    seconds = timed(evaluate.zero_shot_weights, model, Lengths(), names[:-(-classes // part)], prompts)
-    return part * seconds, timed(evaluate.best_classes, images, weights.T)
-
-
-def bench_evaluate(size=1.0, batch=64):
-    """Embedding beside open_clip, then retrieval and classification of 50,000 x size pictures."""
-    note, rate = f"ViT-B/32, batch {batch}, no gradients", None
-    for what, ours, theirs in encoders(batch):
-        seconds = fastest(*filter(None, (ours, theirs)))
-        rate = rate or batch / seconds[0]
-        yield row(what, batch / seconds[0], "open_clip", batch / seconds[1] if theirs else None, "per s", "higher", note)
-    count, classes = int(50_000 * size), max(2, int(1000 * size))
-    seconds, megabytes = alone(retrieval_of, count, threads=os.cpu_count())
-    note = f"{count:,} pictures x {count:,} texts, width 512, float32, both ways"
-    yield row("recall at 1, 5, 10", seconds, "", None, "s", "lower", note)
-    yield row("recall at 1, 5, 10, memory", megabytes, "", None, "MB", "lower", f"{note}; all scores would be "
-              f"{4 * count ** 2 / 1e6:,.0f} MB")
-    vectors, scores = alone(classification_of, count, classes, threads=os.cpu_count())
-    note = f"{count:,} pictures, {classes:,} classes, 24 templates; embedding the pictures, at the rate above, {count / rate:,.0f} s"
-    yield row("vectors of the classes, 20 times those of a 20th", vectors, "", None, "s", "lower", note)
-    yield row("scores and the five best", scores, "", None, "s", "lower", note)
-
-
-# ---- many GPUs, on paper ----
-
-NVLINK, INFINIBAND = 300e9, 25e9  # bytes a second and GPU, each way: A100 SXM's NVSwitch; 8 x HDR 200 Gbit/s a node of 8
-
-
-def print_network(nodes=10, gpus=8, batch=32_000, utilisation=0.4, caption=15):
-    """What one step of ViT-B/32 at 2x224+6x96 sends between A100s, by arithmetic; nothing is measured here.
-
-    A ring sends (W - 1) / W of the whole, twice for a sum; times are for the slower of NVLink, if all GPUs were on one
-    switch, and of InfiniBand, with every byte across it."""
-    config, world, crops_ = kelip.PRESETS["ViT-B/32"], nodes * gpus, [224] * 2 + [96] * 6
+    Ring algorithms: each of W ranks sends (W - 1) / W of the data to gather it, and twice that to
+    sum it. Times are for all bytes over NVLink, as if all GPUs were on one switch, and for all
+    bytes over InfiniBand. length: tokens of a caption.
+    """
+    config, peak = kelip.PRESETS["ViT-B/32"], PEAK_FLOPS["A100"]
+    world_size, K, width = nodes * gpus_per_node, len(MULTI_CROP), config["embed_dim"]
     with torch.device("meta"):
-        weights = kelip.count_parameters(kelip.KELIP(**config))
-    flops = 3 * (trainer.image_flops(config, crops_) + trainer.text_flops(config, caption)) * batch / world
-    step = flops / (utilisation * trainer.PEAK["A100"])
-    ring = (world - 1) / world
-    width, K = config["embed_dim"], len(crops_)
-    parts = (("texts' features, gathered", ring * batch * width * 4),
-             ("their gradients, summed", 2 * ring * batch * width * 4),
-             (f"normalisers of {K} x {batch:,} columns", 4 * ring * K * batch * 4),
-             (f"gradients of {weights / 1e6:.0f}M weights, summed", 2 * ring * weights * 4))
-    print(f"{world} x A100, batch {batch:,}: {flops / 1e12:.1f} Tflop a GPU, {1e3 * step:.0f} ms a step "
-          f"at {utilisation:.0%} of {trainer.PEAK['A100'] / 1e12:.0f} Tflop/s (assumed)")
-    print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} {'InfiniBand, ms':>15} {'of the step':>12}")
-    for what, size in (*parts, ("all", sum(size for _, size in parts))):
-        print(f"{what:42} {size / 1e6:8.0f} {1e3 * size / NVLINK:11.1f} {1e3 * size / INFINIBAND:15.1f} "
-              f"{size / INFINIBAND / step:12.1%}")
+        n_weights = kelip.count_parameters(kelip.KELIP(**config))
+    flops_per_pair = FORWARD_AND_BACKWARD * (
+        image_flops(config, MULTI_CROP) + text_flops(config, length))
+    flops = flops_per_pair * batch / world_size
+    step_seconds = flops / (utilisation * peak)
+
+    gather = (world_size - 1) / world_size
+    all_reduce = 2 * gather
+    sent = [
+        ("text features, gathered", gather * batch * width * 4),
+        ("their gradients, summed", all_reduce * batch * width * 4),
+        # Two sums: of the maxima, and of the exponentials.
+        (f"logsumexp of {K} x {batch:,} columns", 2 * all_reduce * K * batch * 4),
+        (f"gradients of {n_weights / 1e6:.0f}M weights, summed", all_reduce * n_weights * 4),
+    ]
+    sent.append(("all", sum(n_bytes for _, n_bytes in sent)))
+
+    print(f"{world_size} x A100, batch {batch:,}: {flops / 1e12:.1f} TFLOPs a GPU and step take "
+          f"{1e3 * step_seconds:.0f} ms at {utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s "
+          "(assumed)")
+    print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} "
+          f"{'InfiniBand, ms':>15} {'of the step':>12}")
+    for what, n_bytes in sent:
+        over_infiniband = n_bytes / INFINIBAND
+        print(f"{what:42} {n_bytes / 1e6:8.0f} {1e3 * n_bytes / NVLINK:11.1f} "
+              f"{1e3 * over_infiniband:15.1f} {over_infiniband / step_seconds:12.1%}")
 
 
 # ---- the command ----
 
-def main():
-    """Print the rows of one part, or of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=["data", "tokenizer", "train", "evaluate", "network"],
-                        default=["data", "tokenizer", "train", "evaluate"], help="what to measure (default: all)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8192], metavar="N",
-                        help="batches of the loss's rows (default: 8192; 32768 takes minutes and open_clip 17 GB)")
-    parser.add_argument("--size", type=float, default=1.0, help="of the tokenizer's corpus: 1 is 3.5M captions, 188 MB; and of "
-                        "the sets that are evaluated: 1 is 50,000 pictures (default: 1)")
-    parser.add_argument("--vocab-size", type=int, default=98_000, help="entries of the tokenizer (default: 98000)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the encoding rows (default: 3)")
-    parser.add_argument("--help-pages", default=HELP_PAGES, help="LibreOffice's help, with ko and en-US")
-    args = parser.parse_args()
-    rows = {"train": lambda: chain(bench_loss(args.batches), bench_steps(), bench_autoencoder(), bench_photographs(),
-                                   bench_processes()),
-            "data": lambda: chain(bench_crops(), bench_quality(), bench_index(), bench_listed(1000), bench_listed(8000),
-                                  bench_workers()),
-            "evaluate": lambda: bench_evaluate(args.size),
-            "tokenizer": lambda: tokenizer_rows(args.size, args.vocab_size, args.help_pages, args.rounds)}
-    if "network" in args.part:
+PARTS = ("data", "tokenizer", "train", "evaluate", "network")
+
+
+def main(argv=None):
+    """Print the rows of some parts, or of all that measure."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.bench", description=__doc__.partition("\nFrom top")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART",
+        help=f"what to measure: {', '.join(PARTS)} (default: all but network)")
+    add("--size", type=float, default=1.0, metavar="FRACTION",
+        help="of the tokenizer's corpus, where 1 is 3.5 million captions, 188 MB; and of the sets "
+             "of evaluate, where 1 is 50,000 images (default: 1)")
+    add("--batches", type=int, nargs="+", default=[8192], metavar="N",
+        help="batches of the contrastive loss (default: 8192; 32768 takes minutes, and open_clip "
+             "17 GB)")
+    add("--vocab-size", type=int, default=98_000, metavar="N",
+        help="entries of the tokenizer (default: 98000)")
+    add("--rounds", type=int, default=3, metavar="N",
+        help="rounds of encoding, of which the best counts (default: 3)")
+    add("--help-pages", default=HELP_PAGES, metavar="FOLDER",
+        help="LibreOffice's help, with folders ko and en-US (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for part in args.parts:
+        if part not in PARTS:
+            raise ValueError(f"{part}: no such part; choose from {', '.join(PARTS)}")
+
+    rows_of = {
+        "data": data_rows,
+        "tokenizer": partial(tokenizer_rows, args.size, args.vocab_size, args.help_pages,
+                             args.rounds),
+        "train": partial(train_rows, args.batches),
+        "evaluate": partial(evaluate_rows, args.size),
+    }
+    parts = list(dict.fromkeys(args.parts)) or list(rows_of)
+    if "network" in parts:
+        parts.remove("network")
         print_network()
-        args.part = [part for part in args.part if part != "network"]
-    print(f"{'what':58} {'ours':>10} {'peer':>10} {'ratio':>7}" * bool(args.part))
-    for part in dict.fromkeys(args.part):
-        for row in rows[part]():
-            ours, peer = ("-" if row[key] is None else f"{row[key]:,.2f}" for key in ("ours", "peer"))
-            ratio = f"{row['ours'] / row['peer']:.2f}" if row["peer"] and row["ours"] else "-"
-            print(f"{row['what']:58} {ours:>10} {peer:>10} {ratio:>7}  {row['unit']}; {row['peer_name']}; {row['note']}",
-                  flush=True)
+    if parts:
+        print(HEADER)
+    for part in parts:
+        for row in rows_of[part]():
+            print(format_row(row), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"bench.py: {error}")
+    run_command(main)

@@ -1,19 +1,34 @@
-"""The paper's claims, tried at the size of the demo: its ablation and its four findings, each beside a control.
+"""Test the paper's ablation and its four findings at the scale of the demo.
 
-    python findings.py ablation        stage 1 and multi-crop each help, together most
-    python findings.py augmentation    strong augmentation helps classification and hurts retrieval
-    python findings.py alignment       the languages align through the pictures that they share
-    python findings.py culture         names of one meaning find different pictures in each language
-    python findings.py analogy         image - text + text finds the analogous image
-    python findings.py all
+    python -m extras.findings ablation        do stage 1 and multi-crop help, most of all together?
+    python -m extras.findings augmentation    does strong augmentation help or hurt?
+    python -m extras.findings alignment       do the languages align through shared images?
+    python -m extras.findings culture         do translations of a name find different images?
+    python -m extras.findings analogy         does image - text + text find the analogous image?
+    python -m extras.findings all
 
-A finding trains arms, runs of train_clip.py that differ in one thing, once for each seed, or takes those that are
-there, and writes OUT/NAME.json, all numbers, and OUT/NAME.html. A part of a claim holds if its difference to the
-control is positive with every seed, and its mean is larger than its standard deviation over them. That takes three
-seeds at least, which chance alone would make hold once in nine times: of all parts here one or two. What is compared with
-what stands in the docstring of each finding, which --help and the page show. After Ctrl-C or a kill the same command goes on.
+A finding trains variants, which are runs of train_clip.py that differ in one thing, once per seed.
+Runs that are there already are used again, and the same command resumes after it was stopped. The
+numbers go to OUT/NAME.json and to a page, OUT/NAME.html.
 
-What it leaves out: the size of the paper. What holds or fails here does so with a model of 4.6M parameters on drawings.
+A claim has one or more parts. A part is a difference to a control. It holds if the difference is
+positive with every seed and its mean is larger than its standard deviation over the seeds. This
+takes at least three seeds. By chance alone, one part in nine would hold.
+
+What would refute each claim, in short. The docstrings below say it in full.
+
+    ablation        adding stage 1, multi-crop or both does not raise R@1
+    augmentation    it does not raise accuracy, or does not lower R@1
+    alignment       translation is no better than where each thing is named in one language only
+    culture         two runs agree across languages as much as in one language, or the names on
+                    which the languages disagree change between seeds as noise would
+    analogy         image alone, text alone or image + text finds the analogous image as often
+
+From top to bottom: the variants, training them, numbers and verdicts, the five findings, the
+report, the command.
+
+Not included: the paper's scale. What holds or fails here does so for a model of 4.6M parameters on
+emoji.
 """
 
 import argparse
@@ -29,6 +44,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,682 +55,1166 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import classes
 import crops
 import data
+import demo
 import evaluate
 import kelip
-import demo as packing
 import page
-import classes as sets
 import shards
 import train_clip
-import trainer
-from tokenizer import Tokenizer
+from extras.bench import image_flops, mae_flops, text_flops
+from tokenizer import Tokenizer, run_command
 
 LANGUAGES = ("en", "ko")
-COLUMNS = [f"{evaluate.NAMES[x]}, {title}" for x in LANGUAGES for title in evaluate.WAYS.values()] + ["mean"]
-# A drawing of 72 pixels fills its picture. Crops of the paper's two kinds cost here more than they bring: on another
-# vendor held out, 300 steps named 13.5 % right with one crop of 64 pixels, 10.7 with 1x64+2x32 (areas of 0.3 to 0.8, 4
-# patches), 11.7 with 1x64+2x48 (0.5 to 1, 9 patches) and 14.0 with 2x64, which is what multi-crop means here.
+RECALL_COLUMNS = [f"{evaluate.LANGUAGE_NAMES[language]}, {direction}" for language in LANGUAGES
+                  for direction in evaluate.DIRECTIONS.values()] + ["mean"]
+
+
+# ---- the variants ----
+
+class Variant(NamedTuple):
+    """What sets a variant apart from CLIP alone."""
+    flags: tuple = ()           # of train_clip.py
+    from_stage_1: bool = False  # starts from a run of train_mae.py
+    split: bool = False         # each pair has a caption in one language only: see split_language
+
+
+# An emoji fills its 72 pixels, so that a small crop often loses what the caption says. After 300
+# steps, R@1 on another held-out vendor was 13.5 % with 1x64, 10.7 with 1x64+2x32 (areas of 0.3 to
+# 0.8), 11.7 with 1x64+2x48 (0.5 to 1) and 14.0 with 2x64, which is what multi-crop means here.
 MULTI_CROP = ("--crops", "2x64")
-ARMS = {  # what sets an arm apart, in flags of train_clip.py
-    "clip": (), "mae": (), "crops": MULTI_CROP, "both": MULTI_CROP, "augment": (*MULTI_CROP, "--augment"),
-    "shared": (), "apart": ()}
-STAGE_1 = {"mae", "both"}       # arms that start from stage 1
-STAGE_1_STEPS = 2               # its steps for each of stage 2, as the defaults of the two scripts have it
-VARIANTS = ("shared", "apart")  # arms whose pairs carry a caption in one language only
-NEAREST = 10                    # pictures of which culture asks whether two names share them
+
+VARIANTS = {
+    "clip": Variant(),
+    "mae": Variant(from_stage_1=True),
+    "crops": Variant(MULTI_CROP),
+    "both": Variant(MULTI_CROP, from_stage_1=True),
+    "augment": Variant((*MULTI_CROP, "--augment")),
+    "shared": Variant(split=True),
+    "apart": Variant(split=True),
+}
+STAGE_1_STEPS = 2  # steps of stage 1 per step of stage 2: the ratio of the two scripts' defaults
 
 
-# ------------------------------------------------------------------------------------------------------------ arms
+class Study(NamedTuple):
+    """What all findings work on."""
+    args: argparse.Namespace
+    pairs: list            # the training pairs, shards.Pair
+    caption_length: float  # tokens of a caption on average, start and end included
+    lock: object           # the open file that keeps other processes out of args.out
 
-class Arm(NamedTuple):
-    """One training run. flops: operations of a step, forward and backward; command: its script and the flags that set
-    it apart; init: the arm of stage 1 that it starts from."""
+
+class TrainingRun(NamedTuple):
+    """A variant, or stage 1, with one seed."""
     name: str
     seed: int
     steps: int
-    flops: float
-    command: tuple
-    init: object = None
+    step_flops: float          # of one step, forward and backward
+    script: str
+    flags: tuple
+    stage_1: object = None     # the TrainingRun that it starts from
 
     @property
-    def compute(self):
-        """Operations in all, those of stage 1 included."""
-        return self.steps * self.flops + (self.init.compute if self.init else 0)
+    def total_flops(self):
+        """FLOPs of the run, those of its stage 1 included."""
+        return self.steps * self.step_flops + (self.stage_1.total_flops if self.stage_1 else 0)
 
 
-def make_arm(args, name, seed, budget=None):
-    """The arm of this name, of --steps steps, or of as many as do `budget` operations together with its stage 1's."""
-    config = kelip.PRESETS["tiny"]
-    flags = train_clip.parse_arguments([*ARMS[name]])[0]
-    sizes = [size for number, size in crops.parse_crops(flags.crops) for _ in range(number)]
-    forward = trainer.image_flops(config, sizes) + trainer.text_flops(config, args.length)
-    source = [str(args.out / "data" / name)] if name in VARIANTS else args.data
-    command = ("train_clip.py", "--data", *source, "--test", *args.test, "--evals", "1",
-               "--tokenizer", str(args.out / "tokenizer.json"), *ARMS[name])
-    first = None
-    if name in STAGE_1:
-        mae = kelip.MAE(kelip.KELIP(**config).visual)
-        first = Arm("stage-1", seed, STAGE_1_STEPS * args.steps, 3.0 * args.batch_size * trainer.mae_flops(mae),
-                    ("train_mae.py", "--data", *args.data))
-        command += ("--init", str(place(args, first) / "last.pt"))
-    arm = Arm(name, seed, args.steps, 3.0 * args.batch_size * forward, command, first)  # backward is twice forward
-    rest = budget and budget - (first.compute if first else 0)
-    return arm._replace(steps=max(1, round(rest / arm.flops))) if budget else arm
+def make_run(study, name, seed, budget=None):
+    """The TrainingRun of a variant.
 
-
-def place(args, arm):
-    """The folder of an arm's run; those of other lengths lie beside each other."""
-    return args.out / "arms" / f"{arm.name}-{arm.steps}-seed{arm.seed}"
-
-
-def train(args, arms):
-    """Train arms and the stage 1 of those that start from it; finished ones stay as they are, others go on. Returns the
-    folders of the runs. Raises ValueError when one fails.
-
-    On CPUs there are as many at a time as cores, since two runs of one thread each do more than one of two threads.
+    It has --steps steps. With a budget, it has as many steps as come closest to that number of
+    FLOPs, those of its stage 1 included.
     """
-    todo = [arm for arm in dict.fromkeys(one for arm in arms for one in (arm.init, arm) if one) if not finished(args, arm)]
+    args, variant = study.args, VARIANTS[name]
+    config = kelip.PRESETS["tiny"]
+    sources = [str(args.out / "data" / name)] if variant.split else args.data
+    flags = ["--data", *sources, "--test", *args.test, "--evals", "1",
+             "--tokenizer", str(args.out / "tokenizer.json"), *variant.flags]
+    stage_1 = None
+    if variant.from_stage_1:
+        mae = kelip.MAE(kelip.KELIP(**config).visual)
+        stage_1 = TrainingRun(
+            "stage-1", seed, STAGE_1_STEPS * args.steps, _step_flops(args, mae_flops(mae)),
+            "train_mae.py", ("--data", *args.data))
+        flags += ["--init", str(folder_of(study, stage_1) / "last.pt")]
+    groups, _ = crop_settings(name)
+    sizes = [size for number, size in groups for _ in range(number)]
+    forward = image_flops(config, sizes) + text_flops(config, study.caption_length)
+    step_flops = _step_flops(args, forward)
+    steps = args.steps
+    if budget:
+        left = budget - (stage_1.total_flops if stage_1 else 0)
+        steps = max(1, round(left / step_flops))
+    return TrainingRun(name, seed, steps, step_flops, "train_clip.py", tuple(flags), stage_1)
+
+
+def _step_flops(args, forward):
+    """FLOPs of a step from those of the forward pass of one pair. Backward is twice forward."""
+    return 3.0 * args.batch_size * forward
+
+
+def crop_settings(name):
+    """The crops of a variant: (groups of crops.parse_crops, the flags of train_clip.py)."""
+    flags = train_clip.parse_arguments(list(VARIANTS[name].flags))
+    start = train_clip.Start("tiny", kelip.PRESETS["tiny"], init=None)
+    groups = train_clip.choose_crops(flags, start)  # also sets flags.scale
+    return groups, flags
+
+
+# ---- training ----
+
+def train_seeds(study, names):
+    """Train variants with every seed: {name: folders of its runs, in the order of seeds}."""
+    seeds = range(study.args.seeds)
+    runs = {name: [make_run(study, name, seed) for seed in seeds] for name in names}
+    train(study, [runs[name][seed] for seed in seeds for name in names])
+    return {name: [folder_of(study, run) for run in runs[name]] for name in names}
+
+
+def train(study, runs):
+    """Train runs, and the stage 1 of those that start from it.
+
+    Finished runs stay as they are, others resume. When this process is interrupted, the running
+    ones save a checkpoint. Raises ValueError when one fails.
+    """
+    needed = []
+    for run in runs:
+        needed += [run.stage_1, run] if run.stage_1 else [run]
+    unfinished = [run for run in dict.fromkeys(needed) if not is_finished(study, run)]
+    # On two cores, two runs of one thread each do more than one run of two threads.
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
-    many = max(1, min(cores, len(todo)))
-    waiting, running = list(todo), {}
-    bar = tqdm(total=sum(arm.flops * arm.steps for arm in todo) / 1e12, unit="Tflop", bar_format="{l_bar}{bar}| {n:,.0f} of "
-               "{total:,.0f} Tflop [{elapsed}<{remaining}] {postfix}", disable=not todo, mininterval=1, file=sys.stdout)
+    at_once = max(1, min(cores, len(unfinished)))
+    threads = max(1, cores // at_once)
+    waiting, running = list(unfinished), {}  # running: process -> TrainingRun
+    bar = tqdm(total=sum(run.steps * run.step_flops for run in unfinished) / 1e12,
+               bar_format="{l_bar}{bar}| {n:,.0f} of {total:,.0f} TFLOPs "
+                          "[{elapsed}<{remaining}] {postfix}",
+               disable=not unfinished, mininterval=1, file=sys.stdout)
     try:
         while waiting or running:
-            ready = [arm for arm in waiting if arm.init not in (*waiting, *running.values())]
-            for arm in ready[:many - len(running)]:
-                waiting.remove(arm)
-                running[launch(args, arm, max(1, cores // many))] = arm
+            ready = [run for run in waiting
+                     if run.stage_1 not in waiting and run.stage_1 not in running.values()]
+            for run in ready[:at_once - len(running)]:
+                waiting.remove(run)
+                running[launch(study, run, threads)] = run
             time.sleep(0.2)
-            for process, arm in [*running.items()]:
+            for process, run in list(running.items()):
                 if process.poll() is not None:
                     del running[process]
-                    if not finished(args, arm):
-                        words = log_of(args, arm).read_text(encoding="utf-8").split("\n")
-                        raise ValueError(f"{place(args, arm)}: {[line for line in words if line.strip()][-1]}")
-            bar.set_postfix_str(", ".join(place(args, arm).name for arm in running.values()), refresh=False)
-            bar.update(sum(arm.flops * steps_of(place(args, arm)) for arm in todo) / 1e12 - bar.n)
+                    if not is_finished(study, run):
+                        raise ValueError(f"{folder_of(study, run)}: {last_line(study, run)}")
+            names = [folder_of(study, run).name for run in running.values()]
+            bar.set_postfix_str(", ".join(names), refresh=False)
+            done = sum(run.step_flops * steps_done(study, run) for run in unfinished)
+            bar.update(done / 1e12 - bar.n)
     finally:
         for process in running:
-            process.send_signal(signal.SIGTERM)  # asks for a checkpoint
+            process.send_signal(signal.SIGTERM)  # the run saves a checkpoint and ends
         for process in running:
             process.wait()
         bar.close()
-    return [place(args, arm) for arm in arms]
 
 
-def finished(args, arm):
-    """Whether an arm has been trained to its end, and what lies there was measured on --test."""
-    last, found = place(args, arm) / "last.pt", None
-    if arm.name != "stage-1":
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((place(args, arm) / "evaluation.json").read_text(encoding="utf-8"))
-        if not found or found.get("test") != [source.partition("::")[0] for source in args.test]:
-            return False  # to resume it measures it again
-    return last.exists() and kelip.load_checkpoint(last)["step"] == arm.steps
+def launch(study, run, threads):
+    """Start or resume a run: a subprocess.Popen.
 
-
-def steps_of(folder):
-    """How far a run is by its log, in steps."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith("}")), default=0)
-
-
-def log_of(args, arm):
-    """The file of what an arm printed."""
-    return args.out / "arms" / f"{place(args, arm).name}.log"
-
-
-def launch(args, arm, threads):
-    """Start the training of an arm, or go on with it: a subprocess.Popen. It inherits the lock, and holds it should it be
-    left behind."""
-    script, folder = Path(__file__).resolve().parent.parent / arm.command[0], place(args, arm)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [*arm.command[1:], "--out", str(folder), "--steps", str(arm.steps), "--seed", str(arm.seed), "--batch-size",
-               str(args.batch_size), "--save-every", "50", "--keep", "1", *["--resume"] * (folder / "last.pt").exists()]
-    with open(log_of(args, arm), "w", encoding="utf-8") as log:
-        return subprocess.Popen([sys.executable, str(script), *command], pass_fds=[args.lock.fileno()], stdout=log,
-                                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-
-
-def train_seeds(args, names):
-    """Train the arms of these names with every seed. Returns {name: the runs' folders, one a seed}."""
-    runs = train(args, [make_arm(args, name, seed) for seed in range(args.seeds) for name in names])
-    return {name: runs[i::len(names)] for i, name in enumerate(names)}
-
-
-def open_out(args):
-    """Make or open args.out, train the tokenizer of all arms, and read the training pairs, a list.
-
-    Sets args.lock, and args.length, the mean length of a caption in tokens. Raises ValueError when the folder is in use
-    or was begun with other settings, or a pair lacks a name.
+    The process inherits the lock. Should it outlive this process, the lock stays held.
     """
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.lock = open(args.out / ".lock", "w")
-    try:
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{args.out}: another findings.py, or a run that one left behind, is at work there") from None
-    path = args.out / "settings.json"
-    settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size, "stage_1_steps": STAGE_1_STEPS,
-                "arms": {name: list(flags) for name, flags in ARMS.items()}}
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else settings
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: damaged; without it, these settings are taken for those of the arms there") from None
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(f"{args.out}: {key} was {before.get(key)} and is now {value}: name another --out")
-    pairs, test = trainer.open_pairs(args, trainer.Job(0, 1, torch.device("cpu"), None), None), data.Pairs(args.test)
-    pairs = [pairs[i] for i in tqdm(range(len(pairs)), "pairs", delay=2, leave=False, file=sys.stdout)]
-    if not all(pair.captions.keys() >= set(LANGUAGES) for pair in (*pairs, *(test[i] for i in range(len(test))))):
-        raise ValueError("--data, --test: findings are about pairs with a name in each language, and some lack one")
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    texts, path = [text for pair in pairs for text in pair.captions.values()], args.out / "tokenizer.json"
-    if not path.exists():
-        Tokenizer.train(texts, kelip.PRESETS["tiny"]["vocab_size"], progress=sys.stdout.isatty()).save(path)
-    args.length = fmean(len(ids) + 2 for ids in Tokenizer.load(path).encode_ordinary_batch(texts))  # with start and end
-    return pairs
+    args = study.args
+    script = Path(__file__).resolve().parents[1] / run.script
+    folder = folder_of(study, run)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(script), *run.flags,
+               "--out", str(folder), "--steps", str(run.steps), "--seed", str(run.seed),
+               "--batch-size", str(args.batch_size), "--save-every", "50", "--keep", "1"]
+    if (folder / "last.pt").exists():
+        command.append("--resume")
+    with open(log_path(study, run), "w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                pass_fds=[study.lock.fileno()],
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
-# --------------------------------------------------------------------------------------------- numbers and verdicts
+def is_finished(study, run):
+    """Whether a run was trained to its end and, in stage 2, was evaluated on --test.
 
-def embed(args, run):
-    """A run's model and tokenizer, and the test as they see it: (model, tokenizer, evaluate.Embedded). Its first M names
-    in each language are those of its M pictures."""
-    model, _, tokenizer = kelip.build_model(str(run), "cuda" if torch.cuda.is_available() else "cpu")
-    names = evaluate.read_candidates(args.test)
-    return model, tokenizer, evaluate.Embedded(model, data.Pairs(args.test), tokenizer, names)
+    A finished run that was evaluated on something else since is evaluated again by resuming it.
+    """
+    folder = folder_of(study, run)
+    if run.name != "stage-1":
+        evaluation = None
+        with contextlib.suppress(OSError, ValueError):
+            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        test = [source.partition("::")[0] for source in study.args.test]
+        if not evaluation or evaluation.get("test") != test:
+            return False
+    last = folder / "last.pt"
+    return last.exists() and kelip.load_checkpoint(last)["step"] == run.steps
 
 
-def recalls(run):
-    """R@1 of a finished run, in 0..1, float [5]: what COLUMNS says."""
-    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["retrieval"]
-    values = [found[language][way]["R@1"] for language in LANGUAGES for way in evaluate.WAYS]
-    return np.array([*values, fmean(values)])
+def folder_of(study, run):
+    """The folder of a run. Runs of another length have another folder."""
+    return study.args.out / "runs" / f"{run.name}-{run.steps}-seed{run.seed}"
 
 
-def verdict(claim, differences, times=100):
-    """A part of a claim, whether it held, and that in words. differences: one a seed, to the control. Held where all
-    are positive and their mean is larger than their standard deviation; None, undecided, where they are fewer than 3."""
-    values = [times * float(x) for x in differences]
-    mean, sd = fmean(values or [0]), stdev(values) if len(values) > 1 else 0.0
-    held = min(values) > 0 and mean > sd if len(values) > 2 else None
-    opposite = held is False and max(values) < 0 and -mean > sd
-    end = {True: "held here", False: "did not hold here" + (", the opposite did" if opposite else ", within the spread"),
-           None: "not decided here, three seeds are the least"}[held]
-    digits = 2 if times > 1 else 3
+def log_path(study, run):
+    """The file with what a run printed."""
+    folder = folder_of(study, run)
+    return folder.with_name(f"{folder.name}.log")
+
+
+def last_line(study, run):
+    """The last line that a run printed: after a failure, the error."""
+    lines = log_path(study, run).read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line.strip()]
+    return lines[-1] if lines else "ended before it printed anything"
+
+
+def steps_done(study, run):
+    """How far a run is by its log."""
+    path = folder_of(study, run) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # The last line may be cut short while it is being written.
+    lines = [line for line in lines[-2:] if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+# ---- numbers and verdicts ----
+
+class Result(NamedTuple):
+    """What a finding returns."""
+    numbers: dict    # for the JSON file; may hold arrays
+    tables: list     # (title, header, rows); all cells are text
+    verdicts: list   # of verdict(), one for each part of the claim
+    parts: list      # further pieces of the page
+
+
+def verdict(part, differences, scale=100):
+    """Whether one part of a claim held.
+
+    part: what it compares. differences: to the control, one for each seed; they are shown times
+    scale. Returns a dict; held is True, False, or None for fewer than three seeds, and words is a
+    line that says it all.
+    """
+    values = [scale * float(x) for x in differences]
+    mean = fmean(values) if values else 0.0
+    sd = stdev(values) if len(values) > 1 else 0.0
+    if len(values) < 3:
+        held, conclusion = None, "not decided: fewer than three seeds"
+    elif min(values) > 0 and mean > sd:
+        held, conclusion = True, "held"
+    elif max(values) < 0 and -mean > sd:
+        held, conclusion = False, "did not hold: the opposite did"
+    else:
+        held, conclusion = False, "did not hold: within the spread"
+    digits = 2 if scale > 1 else 3
     each = ", ".join(f"{value:+.{digits}f}" for value in values) or "none"
-    return {"claim": claim, "differences": values, "mean": mean, "sd": sd, "held": held,
-            "words": f"{claim}: {mean:+.{digits}f} ± {sd:.{digits}f} ({each}): {end}"}
+    return {"part": part, "differences": values, "mean": mean, "sd": sd, "held": held,
+            "words": f"{part}: {mean:+.{digits}f} ± {sd:.{digits}f} ({each}): {conclusion}"}
 
 
-def show(values, times=100, digits=1):
-    """Numbers of several seeds as "mean ± standard deviation"."""
-    values = [times * float(x) for x in values]
-    return f"{fmean(values):.{digits}f} ± {stdev(values) if len(values) > 1 else 0:.{digits}f}"
+def show(values, scale=100, digits=1):
+    """The values of several seeds as "mean ± standard deviation"."""
+    values = [scale * float(x) for x in values]
+    sd = stdev(values) if len(values) > 1 else 0
+    return f"{fmean(values):.{digits}f} ± {sd:.{digits}f}"
 
 
-def compare(title, columns, rows):
-    """A table of arms. rows: {label: float [seeds, columns], in 0..1}; the last column is compared with that of the
-    first row, seed by seed."""
-    first = next(iter(rows.values()))[:, -1]
-    lines = [[label, *map(show, found.T), show(found[:, -1] - first, digits=2)] for label, found in rows.items()]
-    return title, ["", *columns, "less the first"], lines
+def compare(title, columns, rows, control):
+    """A table of variants with the difference to the first of them, which is the control.
+
+    rows: {label: float [seeds, columns], in 0..1}. The difference is that of the last column, seed
+    by seed. control: what the first row is called in the header.
+    """
+    lines, first = [], None
+    for label, values in rows.items():
+        difference = ""
+        if first is None:
+            first = values[:, -1]
+        else:
+            difference = show(values[:, -1] - first, digits=2)
+        lines.append([label, *map(show, values.T), difference])
+    return title, ["", *columns, f"Δ vs {control}"], lines
 
 
-def conclude(args, name, numbers, tables, verdicts, parts):
-    """Print the tables and verdicts, write OUT/name.json and OUT/name.html. tables: (title, head, rows of text) each;
-    parts: more pieces of the page. Returns the verdicts in words."""
-    claim, trains, refuted = (" ".join(part.split()) for part in inspect.getdoc(FINDINGS[name]).split("\n\n"))
-    held = [part["held"] for part in verdicts]
-    answer = ("not decided here" if None in held else "held here" if all(held) else "did not hold here" if not any(held)
-              else f"held here in {sum(held)} of {len(held)} parts")
-    lines = [*(part["words"] for part in verdicts), f"{claim.rstrip('.')}: {answer}."]
-    for title, head, rows in tables:
-        print(f"\n{title}")
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        for row in (head, *rows):
-            print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:]))]))
-    print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
-    found = {"claim": claim, "answer": answer, "refuted": refuted, "steps": args.steps, "seeds": args.seeds, "verdicts": verdicts}
-    (args.out / f"{name}.json").write_text(json.dumps(
-        {**found, **numbers}, indent=1, ensure_ascii=False, default=np.ndarray.tolist), encoding="utf-8")
-    page.write(args.out / f"{name}.html", claim, trains, page.heading("What would refute it", refuted),
-               page.heading("What was found", lines[-1]), page.names("", [(part["words"], part["held"]) for part in verdicts]),
-               *(page.heading(title) + page.table(head, rows) for title, head, rows in tables), *parts)
-    return lines
+def with_mean(values):
+    """[*values, their mean]."""
+    return [*values, fmean(values)]
 
 
-def views(pairs, arms):
-    """Pieces of a page: drawings as arms see them, all their crops. arms: {title: name}."""
-    images = np.stack([shards.decode(pair.image).resize((72, 72)) for pair in pairs[:6]])    # [N, 72, 72, 3]
-    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (crops.MEAN, crops.STD))
-    for title, name in arms.items():
-        flags = train_clip.parse_arguments([*ARMS[name]])[0]
-        many = crops.multi_crop(torch.from_numpy(images).permute(0, 3, 1, 2), crops.parse_crops(flags.crops), 0,
-                                torch.arange(len(images)), None, flags.scale, flags.low_scale, augment=flags.augment)
-        pixels = [((crop * deviation + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-                  for drawing in zip(*many) for crop in drawing]
-        yield page.heading(title) + page.row(page.picture(Image.fromarray(x), x.shape[0]) for x in pixels)
+def embed(study, folder):
+    """The model of a run and the test pairs as it sees them: (model, tokenizer, Embedded).
+
+    Each image has one name in each language. So in the evaluate.Embedded, the first M texts of a
+    language are the names of the M images, in their order.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, tokenizer = kelip.build_model(str(folder), device)
+    candidates = evaluate.read_candidates(study.args.test)
+    test = data.Pairs(study.args.test)
+    return model, tokenizer, evaluate.Embedded(model, test, tokenizer, candidates)
 
 
-# ----------------------------------------------------------------------------------------------------- the findings
+def recall_of_run(folder):
+    """R@1 of a finished run, in 0..1, in the order of RECALL_COLUMNS: float [5]."""
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return np.array(with_mean([evaluation["retrieval"][language][direction]["R@1"]
+                               for language in LANGUAGES for direction in evaluate.DIRECTIONS]))
+
+
+def recall_of_texts(embedded, language, keep):
+    """evaluate.recall_at_k of some of the texts, and of the images that own one of them.
+
+    keep: bool [P]. All other texts and images are candidates only.
+    """
+    owner = embedded.owner[language].masked_fill(~keep, -1)
+    return evaluate.recall_at_k(embedded.images, embedded.texts[language], owner)
+
+
+def crop_examples(pairs, variants):
+    """Pieces of a page: what six images look like to variants, all their crops.
+
+    variants: {title: name}.
+    """
+    images = np.stack([shards.decode(pair.image).resize((72, 72)) for pair in pairs[:6]])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)                    # [N, 3, 72, 72]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (crops.MEAN, crops.STD))
+    parts = []
+    for title, name in variants.items():
+        groups, flags = crop_settings(name)
+        views = crops.multi_crop(
+            images, groups, 0, torch.arange(len(images)), scale=flags.scale,
+            low_scale=flags.low_scale, augment=flags.augment)                # K x [N, 3, s, s]
+        shown = []
+        for view in (view for views_of_image in zip(*views) for view in views_of_image):
+            pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte()  # [3, s, s]
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            shown.append(page.image(image, image.height))
+        parts.append(page.heading(title) + page.row(shown))
+    return parts
+
+
+# ---- ablation ----
 
 LABELS = {"clip": "CLIP alone", "mae": "+ MAE", "crops": "+ multi-crop", "both": "+ both"}
 
 
-def ablation(args, pairs):
-    """Stage 1 (a masked autoencoder on the pictures) and multi-crop each help, and together they help most.
+def ablation(study):
+    """Do stage 1 and multi-crop each help, and most of all together?
 
-    Trains, for each seed, CLIP alone, + MAE, + multi-crop and both, on equally many pictures in stage 2 (stage 1's, twice
-    as many, come on top); then the first three for as many operations as both does, its stage 1 included. Multi-crop is two
-    crops of full size here: drawings of 72 pixels lose more than they gain by smaller ones. 75 minutes on two CPU cores.
+    Claim: Stage 1 (a masked autoencoder on the images) and multi-crop each help, and together they
+    help most.
 
-    Compared is mean R@1 over both languages and directions, of + MAE and of + multi-crop with CLIP alone, of both with
-    that of the other three whose mean is the best. Refuted in each part where the difference is not positive beyond its
-    spread.
+    Refuted if: The difference to the control is not positive beyond its spread, for each part by
+    itself: + MAE, + multi-crop, and + both.
+
+    Runs: CLIP alone, + MAE, + multi-crop and + both, with each seed. First all four see the same
+    number of images in stage 2, and stage 1 sees twice as many on top. Then the first three are
+    trained again, for as many FLOPs as both spends, its stage 1 included. Multi-crop is two crops
+    of full size here. It takes 75 minutes on two CPU cores.
+
+    Control: CLIP alone. For + both, that of the other three whose mean is highest.
+
+    Measure: R@1, the mean over both languages and both directions.
     """
-    budget = make_arm(args, "both", 0).compute
-    settings = {title: {name: [make_arm(args, name, seed, limit) for seed in range(args.seeds)] for name in LABELS}
-                for title, limit in (("the same pictures in stage 2", None), ("the same operations", budget))}
-    train(args, [arms[name][seed] for seed in range(args.seeds) for arms in settings.values() for name in LABELS])
-    numbers, tables, verdicts = {"caption_length": args.length, "columns": COLUMNS}, [], []
-    for title, arms in settings.items():
-        found = {name: np.stack([recalls(place(args, arm)) for arm in many]) for name, many in arms.items()}
-        clip, mae, multi, both = (found[name][:, -1] for name in LABELS)
-        labels = {name: f"{LABELS[name]}, " + (f"{arm.init.steps:,} + " if arm.init else "")
-                  + f"{arm.steps:,} steps, {arm.compute / 1e12:,.1f} Tflop" for name, (arm, *_) in arms.items()}
-        tables.append(compare(f"R@1 at {title}, %", COLUMNS, {labels[name]: found[name] for name in LABELS}))
-        verdicts += [verdict(f"At {title}, {text}, points of R@1", difference) for text, difference in (
-            ("+ MAE less CLIP alone", mae - clip), ("+ multi-crop less CLIP alone", multi - clip),
-            ("both less the best other", both - max((clip, mae, multi), key=np.mean)))]
-        numbers[title] = {name: {"steps": arm.steps, "operations": arm.compute, "R@1": found[name]}
-                          for name, (arm, *_) in arms.items()}
-    return numbers, tables, verdicts, views(pairs, {"Drawings as CLIP alone sees them": "clip", "Multi-crop": "crops"})
+    budget = make_run(study, "both", 0).total_flops
+    settings = {"the same images in stage 2": _runs_of_ablation(study, None),
+                "the same FLOPs": _runs_of_ablation(study, budget)}
+    train(study, [runs[name][seed] for seed in range(study.args.seeds)
+                  for runs in settings.values() for name in LABELS])
+
+    numbers = {"caption_length": study.caption_length, "columns": RECALL_COLUMNS}
+    tables, verdicts = [], []
+    for title, runs in settings.items():
+        recall = {name: np.stack([recall_of_run(folder_of(study, run)) for run in runs[name]])
+                  for name in LABELS}                                        # [seeds, 5] each
+        tables.append(compare(f"R@1 with {title}, %", RECALL_COLUMNS,
+                              {_label(name, runs[name][0]): recall[name] for name in LABELS},
+                              control=LABELS["clip"]))
+        clip, mae, multi_crop, both = (recall[name][:, -1] for name in LABELS)
+        best_other = max((clip, mae, multi_crop), key=np.mean)
+        for compared, difference in (("+ MAE vs CLIP alone", mae - clip),
+                                     ("+ multi-crop vs CLIP alone", multi_crop - clip),
+                                     ("+ both vs the best other", both - best_other)):
+            verdicts.append(verdict(f"R@1 with {title}: Δ, {compared}, points", difference))
+        numbers[title] = {name: {"steps": runs[name][0].steps, "FLOPs": runs[name][0].total_flops,
+                                 "R@1": recall[name]} for name in LABELS}
+    examples = {"Images as CLIP alone sees them": "clip", "Images with multi-crop": "crops"}
+    return Result(numbers, tables, verdicts, crop_examples(study.pairs, examples))
 
 
-def recall_of(embedded, language, keep):
-    """evaluate.recall_at_k, of the texts where keep, bool [P], and of the pictures that own one; the others stay candidates."""
-    return evaluate.recall_at_k(embedded.images, embedded.texts[language], embedded.owner[language].masked_fill(~keep, -1))
+def _runs_of_ablation(study, budget):
+    """{name: a TrainingRun for each seed}."""
+    return {name: [make_run(study, name, seed, budget) for seed in range(study.args.seeds)]
+            for name in LABELS}
 
 
-def augmentation(args, pairs):
-    """Strong augmentation (SimCLR's colour distortion and blur) helps classification and hurts retrieval.
+def _label(name, run):
+    """What a variant and its length are called in a table."""
+    steps = f"{run.stage_1.steps:,} + {run.steps:,}" if run.stage_1 else f"{run.steps:,}"
+    return f"{LABELS[name]}, {steps} steps, {run.total_flops / 1e12:,.1f} TFLOPs"
 
-    Trains multi-crop (two crops of full size) with --augment and without, which is the ablation's arm. 20 minutes after the
-    ablation, else 40.
 
-    Compared are accuracy on coarse groups of emoji, the mean over groups and languages, and mean R@1. Refuted unless
-    the first is higher with --augment, and the second lower, each beyond its spread. Half of the names tell a skin tone or
-    a colour, which such augmentation takes away from the picture; retrieval has to be lower for the other names too.
+# ---- augmentation ----
+
+def augmentation(study):
+    """Does strong augmentation help classification and hurt retrieval?
+
+    Claim: Strong augmentation (SimCLR's color distortion and blur) helps classification and hurts
+    retrieval.
+
+    Refuted if: Accuracy is not higher with it, or R@1 is not lower, each beyond its spread. Half of
+    the names tell a skin tone or a color, which such augmentation takes away from the image. So R@1
+    has to be lower for the other names too.
+
+    Runs: Multi-crop (two crops of full size) with --augment and without; the latter are the
+    ablation's. It takes 20 minutes after the ablation, else 40.
+
+    Control: The same without --augment.
+
+    Measure: Accuracy on coarse groups of emoji, the mean over groups and languages, and R@1, the
+    mean over languages and directions.
     """
-    found, accuracy, rest = {}, {}, {}
-    coloured = re.compile(rf"skin tone|(?<![\w-])({'|'.join(ATTRIBUTES['colour'][0])})(?![\w-])")
-    for label, runs in zip(("plain", "augmented"), train_seeds(args, ["crops", "augment"]).values()):
-        found[label], accuracy[label], rest[label] = np.stack([recalls(run) for run in runs]), [], []
-        for run in runs:
-            model, tokenizer, embedded = embed(args, run)
-            result = evaluate.classify(model, None, tokenizer, sets.read_classes("emoji groups"), embedded=embedded)
-            values = [result[language]["mean_per_class"] for language in LANGUAGES]
-            accuracy[label].append([*values, fmean(values)])
-            colourless = torch.tensor([not coloured.search(name) for name in embedded.captions["en"][:len(embedded.pairs)]])
-            values = [way["R@1"] for x in LANGUAGES for way in recall_of(
-                embedded, x, colourless[embedded.owner[x].clamp(min=0)] & (embedded.owner[x] >= 0)).values()]
-            rest[label].append([*values, fmean(values)])
-        accuracy[label], rest[label] = np.array(accuracy[label]), np.array(rest[label])      # [seeds, ... and mean]
-    title = f"{result['pictures']:,} drawings in {result['classes']} groups, accuracy by group, %"
-    tables = [compare("Retrieval, R@1, %", COLUMNS, found),
-              compare(f"Retrieval of the {int(colourless.sum()):,} names without skin tone or colour, R@1, %", COLUMNS, rest),
-              compare(title, ["English", "Korean", "mean"], accuracy)]
-    better, worse, other = (values["augmented"][:, -1] - values["plain"][:, -1] for values in (accuracy, found, rest))
-    verdicts = [verdict("Classification, augmented less plain, points", better),
-                verdict("Retrieval, plain less augmented, points", -worse),
-                verdict("Retrieval of names without skin tone or colour, plain less augmented, points", -other)]
-    return ({"columns": COLUMNS, "R@1": found, "R@1 without tone or colour": rest, "accuracy": accuracy,
-             "chance": 1 / result["classes"]}, tables, verdicts,
-            views(pairs, {"Drawings with plain crops": "crops", "Augmented": "augment"}))
+    folders = train_seeds(study, ["crops", "augment"])
+    recall, colorless_recall, accuracy = {}, {}, {}                          # [seeds, ... and mean]
+    for label, name in (("plain", "crops"), ("augmented", "augment")):
+        recall[label] = np.stack([recall_of_run(folder) for folder in folders[name]])
+        accuracies, recalls = [], []
+        for folder in folders[name]:
+            model, tokenizer, embedded = embed(study, folder)
+            groups = evaluate.classify(model, None, tokenizer, classes.read_classes("emoji groups"),
+                                       embedded=embedded)
+            accuracies.append(with_mean([groups[x]["mean_per_class"] for x in LANGUAGES]))
+            colorless = _colorless_images(embedded)
+            recalls.append(_recall_of_images(embedded, colorless))
+        accuracy[label], colorless_recall[label] = np.array(accuracies), np.array(recalls)
+
+    tables = [
+        compare("Retrieval, R@1, %", RECALL_COLUMNS, recall, "plain"),
+        compare(f"Retrieval of the {int(colorless.sum()):,} names without skin tone or color, "
+                "R@1, %", RECALL_COLUMNS, colorless_recall, "plain"),
+        compare(f"{groups['images']:,} images in {groups['classes']} groups, accuracy by group, %",
+                ["English", "Korean", "mean"], accuracy, "plain")]
+    better, worse, colorless_worse = (x["augmented"][:, -1] - x["plain"][:, -1]
+                                      for x in (accuracy, recall, colorless_recall))
+    verdicts = [
+        verdict("Classification: Δ, augmented vs plain, points", better),
+        verdict("Retrieval: Δ, plain vs augmented, points", -worse),
+        verdict("Retrieval of names without skin tone or color: Δ, plain vs augmented, points",
+                -colorless_worse)]
+    numbers = {"columns": RECALL_COLUMNS, "R@1": recall,
+               "R@1 without skin tone or color": colorless_recall, "accuracy": accuracy,
+               "chance": 1 / groups["classes"]}
+    examples = {"Images with plain crops": "crops", "The same, augmented": "augment"}
+    return Result(numbers, tables, verdicts, crop_examples(study.pairs, examples))
+
+
+def _colorless_images(embedded):
+    """Whether an image's English name tells neither a skin tone nor a color: bool [M]."""
+    colors = "|".join(ATTRIBUTES["color"][0])
+    pattern = re.compile(rf"skin tone|(?<![\w-])({colors})(?![\w-])")
+    names = embedded.captions["en"][:len(embedded.pairs)]
+    return torch.tensor([not pattern.search(name) for name in names])
+
+
+def _recall_of_images(embedded, keep):
+    """R@1 of some images and their names, in the order of RECALL_COLUMNS. keep: bool [M]."""
+    values = []
+    for language in LANGUAGES:
+        owner = embedded.owner[language]                                     # [P]
+        keep_texts = keep[owner.clamp(min=0)] & (owner >= 0)                 # [P]
+        recall = recall_of_texts(embedded, language, keep_texts)
+        values += [recall[direction]["R@1"] for direction in evaluate.DIRECTIONS]
+    return with_mean(values)
+
+
+# ---- alignment ----
+
+TRANSLATIONS = ("English to Korean", "Korean to English")
+
+
+def alignment(study):
+    """Do the two languages align through the images that they share?
+
+    Claim: Without any loss between them, the two languages align through the images that they
+    share.
+
+    Refuted if: Translation in "shared" is not better than in "apart" beyond the spread.
+
+    Runs: "shared", where each image has its caption in one language only, by a hash of its key. So
+    no pair has both names, but both languages name nearly each thing, on images of different
+    vendors. And "apart". It takes 15 minutes.
+
+    Control: "apart", where each thing, with all its skin tones and genders, is named in one
+    language only. This model was never told the other name of a thing. What it gets right comes
+    from words that names have in common, such as skin tones. All seeds split the languages in the
+    same way.
+
+    Measure: R@1 of translation: the Korean name that is nearest to an English one, among all names
+    of training, and the reverse, without an image between them. That both variants learned both
+    languages shows in the retrieval of names that they were told.
+    """
+    for name in ("shared", "apart"):
+        write_split(study.args.out / "data" / name, name, study.pairs)
+    folders = train_seeds(study, ["shared", "apart"])
+
+    names = sorted({tuple(pair.captions[x] for x in LANGUAGES) for pair in study.pairs})
+    recall, nearest = {}, {}
+    for variant in folders:
+        told = _told_names(variant, study.pairs)
+        recall[variant] = []
+        for folder in folders[variant]:
+            model, tokenizer, embedded = embed(study, folder)
+            english, korean = (evaluate.embed_texts(model, tokenizer, list(texts))
+                               for texts in zip(*names))                     # [P, D] each
+            found = evaluate.recall_at_k(english, korean, torch.arange(len(names)))
+            found = dict(zip(TRANSLATIONS, (found["image_to_text"], found["text_to_image"])))
+            for language, title in zip(LANGUAGES, ("images, English", "images, Korean")):
+                found[title] = _recall_of_told(embedded, language, told)
+            recall[variant].append(found)
+            if variant not in nearest:  # the first seed's, for the page
+                nearest[variant] = (english @ korean.T).topk(min(3, len(names))).indices
+
+    rows = [[f"{variant}: {what}", *(show([found[what][f"R@{k}"] for found in recall[variant]])
+                                     for k in evaluate.KS)]
+            for variant in recall for what in recall[variant][0]]
+    title = f"Translation among {len(names):,} names, chance {100 / len(names):.2f} %; and images"
+    tables = [(title, ["%", *(f"R@{k}" for k in evaluate.KS)], rows)]
+    shared, apart = (np.array([fmean(found[what]["R@1"] for what in TRANSLATIONS)
+                               for found in recall[variant]]) for variant in ("shared", "apart"))
+    verdicts = [verdict("R@1 of translation: Δ, shared vs apart, points", shared - apart)]
+    parts = [page.heading("The Korean names nearest to an English one",
+                          "The first seed's. The right one is marked."),
+             page.cards(_translation_cards(names, nearest, embedded.pairs))]
+    return Result({"names": len(names), "found": recall}, tables, verdicts, parts)
+
+
+def _told_names(variant, pairs):
+    """The names that training told a variant: a set of (language, name)."""
+    told = set()
+    for pair in pairs:
+        language = split_language(variant, pair)
+        told.add((language, pair.captions[language]))
+    return told
+
+
+def _recall_of_told(embedded, language, told):
+    """{"R@1": ...} of the names in a language that are in told, the mean over directions."""
+    keep = torch.tensor([(language, text) in told for text in embedded.captions[language]])
+    recall = recall_of_texts(embedded, language, keep)
+    return {key: fmean(recall[direction][key] for direction in evaluate.DIRECTIONS)
+            for key in recall["image_to_text"]}
+
+
+def _translation_cards(names, nearest, pairs):
+    """Some names, an image of each, and the names that the first seed of each variant found."""
+    pair_of = {pair.captions["en"]: pair for pair in pairs}
+    cards = []
+    for i in range(0, len(names), max(1, len(names) // 24)):
+        english, _ = names[i]
+        if english not in pair_of:
+            continue
+        lists = ""
+        for variant, indices in nearest.items():
+            found = [(names[j][1], j == i) for j in indices[i].tolist()]
+            lists += page.names(f"{english}, {variant}", found)
+        cards.append(page.card(page.image(shards.decode(pair_of[english].image)), lists))
+    return cards
+
+
+def write_split(folder, name, pairs):
+    """Write training pairs as shards with one caption each. A folder that is there is kept.
+
+    name: "shared" or "apart", as split_language takes it.
+    """
+    if folder.exists():
+        return
+    with shards.new_folder(str(folder)) as temporary:
+        for number, part in enumerate(np.array_split(np.arange(len(pairs)), 8)):
+            written = []
+            for pair in (pairs[i] for i in part):
+                caption = f"{split_language(name, pair)}.txt"
+                members = {suffix: content for suffix, content in pair.members.items()
+                           if suffix == caption or not suffix.endswith("txt")}
+                written.append((pair.key, members))
+            shards.write_shard(f"{temporary}/train-{number}.tar", written)
+
+
+def split_language(name, pair):
+    """The one language of a pair's caption: by its key in "shared", by its concept in "apart"."""
+    text = pair.key if name == "shared" else concept(pair)
+    return LANGUAGES[hashlib.sha256(text.encode()).digest()[0] % 2]
 
 
 def code_points(key):
-    """'Joy-U+1F468-U+1F3FF' -> [0x1F468, 0x1F3FF]; [] for keys of another kind."""
+    """The code points of the emoji that a key names; [] for other keys.
+
+    "Joy-U+1F468-U+1F3FF" -> [0x1F468, 0x1F3FF].
+    """
     return [int(part[2:], 16) for part in key.split("-") if part.startswith("U+")]
+
+
+SKIN_TONES = set(range(0x1F3FB, 0x1F400))
+MALE_FEMALE_JOINER_SELECTOR = {0x2642, 0x2640, 0x200D, 0xFE0F}
+WITHOUT_GENDER = {
+    0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1,  # man, woman: person
+    0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2,  # boy, girl: child
+    0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3,  # old man, old woman: older person
+    0x1F57A: 0x1F483,                    # dancing man: dancing woman
+    0x1F478: 0x1F934,                    # princess: prince
+    0x1F936: 0x1F385,                    # Mrs. Claus: Santa Claus
+    0x1FAC3: 0x1F930, 0x1FAC4: 0x1F930,  # pregnant man, pregnant person: pregnant woman
+}
+SAME_CONCEPT = {  # code points, in hexadecimal -> those of another emoji that shows the same
+    "1F491": "1F9D1 2764 1F9D1",         # couple with heart
+    "1F48F": "1F9D1 2764 1F48B 1F9D1",   # kiss
+    "1F9D1 1F384": "1F385",              # Mx Claus: Santa Claus
+    "1F46B": "1F9D1 1F91D 1F9D1",        # woman and man, two men, two women holding hands
+    "1F46C": "1F9D1 1F91D 1F9D1",
+    "1F46D": "1F9D1 1F91D 1F9D1",
+}
+
+
+def concept(pair):
+    """What an emoji shows, regardless of gender and skin tone.
+
+    Returns the code points of its key without those, or else its English name. All families are
+    one concept.
+    """
+    ignored = SKIN_TONES | MALE_FEMALE_JOINER_SELECTOR
+    points = [WITHOUT_GENDER.get(point, point) for point in code_points(pair.key)]
+    text = " ".join(f"{point:X}" for point in points if point not in ignored)
+    if re.fullmatch("(1F9D1 )+1F9D2( 1F9D2)*", text):
+        return "1F46A"  # family
+    return SAME_CONCEPT.get(text, text) or pair.captions["en"]
+
+
+# ---- culture ----
+
+NEAREST = 10  # two names are compared by the images that are nearest to each
+
+
+def culture(study):
+    """Do names of one meaning find different images in the two languages?
+
+    Claim: Names of one meaning find different images in the two languages, and not by chance.
+
+    Refuted if: Two seeds agree no more in one language than across the two, beyond the spread over
+    pairs of seeds. (Pairs share seeds, so that this spread is smaller than it should be.) Or if the
+    disagreement of the languages, name by name, is correlated with that in other seeds no more than
+    with noise, beyond its spread.
+
+    Runs: CLIP alone, the ablation's. It takes a minute after the ablation, else 12.
+
+    Control: For the agreement across languages: that in one language. For the correlation with
+    other seeds: that with noise, which is the disagreement of two other seeds in one language.
+    Names that find nothing reliably disagree by noise alone.
+
+    Measure: Two names agree by the Jaccard index of the ten test images nearest to each. Names that
+    no training image has, names with a skin tone (half of all) and flags (only their Korean names
+    say "flag") are not included. Names are translations, and the images are the same for both
+    languages. So what differs is what two words of one meaning share with other words, not two
+    cultures.
+    """
+    if study.args.seeds < 2:
+        raise ValueError(f"--seeds {study.args.seeds}: culture compares seeds: at least 2")
+    scores = []  # for each seed {language: float [P, M]}, of P names and M images
+    for folder in train_seeds(study, ["clip"])["clip"]:
+        *_, embedded = embed(study, folder)
+        chosen = _names_to_compare(study, embedded)
+        scores.append({x: embedded.texts[x][chosen] @ embedded.images.T for x in LANGUAGES})
+    n_images = len(embedded.pairs)
+    k = min(NEAREST, n_images)
+    nearest = [{x: of_seed[x].topk(k).indices for x in LANGUAGES} for of_seed in scores]
+    same, cross, correlations, controls = agreements(nearest)
+
+    has_controls = None not in controls
+    noise = show(controls, 1, 2) if has_controls else "needs three seeds"
+    tables = [
+        (f"Jaccard index of the {k} nearest of {n_images:,} images to {len(chosen):,} names, %",
+         ["agreement", "mean over pairs of seeds"],
+         [["two seeds, one language", show(same.mean(1))],
+          ["two seeds, two languages", show(cross.mean(1))],
+          ["chance", f"{100 * k / (2 * n_images - k):.1f}"]]),
+        ("Correlation of the disagreement of the languages, over names",
+         ["rank correlation", "mean over seeds"],
+         [["with the disagreement of the languages in another seed", show(correlations, 1, 2)],
+          ["with noise: the disagreement of two others in one language", noise]])]
+    differences = np.subtract(correlations, controls) if has_controls else []
+    verdicts = [
+        verdict("Agreement of two seeds: Δ, one language vs two, points", (same - cross).mean(1)),
+        verdict("Correlation of the disagreement: Δ, with other seeds vs with noise", differences,
+                scale=1)]
+
+    disagreement = (same - cross).amin(0)                                    # [P], in all pairs
+    names = [embedded.pairs[i].captions["en"] for i in chosen]
+    most = disagreement.argsort(descending=True)[:100].tolist()
+    numbers = {"one language": same.mean(1).tolist(), "two languages": cross.mean(1).tolist(),
+               "correlation": correlations, "control": controls,
+               "disagreement": {names[i]: disagreement[i].item() for i in most}}
+    total = {x: sum(of_seed[x] for of_seed in scores) for x in LANGUAGES}    # [P, M] each
+    parts = [page.heading("Where the languages disagree most in every two seeds",
+                          f"The {k} images nearest to the English name and to the Korean one, by "
+                          "the sum over seeds. They are the most extreme of all, and so in part "
+                          "there by luck."),
+             page.cards(_culture_cards(embedded.pairs, chosen, disagreement, total, k))]
+    return Result(numbers, tables, verdicts, parts)
+
+
+def _names_to_compare(study, embedded):
+    """The test pairs whose names are compared, indices below M. Raises ValueError without any."""
+    trained = {pair.captions["en"] for pair in study.pairs}
+    chosen = [i for i, pair in enumerate(embedded.pairs)
+              if pair.captions["en"] in trained and not is_flag(pair.key)
+              and not SKIN_TONES & set(code_points(pair.key))]
+    if not chosen:
+        raise ValueError(f"--test {' '.join(study.args.test)}: none of the names there is one of "
+                         "--data's")
+    return chosen
 
 
 def is_flag(key):
     """Whether a key is that of a country's flag."""
-    return 0x1F1E6 <= (code_points(key) or [0])[0] <= 0x1F1FF
+    points = code_points(key)
+    return bool(points) and 0x1F1E6 <= points[0] <= 0x1F1FF
 
 
-TONES = set(range(0x1F3FB, 0x1F400))
-GENDERS = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1,  # man, woman: person; boy, girl: child; and so on
-           0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3, 0x1F57A: 0x1F483, 0x1F478: 0x1F934,
-           0x1F936: 0x1F385, 0x1FAC3: 0x1F930, 0x1FAC4: 0x1F930}
-COUPLES = {"1F491": "1F9D1 2764 1F9D1", "1F48F": "1F9D1 2764 1F48B 1F9D1", "1F9D1 1F384": "1F385",
-           **dict.fromkeys(("1F46B", "1F46C", "1F46D"), "1F9D1 1F91D 1F9D1")}
+def agreements(nearest):
+    """How much names agree across seeds, in one language and in two.
 
+    nearest: for each seed {language: int64 [P, K]}, the images nearest to each of P names.
 
-def concept(pair):
-    """What a drawing is of, whatever the gender and skin tone: the code points of its key without those, or else its
-    English name. All families are one."""
-    points = [GENDERS.get(point, point) for point in code_points(pair.key)]
-    text = " ".join(f"{point:X}" for point in points if point not in TONES | {0x2640, 0x2642, 0x200D, 0xFE0F})
-    family = re.fullmatch("(1F9D1 )+1F9D2( 1F9D2)*", text)
-    return "1F46A" if family else COUPLES.get(text, text) or pair.captions["en"]
-
-
-def language_of(variant, pair):
-    """The one language that a variant captions a pair in: by its key in 'shared', by its concept in 'apart'."""
-    text = pair.key if variant == "shared" else concept(pair)
-    return LANGUAGES[hashlib.sha256(text.encode()).digest()[0] % 2]
-
-
-def write_variant(folder, variant, pairs):
-    """Training pairs as shards again, each with its caption in one language only. A folder that is there is kept."""
-    if folder.exists():
-        return
-    with packing.whole_folder(str(folder), "") as temporary:
-        for number, part in enumerate(np.array_split(np.arange(len(pairs)), 8)):
-            chosen = [(pairs[i], f"{language_of(variant, pairs[i])}.txt") for i in part]
-            shards.write_shard(f"{temporary}/train-{number}.tar", [
-                (pair.key, {suffix: content for suffix, content in pair.members.items()
-                            if suffix == kept or not suffix.endswith("txt")}) for pair, kept in chosen])
-
-
-def alignment(args, pairs):
-    """Without any loss between them, the two languages align through the pictures that they share.
-
-    Trains 'shared', where every drawing is captioned in one language only, by a hash of its key, so that no pair carries
-    both names but both languages name nearly each thing, in drawings of different vendors; and its control 'apart', where
-    every thing, with all its skin tones and genders, is captioned in one language only. 15 minutes.
-
-    Compared is translation with no picture between: the Korean name nearest to an English one among all names of training,
-    and back, mean R@1. Refuted where 'shared' is not above 'apart' beyond the spread. The control was never told one of a
-    thing's two names: what it gets right comes from words that names have in common, such as skin tones; so the
-    difference says how much pictures bring, and hardly could be none where names are learned at all. All seeds have
-    the same split into languages. Rows of pictures show that each arm learned both: retrieval, mean of both directions, of
-    the names that it was told.
+    Returns
+        same: float [pairs of seeds, P], the agreement of two seeds in one language.
+        cross: the same across languages.
+        correlations: for each seed the correlation, over names, of the disagreement of its
+            languages with that in the other seeds.
+        controls: for each seed its correlation with noise, which is the disagreement of two other
+            seeds in one language; None where there are no two others.
     """
-    names = sorted({tuple(pair.captions[language] for language in LANGUAGES) for pair in pairs})
-    for variant in VARIANTS:
-        write_variant(args.out / "data" / variant, variant, pairs)
-    found, nearest = collections.defaultdict(list), {}
-    for variant, folders in train_seeds(args, VARIANTS).items():
-        told = {(language, pair.captions[language]) for pair in pairs for language in [language_of(variant, pair)]}
-        for folder in folders:
-            model, tokenizer, embedded = embed(args, folder)
-            english, korean = (evaluate.embed_texts(model, tokenizer, list(texts)) for texts in zip(*names))  # [P, D]
-            ways = evaluate.recall_at_k(english, korean, torch.arange(len(names)))
-            ways = {"English to Korean": ways["image_to_text"], "Korean to English": ways["text_to_image"]}
-            for language in LANGUAGES:
-                both = recall_of(embedded, language, torch.tensor([(language, x) in told for x in embedded.captions[language]]))
-                ways[f"pictures, {evaluate.NAMES[language]}"] = {
-                    key: fmean(way[key] for way in both.values()) for key in both["image_to_text"]}
-            found[variant].append(ways)
-            nearest.setdefault(variant, (english @ korean.T).topk(min(3, len(names))).indices)   # of the first seed
-    rows = [[f"{variant}: {way}", *(show([one[way][key] for one in many]) for key in many[0][way])]
-            for variant, many in found.items() for way in many[0]]
-    translation = {variant: np.array([fmean(one[way]["R@1"] for way in one if " to " in way) for one in many])
-                   for variant, many in found.items()}
-    place_of = {pair.captions["en"]: pair for pair in embedded.pairs}
-    cards = [page.card(page.picture(shards.decode(place_of[names[i][0]].image)), "".join(
-        page.names(f"{names[i][0]}, {variant}", [(names[j][1], j == i) for j in nearest[variant][i].tolist()])
-        for variant in VARIANTS)) for i in range(0, len(names), max(1, len(names) // 24)) if names[i][0] in place_of]
-    head = ["%", *(f"R@{k}" for k in evaluate.KS)]
-    return ({"names": len(names), "found": found},
-            [(f"Translation among {len(names):,} names, chance {100 / len(names):.2f} %; and pictures", head, rows)],
-            [verdict("Translation, shared less apart, points of R@1", translation["shared"] - translation["apart"])],
-            [page.heading("The Korean names nearest to an English one", "The first seed's; the right one is marked."),
-             page.cards(cards)])
+    seed_pairs = list(itertools.combinations(range(len(nearest)), 2))
+    same, cross = [], []
+    for a, b in seed_pairs:
+        one, other = nearest[a], nearest[b]
+        same.append((jaccard(one["en"], other["en"]) + jaccard(one["ko"], other["ko"])) / 2)
+        cross.append((jaccard(one["en"], other["ko"]) + jaccard(one["ko"], other["en"])) / 2)
+    same, cross = torch.stack(same), torch.stack(cross)
+    disagreement = [1 - jaccard(of_seed["en"], of_seed["ko"]) for of_seed in nearest]
+    correlations, controls = [], []
+    for seed, own in enumerate(disagreement):
+        others = [other for other in disagreement if other is not own]
+        noise = [1 - agreed for agreed, pair in zip(same, seed_pairs) if seed not in pair]
+        correlations.append(fmean(rank_correlation(own, other) for other in others))
+        controls.append(fmean(rank_correlation(own, x) for x in noise) if noise else None)
+    return same, cross, correlations, controls
 
 
 def jaccard(one, other):
-    """Rows of K different numbers, int64 [P, K] each -> the part of each two rows' union that is in both, float [P]."""
-    both = (one[:, :, None] == other[:, None, :]).any(2).sum(1)
-    return both / (2 * one.shape[1] - both)
+    """The Jaccard index of sets, row by row: int64 [P, K], K different numbers each -> [P]."""
+    common = (one[:, :, None] == other[:, None, :]).any(dim=2).sum(dim=1)    # [P]
+    return common / (2 * one.shape[1] - common)
 
 
 def rank_correlation(x, y):
-    """Spearman's, of two float [P]; equal values have their mean rank."""
+    """Spearman's correlation of two float [P]. Equal values have their mean rank."""
     def ranks(values):
         _, inverse, count = values.unique(return_inverse=True, return_counts=True)
         return (count.cumsum(0) - (count - 1) / 2)[inverse]
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].nan_to_num(0).item()
 
 
-def agreements(nearest):
-    """What culture measures. nearest: for each seed {language: int64 [P, K]}, the pictures nearest to each of P names.
+def _culture_cards(pairs, chosen, disagreement, scores, k):
+    """The names on which the languages disagree most, one of each concept, and what they find."""
+    strongest = {}  # concept -> the name on which the disagreement is largest
+    for i in disagreement.argsort(stable=True).tolist():
+        strongest[concept(pairs[chosen[i]])] = i
+    top = {x: scores[x].topk(k).indices.tolist() for x in LANGUAGES}         # [P][k]
 
-    Returns, for each two seeds, the agreement of names in one language and of those in two, [pairs of seeds, P] each;
-    and for each seed how its parting of the languages, over names, is correlated with the other seeds' and, as control,
-    with how little two others agree in one language (None where there are no two others).
+    def row(indices):
+        found = [pairs[i] for i in indices]
+        return page.row(page.image(shards.decode(pair.image), 44, pair.captions["en"])
+                        for pair in found)
+    cards = []
+    for i in sorted(strongest.values(), key=lambda i: -disagreement[i])[:16]:
+        captions, lists = pairs[chosen[i]].captions, ""
+        for language in LANGUAGES:
+            lists += page.names(captions[language], [], language) + row(top[language][i])
+        cards.append(page.card(row([chosen[i]]), lists))
+    return cards
+
+
+# ---- analogy ----
+
+ATTRIBUTES = {  # kind -> groups of attributes that replace each other in names, with their Korean
+    "skin tone": [
+        {"light skin tone": "하얀 피부", "medium-light skin tone": "연한 갈색 피부",
+         "medium skin tone": "갈색 피부", "medium-dark skin tone": "진한 갈색 피부",
+         "dark skin tone": "검은색 피부"}],
+    "gender": [
+        {"man": "남자", "woman": "여자", "person": "사람"},
+        {"men": "남자", "women": "여자", "people": "사람"},
+        {"boy": "남자 아이", "girl": "여자 아이"}],
+    "hair": [
+        {"red hair": "빨간 머리", "curly hair": "곱슬머리", "white hair": "백발", "bald": "대머리",
+         "blond hair": "금발"}],
+    "color": [
+        {"red": "빨간색", "orange": "주황색", "yellow": "노란색", "green": "초록색",
+         "blue": "파란색", "purple": "보라색", "brown": "갈색", "black": "검은색",
+         "white": "흰색"}],
+}
+OURS = "A - text + text"
+QUERIES = {  # the weights of image A, of the text of its attribute, and of the text of B's
+    OURS: (1, -1, 1),
+    "A + text": (1, 0, 1),
+    "A": (1, 0, 0),
+    "text": (0, 0, 1),
+}
+
+
+class Analogy(NamedTuple):
+    """Two pairs whose names differ in one attribute, such as "man artist" and "woman artist"."""
+    a: int            # indices of the pairs
+    b: int
+    attributes: dict  # language -> (attribute of A, attribute of B)
+
+
+def analogy(study):
+    """Does image - text + text find the analogous image?
+
+    Claim: Image - text + text finds the analogous image.
+
+    Refuted if: R@1 is not higher than the control's beyond the spread, in each part: with
+    attributes and with whole names, against both controls.
+
+    Runs: CLIP alone, the ablation's, or any that --run names. It takes three minutes after the
+    ablation, else 12.
+
+    Control: The better of A alone and the target's text alone, for each kind and language. And
+    A + text, which subtracts nothing.
+
+    Measure: A and B are any two pairs of the test whose images differ and whose English names
+    differ in one attribute, or any two flags of countries. B is searched for among all images but A
+    by A - text(attribute of A) + text(attribute of B), weights 1, and again with whole names in
+    place of attributes. R@1 is the mean over kinds of attributes and languages.
     """
-    couples = list(itertools.combinations(range(len(nearest)), 2))
+    folders = study.args.run or train_seeds(study, ["clip"])["clip"]
+    recall, chosen = collections.defaultdict(list), None
+    for folder in folders:
+        model, tokenizer, embedded = embed(study, folder)
+        if chosen is None:
+            chosen = _analogies_of_test(study, embedded.pairs)
+        for key, values in _recall_of_analogies(model, tokenizer, embedded, chosen).items():
+            recall[key].append(values)
+    recall = {key: np.array(values).T for key, values in recall.items()}     # [R@1 and R@5, runs]
 
-    def agree(languages):
-        return torch.stack([sum(jaccard(nearest[a][x], nearest[b][y]) for x, y in languages) / 2 for a, b in couples])
-    same, cross = agree([("en", "en"), ("ko", "ko")]), agree([("en", "ko"), ("ko", "en")])
-    parting = [1 - jaccard(one["en"], one["ko"]) for one in nearest]
-    ours, controls = [], []
-    for a, one in enumerate(parting):
-        noise = [1 - agreed for agreed, couple in zip(same, couples) if a not in couple]
-        ours.append(fmean(rank_correlation(one, other) for other in parting if other is not one))
-        controls.append(fmean(rank_correlation(one, other) for other in noise) if noise else None)
-    return same, cross, ours, controls
-
-
-def culture(args, pairs):
-    """Names of one meaning find different pictures in the two languages, and not by chance.
-
-    Trains CLIP alone, the ablation's arm. A minute after the ablation, else twelve.
-
-    Two names agree by the Jaccard index of the ten test drawings nearest to each. Left out are names that no drawing of
-    training has, skin tones (half of all names) and flags (whose Korean names alone say "flag"). Refuted where names in one
-    language agree no more across two seeds than names in two languages across the same two; and where how far the languages
-    part, name by name, is correlated no more across seeds than it is with how little two other seeds agree in one language
-    (names that find nothing for sure part by noise alone); each beyond the spread, which is over pairs of seeds for the
-    first and so smaller than it should be, since pairs share seeds. The names are translations and the drawings the same for
-    both languages: what parts here is what two words of one meaning share with other words, and not two cultures.
-    """
-    if args.seeds < 2:
-        raise ValueError(f"--seeds {args.seeds}: culture compares seeds, at least 2")
-    scores, trained = [], {pair.captions["en"] for pair in pairs}
-    for run in train_seeds(args, ["clip"])["clip"]:
-        *_, embedded = embed(args, run)
-        M = len(embedded.pairs)
-        chosen = [i for i, pair in enumerate(embedded.pairs) if pair.captions["en"] in trained and not is_flag(pair.key)
-                  and not set(code_points(pair.key)) & TONES]
-        if not chosen:
-            raise ValueError(f"{' '.join(args.test)}: no name there is one of --data's")
-        scores.append({x: embedded.texts[x][chosen] @ embedded.images.T for x in LANGUAGES})  # [P, M] each
-    k = min(NEAREST, M)
-    same, cross, ours, controls = agreements([{x: one[x].topk(k).indices for x in LANGUAGES} for one in scores])
-    known = None not in controls
-    tables = [(f"Jaccard index of the {k} nearest of {M:,} drawings to {len(chosen):,} names, %", ["agreement", "mean over pairs of seeds"],
-               [["two seeds, one language", show(same.mean(1))], ["two seeds, two languages", show(cross.mean(1))],
-                ["chance", f"{100 * k / (2 * M - k):.1f}"]]),
-              ("Rank correlation, over names, of the parting of the languages", ["with", "mean over seeds"],
-               [["the parting in another seed", show(ours, 1, 2)],
-                ["disagreement of two others in one language", show(controls, 1, 2) if known else "needs three seeds"]])]
-    verdicts = [verdict("Agreement across seeds, in one language less in two, points", (same - cross).mean(1)),
-                verdict("Correlation of the parting, with other seeds' less with their disagreement in one language",
-                        np.subtract(ours, controls) if known else [], times=1)]
-    parting, named = (same - cross).amin(0), torch.utils.data.Subset(embedded.pairs, chosen)  # [P]: in every two seeds at least
-    most = {concept(named[i]): i for i in parting.argsort(stable=True).tolist()}              # name of each concept
-    top = {x: sum(one[x] for one in scores).topk(k).indices.tolist() for x in LANGUAGES}
-
-    def drawings(numbers):
-        chosen = [embedded.pairs[i] for i in numbers]
-        return page.row(page.picture(shards.decode(pair.image), 44, pair.captions["en"]) for pair in chosen)
-    cards = [page.card(drawings([chosen[i]]), "".join(page.names(named[i].captions[x], [], x) + drawings(top[x][i])
-                                                      for x in LANGUAGES))
-             for i in sorted(most.values(), key=lambda i: -parting[i])[:16]]
-    numbers = {"one language": same.mean(1).tolist(), "two languages": cross.mean(1).tolist(), "correlation": ours,
-               "control": controls, "parting": {named[i].captions["en"]: parting[i].item()
-                                                for i in parting.argsort(descending=True)[:100].tolist()}}
-    return numbers, tables, verdicts, [
-        page.heading("Where the languages part most in every two seeds", f"The {k} drawings nearest to the English name "
-                     "and to the Korean one, by the sum over seeds. The most extreme of all, and so in part by luck."),
-        page.cards(cards)]
+    tables = [_table_of_analogies(recall, what, language, chosen, len(embedded.pairs))
+              for what in ("attributes", "names") for language in LANGUAGES]
+    verdicts = []
+    for what in ("attributes", "names"):
+        cells = [_cell(recall, what, language, kind) for language in LANGUAGES for kind in chosen]
+        vs_alone = [cell[OURS][0] - _better_alone(cell) for cell in cells]
+        vs_sum = [cell[OURS][0] - cell["A + text"][0] for cell in cells]
+        for control, differences in (("the better of A and text", vs_alone), ("A + text", vs_sum)):
+            verdicts.append(verdict(f"R@1 with {what}: Δ, {OURS} vs {control}, points",
+                                    np.mean(differences, axis=0)))
+    numbers = {"runs": [str(folder) for folder in folders],
+               "analogies": {kind: len(found) for kind, found in chosen.items()},
+               "R@1 and R@5": {", ".join(key): values for key, values in recall.items()}}
+    shown = [example for found in chosen.values() for example in found[:4]]
+    parts = [page.heading("Some of them", "What the last run finds. The right one is marked."),
+             page.cards([_analogy_card(model, tokenizer, embedded, x) for x in shown])]
+    return Result(numbers, tables, verdicts, parts)
 
 
-ATTRIBUTES = {  # kind: groups of attributes that take each other's place in English names, with their Korean
-    "skin tone": [{"light skin tone": "하얀 피부", "medium-light skin tone": "연한 갈색 피부", "medium skin tone": "갈색 피부",
-                   "medium-dark skin tone": "진한 갈색 피부", "dark skin tone": "검은색 피부"}],
-    "gender": [{"man": "남자", "woman": "여자", "person": "사람"}, {"men": "남자", "women": "여자", "people": "사람"},
-               {"boy": "남자 아이", "girl": "여자 아이"}],
-    "hair": [{"red hair": "빨간 머리", "curly hair": "곱슬머리", "white hair": "백발", "bald": "대머리", "blond hair": "금발"}],
-    "colour": [{"red": "빨간색", "orange": "주황색", "yellow": "노란색", "green": "초록색", "blue": "파란색", "purple": "보라색",
-                "brown": "갈색", "black": "검은색", "white": "흰색"}]}
-QUERIES = {"A - text + text": (1, -1, 1), "A + text": (1, 0, 1), "A": (1, 0, 0), "text": (0, 0, 1)}  # weights
+def _cell(recall, what, language, kind):
+    """What analogy compares: {query: float [2, runs]}, R@1 and R@5."""
+    return {query: recall[what, language, kind, query] for query in QUERIES}
+
+
+def _better_alone(cell):
+    """R@1 of the better of the image and the text alone, by the mean over runs: [runs]."""
+    return max((cell["A"][0], cell["text"][0]), key=np.mean)
+
+
+def _table_of_analogies(recall, what, language, chosen, n_images):
+    """The table of one language, with attributes or with whole names: a row for each kind."""
+    rows = []
+    for kind, found in chosen.items():
+        cell = _cell(recall, what, language, kind)
+        rows.append([f"{kind}, {len(found):,}", *(cell[query][0] for query in QUERIES),
+                     cell[OURS][1], cell[OURS][0] - _better_alone(cell)])
+    means = [np.mean(column, axis=0) for column in list(zip(*rows))[1:]]
+    rows.append(["mean over kinds", *means])
+    title = (f"{evaluate.LANGUAGE_NAMES[language]} {what}: R@1, %, and R@5 of the first; chance "
+             f"{100 / (n_images - 1):.2f} and {500 / (n_images - 1):.2f}")
+    header = ["kind, analogies", *QUERIES, "R@5", "Δ vs the better of A and text"]
+    return title, header, [[row[0], *map(show, row[1:])] for row in rows]
 
 
 def analogies(pairs):
-    """All analogies between pairs: {kind: [(A, B, {language: (attribute of A, of B)})]}, A and B places in pairs.
+    """All analogies between pairs: {kind: [Analogy]}.
 
-    B's English name is A's with one attribute of ATTRIBUTES, which stands in it once, in place of another: "man artist"
-    and "woman artist". Flags of countries are analogies of each other, their names being the attributes.
+    The English name of B is that of A with one attribute of ATTRIBUTES, which occurs in it once,
+    replaced by another of its group. Flags of countries are analogies of each other; their names
+    are the attributes.
     """
     keys, names = zip(*((pair.key, pair.captions) for pair in pairs))
-    place_of = {captions["en"]: i for i, captions in enumerate(names)}
+    index_of = {captions["en"]: i for i, captions in enumerate(names)}
     found, seen = collections.defaultdict(list), set()
     for kind, groups in ATTRIBUTES.items():
-        for (name, a), group in itertools.product(place_of.items(), groups):
+        for (name, a), group in itertools.product(index_of.items(), groups):
             for old, new in itertools.permutations(group, 2):
                 parts = re.split(rf"(?<![\w-]){old}(?![\w-])", name)
-                b = place_of.get(new.join(parts)) if len(parts) == 2 else None
-                if b is not None and (a, b) not in seen:  # "red hair" is of one kind alone, the first
+                b = index_of.get(new.join(parts)) if len(parts) == 2 else None
+                # "red hair" is an attribute of hair, and not of color too.
+                if b is not None and (a, b) not in seen:
                     seen.add((a, b))
-                    found[kind].append((a, b, {"en": (old, new), "ko": (group[old], group[new])}))
-    for a, b in itertools.permutations([i for i, key in enumerate(keys) if is_flag(key)], 2):
-        found["flag"].append((a, b, {x: (names[a][x], names[b][x]) for x in LANGUAGES}))
+                    attributes = {"en": (old, new), "ko": (group[old], group[new])}
+                    found[kind].append(Analogy(a, b, attributes))
+    flags = [i for i, key in enumerate(keys) if is_flag(key)]
+    for a, b in itertools.permutations(flags, 2):
+        attributes = {x: (names[a][x], names[b][x]) for x in LANGUAGES}
+        found["flag"].append(Analogy(a, b, attributes))
     return found
 
 
+def _analogies_of_test(study, pairs):
+    """The analogies between different images. Raises ValueError when there are none."""
+    images = [shards.decode(pair.image).tobytes() for pair in pairs]  # some names share an image
+    chosen = {}
+    for kind, found in analogies(pairs).items():
+        different = [x for x in found if images[x.a] != images[x.b]]
+        if different:
+            chosen[kind] = different
+    if not chosen:
+        raise ValueError(f"--test {' '.join(study.args.test)}: no two English names there differ "
+                         "in one attribute")
+    return chosen
+
+
+def _recall_of_analogies(model, tokenizer, embedded, chosen):
+    """R@1 and R@5 of one model.
+
+    Returns {(attributes or names, language, kind, query): [R@1, R@5]}, in 0..1.
+    """
+    recall = {}
+    for (kind, found), language in itertools.product(chosen.items(), LANGUAGES):
+        a, b = torch.tensor([x.a for x in found]), torch.tensor([x.b for x in found])  # [n]
+        old, new = zip(*(x.attributes[language] for x in found))
+        words = dict.fromkeys(itertools.chain.from_iterable(zip(old, new)))
+        position = {word: i for i, word in enumerate(words)}
+        vectors = evaluate.embed_texts(model, tokenizer, list(words))
+        texts = {
+            "attributes": [vectors[[position[word] for word in side]] for side in (old, new)],
+            "names": [embedded.texts[language][side] for side in (a, b)]}    # [n, D] each
+        for (what, (of_a, of_b)), query in itertools.product(texts.items(), QUERIES):
+            ranks = rank_of_analogue(embedded.images, a, b, of_a, of_b, QUERIES[query])
+            recall[what, language, kind, query] = [(ranks < k).float().mean().item()
+                                                   for k in (1, 5)]
+    return recall
+
+
 def rank_of_analogue(images, a, b, old, new, weights):
-    """How many pictures but A lie nearer to weights[0] A + weights[1] old + weights[2] new than B does, int64 [n].
-    images: unit vectors [M, D]; a, b: int64 [n]; old, new: unit vectors of texts [n, D]."""
+    """The rank of image B, from 0, among all images but A.
+
+    The query is weights[0] * A + weights[1] * old + weights[2] * new. images: unit vectors [M, D];
+    a, b: int64 [n]; old, new: unit vectors of texts [n, D]. Returns int64 [n].
+    """
     ranks = []
     for part in torch.arange(len(a)).split(4096):
         queries = weights[0] * images[a[part]] + weights[1] * old[part] + weights[2] * new[part]
-        scores = kelip.unit(queries) @ images.T                              # [n, M]
-        scores[torch.arange(len(part)), a[part]] = -2
-        ranks.append((scores > scores.gather(1, b[part, None])).sum(1))
+        scores = kelip.l2_normalize(queries) @ images.T                      # [n, M]
+        scores[torch.arange(len(part)), a[part]] = -2  # below all cosines
+        ranks.append((scores > scores.gather(1, b[part, None])).sum(dim=1))
     return torch.cat(ranks)
 
 
-def analogy(args, pairs):
-    """Image - text + text finds the analogous image.
+def _analogy_card(model, tokenizer, embedded, example):
+    """Image A and, for each language, the query and the three nearest images."""
+    pairs, lists = embedded.pairs, ""
+    for language in LANGUAGES:
+        words = example.attributes[language]
+        old, new = evaluate.embed_texts(model, tokenizer, list(words))
+        scores = embedded.images @ (embedded.images[example.a] - old + new)  # [M]
+        nearest = [i for i in scores.topk(min(4, len(scores))).indices.tolist() if i != example.a]
+        found = [(pairs[i].captions[language], i == example.b) for i in nearest[:3]]
+        lists += page.names(f"- {words[0]} + {words[1]}", found, language)
+        lists += page.row(page.image(shards.decode(pairs[i].image), 44) for i in nearest[:3])
+    return page.card(page.image(shards.decode(pairs[example.a].image), 56), lists)
 
-    Trains CLIP alone, the ablation's arm, or takes any --run. Three minutes after the ablation, else twelve.
 
-    For all drawings A and B of the test that differ and whose English names differ in one attribute, and for all flags of
-    countries, B is looked for among all drawings but A by A - text(attribute of A) + text(attribute of B), weights 1, and
-    once more with whole names for attributes. Compared is R@1, the mean over kinds of attribute and languages, with the
-    better of A alone and the target's text alone in each of these, and with A + text, to which nothing is lost by taking
-    away. Refuted in each part where it is not higher beyond the spread.
+# ---- the report ----
+
+FINDINGS = {finding.__name__: finding
+            for finding in (ablation, augmentation, alignment, culture, analogy)}
+
+
+def describe(name):
+    """The docstring of a finding: {"Question": ..., "Claim": ..., "Refuted if": ..., ...}."""
+    question, *paragraphs = inspect.getdoc(FINDINGS[name]).split("\n\n")
+    parts = {"Question": question}
+    for paragraph in paragraphs:
+        title, _, text = " ".join(paragraph.split()).partition(": ")
+        parts[title] = text
+    return parts
+
+
+def report(args, name, result):
+    """Print a Result, and write OUT/NAME.json and OUT/NAME.html. Returns the result lines."""
+    text = describe(name)
+    held = [part["held"] for part in result.verdicts]
+    if None in held:
+        answer = "not decided"
+    elif all(held):
+        answer = "held"
+    elif any(held):
+        answer = f"held in {sum(held)} of {len(held)} parts"
+    else:
+        answer = "did not hold"
+    lines = [*(part["words"] for part in result.verdicts), f"{text['Claim'].rstrip('.')}: {answer}"]
+    for table in result.tables:
+        _print_table(*table)
+    print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
+
+    numbers = {"question": text["Question"], "claim": text["Claim"], "answer": answer,
+               "refuted if": text["Refuted if"], "steps": args.steps, "seeds": args.seeds,
+               "verdicts": result.verdicts, **result.numbers}
+    page.write_text(args.out / f"{name}.json", json.dumps(
+        numbers, indent=1, ensure_ascii=False, default=np.ndarray.tolist))
+    verdicts = [(part["words"], part["held"]) for part in result.verdicts]
+    parts = [page.heading(title, text[title]) for title in ("Claim", "Refuted if")]
+    parts += [page.heading("Result", f"{answer.capitalize()}."), page.names("", verdicts)]
+    for title, header, rows in result.tables:
+        parts.append(page.heading(title) + page.table(header, rows))
+    parts += result.parts
+    parts += [page.heading(title, text[title]) for title in ("Runs", "Control", "Measure")]
+    intro = f"{args.seeds} seeds, {args.steps:,} steps of {args.batch_size} pairs in stage 2."
+    if args.run:
+        intro = f"Measured on {', '.join(args.run)}."
+    page.write(args.out / f"{name}.html", text["Question"], intro, *parts)
+    return lines
+
+
+def _print_table(title, header, rows):
+    """Print a table, its columns aligned."""
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for first, *rest in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+# ---- the command ----
+
+def open_study(args):
+    """Open --out and read the training pairs: a Study.
+
+    Trains the tokenizer that all runs share. Raises ValueError when the folder is in use or was
+    begun with other settings, and when a pair has no name in one of the languages.
     """
-    runs = args.run or train_seeds(args, ["clip"])["clip"]
-    found, cards = collections.defaultdict(list), []  # (texts, language, kind, query) -> (R@1, R@5) of each run
-    for run in runs:
-        model, tokenizer, embedded = embed(args, run)
-        if not found:
-            drawn = [shards.decode(pair.image).tobytes() for pair in embedded.pairs]  # some names share one drawing
-            chosen = {kind: [one for one in many if drawn[one[0]] != drawn[one[1]]]
-                      for kind, many in analogies(embedded.pairs).items()}
-        if not any(chosen.values()):
-            raise ValueError(f"{' '.join(args.test)}: no two English names there differ in one attribute")
-        for (kind, many), language in itertools.product(chosen.items(), LANGUAGES):
-            sides = a, b = [torch.tensor([one[side] for one in many]) for side in (0, 1)]
-            words = {word: i for i, word in enumerate(dict.fromkeys(word for one in many for word in one[2][language]))}
-            vectors = evaluate.embed_texts(model, tokenizer, list(words))
-            texts = {"attributes": [vectors[[words[one[2][language][side]] for one in many]] for side in (0, 1)],
-                     "names": [embedded.texts[language][side] for side in sides]}            # [n, D] each
-            for (what, vectors), (query, weights) in itertools.product(texts.items(), QUERIES.items()):
-                ranks = rank_of_analogue(embedded.images, a, b, *vectors, weights)
-                found[what, language, kind, query].append([(ranks < k).float().mean().item() for k in (1, 5)])
-    kinds, M, ours = list(chosen), len(embedded.pairs), "A - text + text"
-    found = {key: np.array(values).T for key, values in found.items()}      # [R@1 and R@5, runs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{args.out}: in use by another findings, or by a run that outlived one: "
+                         "wait for it, or name another --out") from None
+    _check_settings(args)
+    uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
+    if uses_demo and not os.path.exists(demo.DEMO):
+        demo.pack_emoji(demo.DEMO)
+    pairs, test = data.Pairs(args.data), data.Pairs(args.test)
+    print(pairs.describe(), flush=True)
+    pairs = [pairs[i] for i in tqdm(range(len(pairs)), "pairs", delay=2, leave=False,
+                                    file=sys.stdout)]
+    for pair in itertools.chain(pairs, (test[i] for i in range(len(test)))):
+        if not pair.captions.keys() >= set(LANGUAGES):
+            raise ValueError(f"--data, --test: {pair.key} does not have a name in both languages "
+                             "(KEY.en.txt, KEY.ko.txt), which the findings need")
+    page.write_text(args.out / "settings.json", json.dumps(_settings(args), indent=1))
 
-    def better(what, x, kind):
-        """R@1 of the better of the image and the text alone, by its mean over runs, [runs]."""
-        return max((found[what, x, kind, query][0] for query in ("A", "text")), key=np.mean)
-    tables, verdicts = [], []
-    for what, x in itertools.product(texts, LANGUAGES):
-        rows = [[f"{kind}, {len(chosen[kind]):,}", *(found[what, x, kind, query][0] for query in QUERIES),
-                 found[what, x, kind, ours][1], found[what, x, kind, ours][0] - better(what, x, kind)] for kind in kinds]
-        rows.append(["mean over kinds", *(np.mean(column, axis=0) for column in list(zip(*rows))[1:])])
-        tables.append((f"{evaluate.NAMES[x]} {what}: R@1, %, and R@5 of the first; chance {100 / (M - 1):.2f} and "
-                       f"{500 / (M - 1):.2f}", ["kind, analogies", *QUERIES, "R@5", "less better of A, text"],
-                       [[row[0], *map(show, row[1:])] for row in rows]))
-    for what, (words, other) in itertools.product(texts, (
-            ("the better of A and text alone", better), ("A + text", lambda *cell: found[(*cell, "A + text")][0]))):
-        verdicts.append(verdict(f"With {what}, {ours} less {words}, points of R@1", np.mean(
-            [found[what, x, kind, ours][0] - other(what, x, kind) for x in LANGUAGES for kind in kinds], axis=0)))
-    for a, b, words in (one for many in chosen.values() for one in many[:4]):
-        lists = ""
-        for x in LANGUAGES:
-            old, new = evaluate.embed_texts(model, tokenizer, list(words[x]))
-            nearest = (embedded.images @ (embedded.images[a] - old + new)).topk(min(4, M)).indices.tolist()
-            nearest = [i for i in nearest if i != a][:3]
-            lists += page.names(f"- {words[x][0]} + {words[x][1]}",
-                                [(embedded.pairs[i].captions[x], i == b) for i in nearest], x)
-            lists += page.row(page.picture(shards.decode(embedded.pairs[i].image), 44) for i in nearest)
-        cards.append(page.card(page.picture(shards.decode(embedded.pairs[a].image), 56), lists))
-    return ({"runs": list(map(str, runs)), "analogies": {kind: len(many) for kind, many in chosen.items()},
-             "R@1 and R@5": {", ".join(key): values for key, values in found.items()}}, tables, verdicts,
-            [page.heading("Some of them", "What the last run finds; the right one is marked."), page.cards(cards)])
+    texts = [text for pair in pairs for text in pair.captions.values()]
+    path = args.out / "tokenizer.json"
+    if not path.exists():
+        vocab_size = kelip.PRESETS["tiny"]["vocab_size"]
+        Tokenizer.train(texts, vocab_size, progress=sys.stdout.isatty()).save(path)
+    tokens = Tokenizer.load(path).encode_ordinary_batch(texts)
+    caption_length = fmean(len(ids) + 2 for ids in tokens)  # with start and end
+    return Study(args, pairs, caption_length, lock)
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+def _settings(args):
+    """What all runs in --out must have in common."""
+    return {"data": args.data, "test": args.test, "batch_size": args.batch_size,
+            "stage_1_steps": STAGE_1_STEPS,
+            "variants": {name: list(variant.flags) for name, variant in VARIANTS.items()}}
 
-FINDINGS = {finding.__name__: finding for finding in (ablation, augmentation, alignment, culture, analogy)}
+
+def _check_settings(args):
+    """Raise ValueError when --out was begun with other settings."""
+    path = args.out / "settings.json"
+    if not path.exists():
+        return
+    try:
+        begun = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: damaged: delete it if the runs there have the settings of this "
+                         "command, or name another --out") from None
+    for key, value in _settings(args).items():
+        if begun.get(key) != value:
+            raise ValueError(f"{args.out}: {key} was {begun.get(key)} and is now {value}: set it "
+                             "back, or name another --out")
 
 
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="\n\n".join(f"{name}: {inspect.getdoc(f)}" for name, f in FINDINGS.items()),
+        prog="python -m extras.findings",
+        description=__doc__.partition("\nWhat would refute each claim")[0],
+        epilog="\n\n".join(f"{name}:\n{textwrap.indent(inspect.getdoc(finding), '    ')}"
+                           for name, finding in FINDINGS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("finding", choices=[*FINDINGS, "all"])
-    add("--data", nargs="+", default=[f"{trainer.DEMO}/train-*.tar"], metavar="SHARDS",
-        help="training pairs, with a name in each language (default: the demo's, packed when missing)")
-    add("--test", nargs="+", default=[f"{trainer.DEMO}/test-*.tar"], metavar="SHARDS",
-        help="held-out pairs, names.json with all names beside them (default: the demo's)")
+    add("finding", metavar="NAME", choices=[*FINDINGS, "all"],
+        help=f"{', '.join(FINDINGS)}, or all of them")
+    add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
+        help="training pairs, with a name in each language (default: the demo's, which are packed "
+             "on first use)")
+    add("--test", nargs="+", default=[f"{demo.DEMO}/test-*.tar"], metavar="SHARDS",
+        help="held-out pairs; names.json in the same folder has all names (default: the demo's)")
     add("--out", type=Path, default=Path("runs/findings"), metavar="FOLDER",
-        help="results, and the arms that findings share (default: runs/findings)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default: 3)")
-    add("--steps", type=int, default=300, metavar="N", help="steps of an arm in stage 2 (default: 300)")
-    add("--batch-size", type=int, default=256, metavar="N", help="pairs a step (default: 256)")
-    add("--run", nargs="+", metavar="RUN", help="analogy: take these, as kelip.build_model opens them")
+        help="results, and the runs that findings share (default: runs/findings)")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: 3)")
+    add("--steps", type=int, default=300, metavar="N",
+        help="steps of a variant in stage 2 (default: 300)")
+    add("--batch-size", type=int, default=256, metavar="N", help="pairs per step (default: 256)")
+    add("--run", nargs="+", metavar="RUN",
+        help="analogy: measure these models, which kelip.build_model opens, and train none")
     args = parser.parse_args(argv)
     for flag in ("seeds", "steps", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+        value = getattr(args, flag)
+        if value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.run and args.finding != "analogy":
-        raise ValueError("--run: for analogy alone")
+        raise ValueError(f"--run: only analogy takes it, not {args.finding}")
     return args
 
 
 def main(argv=None):
-    """Try one finding, or all, and say which claims held."""
+    """Test one finding or all of them, and say which claims held."""
     args = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    pairs = open_out(args)
+    study = open_study(args)
     names = list(FINDINGS) if args.finding == "all" else [args.finding]
-    found = {name: conclude(args, name, *FINDINGS[name](args, pairs)) for name in names}
+    lines = {name: report(args, name, FINDINGS[name](study)) for name in names}
     if len(names) > 1:
-        print("", *(f"{name}: {line}" for name in names for line in found[name]), sep="\n")
+        print()
+        for name in names:
+            for line in lines[name]:
+                print(f"{name}: {line}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"findings.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("findings.py: stopped; the same command goes on where it was")
+    run_command(main, "checkpoints are saved; the same command resumes")
