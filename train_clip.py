@@ -4,22 +4,22 @@
     python train_clip.py --init runs/mae                   # the same from stage 1's image encoder
     torchrun --nproc-per-node 8 train_clip.py --model ViT-B/32 --data 'pairs/{00000..09999}.tar'
 
-Every pair brings one caption per step, drawn from those that it has, so that a batch mixes the
-languages. No term of the loss ties one language to the other. Every crop of the batch is contrasted
-with the same texts, which are encoded once: the loss is the mean over crops of InfoNCE(that crop of
-every image, texts). Results do not depend on how the batch is split, over processes or into
+Each step uses one caption per pair, drawn at random from the pair's captions, so a batch mixes the
+languages. No term of the loss ties one language to the other. All crops of an image share its
+caption, which is encoded once: the loss is the mean over k of InfoNCE(k-th crop of every image,
+captions). Up to rounding, results do not depend on how the batch is split, over processes or into
 micro-batches.
 
-The file reads from top to bottom: arguments, where a run starts from, crops, the encoders, the
-micro-batches of GradCache, and the training loop in main.
+From top to bottom: arguments, where a run starts from, its tokenizer, crops, the encoders, the
+micro-batches of GradCache, and in main the training loop.
 
-Not included: hard negatives, distillation, and a second loss of any kind.
+Not included: hard negatives, distillation, and any second loss.
 """
 
 import os
 
-# By default OpenMP threads spin while they wait; on a busy machine that stalls the others. This
-# lets them sleep after some tenths of a millisecond. libgomp reads it when torch is imported.
+# By default, OpenMP threads spin while they wait, which on a busy machine stalls the others. Let
+# them sleep after some tenths of a millisecond. libgomp reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
@@ -27,6 +27,7 @@ import contextlib
 import json
 import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -42,11 +43,12 @@ from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_d
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 DEMO_TEST = f"{demo.DEMO}/test-*.tar"
-MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # to read more captions before the first step takes hours
+DEMO_CLASSES = "skin tone"       # of prompts.json
+MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the first step by hours
 
 
 def parse_arguments(argv=None):
-    """The command line. Reads no files."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Train a Korean-English CLIP on images and captions. Without flags: on emoji "
                     "and their names in both languages, some minutes on two CPU cores.",
@@ -57,32 +59,31 @@ def parse_arguments(argv=None):
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json (default: that of --init's model, else train one on the captions)")
     add("--init", metavar="RUN",
-        help="start from these weights: the image encoder of a run of train_mae.py, or a whole "
-             "model: a run of train_clip.py or released KELIP. A whole model also brings its "
-             "sizes and its tokenizer")
+        help="initial weights: a run of train_mae.py (its image encoder), or a run of "
+             "train_clip.py or released KELIP (the whole model, with its sizes and tokenizer)")
     add("--freeze", choices=["image"], help="do not train the image encoder")
     add("--crops", metavar="SPEC",
-        help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, 2x224+6x96 for "
-             "models of 224 pixels)")
+        help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96, "
+             "or 98 for patches of 14)")
     add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
         help="area of the first group's crops, as a fraction of the image (default: 0.8 1 for "
              "tiny, else 0.4 1)")
     add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
         help="area of the other groups' crops (default: 0.05 0.4)")
     add("--augment", action="store_true",
-        help="SimCLR's color distortion and blur: helps classification, hurts retrieval (the "
-             "paper's first finding)")
+        help="SimCLR's color distortion and blur: helps classification, hurts retrieval (KELIP's "
+             "first finding)")
     add("--micro-batch", type=int, metavar="N",
-        help="encode N pairs per process at a time, twice, to fit large batches into memory. The "
-             "loss is still that of the whole batch (GradCache; default: all at once)")
-    add("--weight-decay", type=float, default=0.2, help="of matrices (default: 0.2)")
+        help="encode N pairs per process at a time (GradCache): the same loss and gradients in "
+             "less memory, for one more forward pass (default: all at once)")
+    add("--weight-decay", type=float, default=0.2, help="weight decay of matrices (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS",
         help="held-out pairs, for retrieval during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
     add("--evals", type=int, default=4, metavar="N",
         help="evaluations per run, the end included (default: 4)")
     args = parser.parse_args(argv)
-    if args.model not in kelip.PRESETS:
+    if args.model not in (None, *kelip.PRESETS):
         presets = ", ".join(kelip.PRESETS)
         raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
     if args.freeze and not args.init and not args.resume:
@@ -94,59 +95,63 @@ def parse_arguments(argv=None):
 
 # ---- where a run starts from ----
 
-class Start(NamedTuple):
-    """What a run starts from: --model's preset, --init's weights, or the checkpoint to resume."""
-    preset: str    # what the model is called
+class Origin(NamedTuple):
+    """What a run starts from."""
+    preset: str    # the name of the model's sizes
     config: dict   # of kelip.KELIP
-    init: object   # the kelip.Checkpoint of --init, None without
+    init: object   # the kelip.Checkpoint of --init, or None
 
     @property
-    def is_whole_model(self):
-        """Whether --init brings a whole model, and not the image encoder of stage 1."""
+    def has_whole_model(self):
+        """Whether --init brings a whole model, and not stage 1's image encoder alone."""
         return self.init is not None and not self.init.is_stage_1
 
 
-def starting_point(args, checkpoint):
-    """The Start of a run. checkpoint: what --resume continues, or None."""
+def find_origin(args, checkpoint):
+    """The Origin of a run. checkpoint: the one to resume, or None.
+
+    The sizes are those of the checkpoint, else those of --init's model, else those of --model.
+    """
     if checkpoint:
-        begun = checkpoint["config"]
-        if args.model not in ("tiny", begun["preset"]):
-            raise ValueError(f"--model {args.model}: the run in {args.out} trains "
-                             f"{begun['preset']}: resume without --model")
-        return Start(begun["preset"], begun["model"], None)
-    if not args.init:
-        return Start(args.model, kelip.PRESETS[args.model], None)
-    init = kelip.open_checkpoint(args.init)
-    if init.is_stage_1:
-        return Start(args.model, kelip.PRESETS[args.model], init)
-    preset = os.path.basename(args.init)
-    for name, config in kelip.PRESETS.items():
-        if {**config, "vocab_size": init.config["vocab_size"]} == init.config:
-            preset = name
-    if args.model not in ("tiny", preset):
-        raise ValueError(f"--model {args.model}: the model of --init has other sizes: "
-                         "give one of the two")
-    return Start(preset, init.config, init)
+        preset, config, init = checkpoint["config"]["preset"], checkpoint["config"]["model"], None
+    else:
+        preset = args.model or "tiny"
+        config = kelip.PRESETS[preset]
+        init = kelip.open_checkpoint(args.init) if args.init else None
+        if init and not init.is_stage_1:
+            config = init.config
+            preset = _preset_of(config) or Path(args.init).name
+    if args.model not in (None, preset):
+        raise ValueError(f"--model {args.model}: the model to start from is {preset}: leave out "
+                         "--model")
+    return Origin(preset, config, init)
 
 
-def open_tokenizer(args, run, pairs, start):
+def _preset_of(config):
+    """The preset that a configuration equals but for its vocabulary, or None."""
+    for name, preset in kelip.PRESETS.items():
+        if {**preset, "vocab_size": config["vocab_size"]} == config:
+            return name
+    return None
+
+
+def open_tokenizer(args, run, pairs, origin):
     """The tokenizer of the run, which is saved in its folder.
 
     It is that of the checkpoint to resume, else that of --tokenizer, else that of --init's model,
-    else one trained on the captions. Raises ValueError when --tokenizer differs from the run's.
+    else one trained on the captions. Raises ValueError if --tokenizer differs from the run's.
     """
     path = run.folder / "tokenizer.json"
-    with run.rank_zero_first():
+    with run.rank_zero_first():  # rank zero writes the file, the others read it
         if run.is_rank_zero:
-            tokenizer = _choose_tokenizer(args, run.checkpoint, pairs, start)
-            tokenizer.save(path)
+            _choose_tokenizer(args, run.checkpoint, pairs, origin).save(path)
         tokenizer = Tokenizer.load(path)
-    if start.is_whole_model:
-        kelip.check_vocabulary(start.init._replace(tokenizer=tokenizer))
+    if origin.has_whole_model:
+        kelip.check_vocabulary(origin.init._replace(tokenizer=tokenizer))
     return tokenizer
 
 
-def _choose_tokenizer(args, checkpoint, pairs, start):
+def _choose_tokenizer(args, checkpoint, pairs, origin):
     if checkpoint:
         tokenizer = Tokenizer(json.loads(checkpoint["tokenizer"]))
         if args.tokenizer and Tokenizer.load(args.tokenizer).spec != tokenizer.spec:
@@ -155,47 +160,48 @@ def _choose_tokenizer(args, checkpoint, pairs, start):
         return tokenizer
     if args.tokenizer:
         return Tokenizer.load(args.tokenizer)
-    if start.is_whole_model:
-        return start.init.tokenizer
+    if origin.has_whole_model:
+        return origin.init.tokenizer
     if len(pairs) > MAX_PAIRS_FOR_TOKENIZER:
         raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on now: train "
                          "one with `python tokenizer.py train`, and give it as --tokenizer")
-    texts = (text for i in range(len(pairs)) for text in pairs[i].captions.values())
-    return Tokenizer.train(texts, start.config["vocab_size"], progress=sys.stdout.isatty())
+    captions = (text for i in range(len(pairs)) for text in pairs[i].captions.values())
+    return Tokenizer.train(captions, origin.config["vocab_size"], progress=sys.stdout.isatty())
 
 
 # ---- crops ----
 
-def choose_crops(args, start):
-    """--crops as a list of (number, size), with the defaults of --crops and --scale filled in.
+def fill_in_crops(args, origin):
+    """Fill in the defaults of --crops and --scale. Returns --crops as a list of (number, size).
 
-    The paper's are two crops of 224 pixels and six of 96, with DINO's scales; encoders of another
-    resolution get the same proportions. The drawings of the demo fill their 72 pixels, and lose
-    what they show when they are cut, so "tiny" gets one large crop.
+    The defaults are KELIP's two crops of 224 pixels and six of 96, at the scales of DINO (arXiv
+    2104.14294); for another resolution, of the same proportions. "tiny" gets one large crop: the
+    demo's emoji fill their 72 pixels, and a small crop would lose what the caption names.
     """
-    patch, size = start.config["vision_patch_size"], start.config["image_resolution"]
-    if start.preset == "tiny":
+    patch, resolution = origin.config["vision_patch_size"], origin.config["image_resolution"]
+    if origin.preset == "tiny":
         default_crops, default_scale = "1x64", (0.8, 1.0)
     else:
-        low = max(1, round(size * 3 / 7 / patch)) * patch
-        default_crops, default_scale = f"2x{size}+6x{low}", (0.4, 1.0)
+        low = max(1, round(resolution * 96 / 224 / patch)) * patch  # a multiple of the patch
+        default_crops, default_scale = f"2x{resolution}+6x{low}", (0.4, 1.0)
     args.crops = args.crops or default_crops
     args.scale = args.scale or default_scale
     groups = crops.parse_crops(args.crops)
     for _, size in groups:
         if size % patch:
             raise ValueError(f"--crops {args.crops}: {size} pixels is not a multiple of "
-                             f"{start.preset}'s patch of {patch}")
+                             f"{origin.preset}'s patch of {patch}")
     return groups
 
 
 # ---- encoders and micro-batches ----
 
 class Encoders(nn.Module):
-    """Everything that a step encodes, as one forward pass, since DistributedDataParallel wraps one.
+    """The forward pass of a step as one module, since DistributedDataParallel wraps one forward.
 
-    views: a list of K crops [N, 3, size, size]; tokens [N, L]. Returns features of unit length, of
-    the views [K, N, D] and of the texts [N, D], and the factor on the cosines, [].
+    views: a list of K crops [N, 3, size, size]; tokens [N, L], on the CPU. Returns features of unit
+    length, of the views [K, N, D] and of the texts [N, D], and the factor on the cosines, a scalar.
+    The views' features are in the order of their sizes.
     """
 
     def __init__(self, model):
@@ -216,9 +222,10 @@ class Encoders(nn.Module):
 def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_batch):
     """The loss and the gradients of a batch, with only `micro_batch` pairs in the encoders at once.
 
-    GradCache (Gao et al., arXiv 2101.06983): first, features of all pairs without a graph, and the
-    gradient of the loss by them; then every micro-batch again with a graph, continued backward from
-    its part of that gradient. Returns (loss, per_pair_loss) like contrastive_loss.
+    GradCache (Gao et al., arXiv 2101.06983). First encode all pairs without a graph, and compute
+    the gradient of the loss with respect to the features. Then encode each micro-batch again, with
+    a graph, and propagate its part of that gradient back. Both times the crops are the same, since
+    they depend on the seed and the sample index alone. Returns (loss, per_pair_loss).
     """
     micro_batches = [slice(i, i + micro_batch) for i in range(0, len(valid), micro_batch)]
 
@@ -229,23 +236,24 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
 
     with torch.no_grad():
         image_features, text_features, logit_scales = zip(*map(encode, micro_batches))
-    features = [torch.cat(image_features, dim=1), torch.cat(text_features), logit_scales[0].clone()]
-    for feature in features:
-        feature.requires_grad_()                                             # [K, n, D], [n, D], []
+    features = torch.cat(image_features, dim=1), torch.cat(text_features), logit_scales[0]
+    for feature in features:                                                 # [K, n, D], [n, D], []
+        feature.requires_grad_()
     loss, per_pair_loss = kelip.contrastive_loss(*features, run.group, valid, per_pair=True)
     run.backward(loss)
     d_image, d_text, d_scale = (feature.grad for feature in features)
 
     for rows in micro_batches:
         is_last = rows is micro_batches[-1]
-        # Ranks exchange gradients once, in the last backward pass. That of the scale goes in once.
-        skip_exchange = run.group is not None and not is_last
-        with encoders.no_sync() if skip_exchange else contextlib.nullcontext():
+        # Ranks average their gradients once, in the last backward pass.
+        is_local = run.group is not None and not is_last
+        with encoders.no_sync() if is_local else contextlib.nullcontext():
             outputs = encode(rows)
+            # The gradient of the scale is that of all pairs already, so it is added once.
             grads = d_image[:, rows], d_text[rows], d_scale * is_last
-            # A frozen encoder has no graph.
+            # The output of a frozen encoder has no graph.
             trained = [(out, grad) for out, grad in zip(outputs, grads) if out.requires_grad]
-            torch.autograd.backward(*zip(*trained))  # the gradients are scaled already
+            torch.autograd.backward(*zip(*trained))  # not run.backward, which has scaled them
     return loss, per_pair_loss
 
 
@@ -255,31 +263,31 @@ def main(argv=None):
     """Set up, train, evaluate, and say where everything is."""
     args = parse_arguments(argv)
     run = Run(args, stage="clip")
-    start = starting_point(args, run.checkpoint)
-    args.model = start.preset
-    crop_groups = choose_crops(args, start)
+    origin = find_origin(args, run.checkpoint)
+    args.model = origin.preset
+    crop_groups = fill_in_crops(args, origin)
 
     pairs = run.open_pairs()
-    test = None
+    test = candidates = None
     if args.test:
         with run.rank_zero_first():
             test = data.Pairs(args.test)
         if not test.languages:
             raise ValueError(f"--test {' '.join(args.test)}: holds no captions to evaluate with")
-        candidates = evaluate.read_candidates(args.test)
+        candidates = evaluate.read_candidates(args.test)  # more texts to choose from
 
-    tokenizer = open_tokenizer(args, run, pairs, start)
-    tokenizer_json = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = open_tokenizer(args, run, pairs, origin)
+    tokenizer_json = json.dumps(tokenizer.spec, ensure_ascii=False)  # for the checkpoint
 
-    config = dict(start.config)
-    if start.is_whole_model:
-        config["image_resolution"] = crop_groups[0][1]
+    config = dict(origin.config)
+    if origin.has_whole_model:
+        config["image_resolution"] = crop_groups[0][1]  # its positions are interpolated
     elif not run.checkpoint:
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
     model = kelip.KELIP(**config)
-    if start.init:
-        loaded = kelip.init_from(model, start.init)
+    if origin.init:
+        loaded = kelip.init_from(model, origin.init)
         if run.is_rank_zero:
             print(f"starts from {loaded}")
     if args.freeze == "image":
@@ -288,6 +296,7 @@ def main(argv=None):
     if args.compile:
         compile_blocks(model)
 
+    # The betas and epsilon of CLIP's ViT models (arXiv 2103.00020, table 19).
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
                                weight_decay=args.weight_decay)
     run.start(model, optimizer, pairs, config, evaluations=args.evals if test else 0)
@@ -295,7 +304,7 @@ def main(argv=None):
     padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
     loader = run.open_loader(pairs, tokenizer, padded_size)
     if run.is_rank_zero:
-        dtype = str(run.dtype or torch.float32).removeprefix("torch.")
+        dtype = str(run.dtype or weight_dtype(args.precision)).removeprefix("torch.")
         print(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, "
               f"{len(tokenizer):,} tokens; {run.total_steps:,} steps of {args.batch_size} pairs, "
               f"{args.crops} crops; {run.world_size} x {run.device.type}, {dtype}", flush=True)
@@ -309,7 +318,7 @@ def main(argv=None):
             low_scale=args.low_scale, augment=args.augment)
 
     embedded = None  # the test pairs' features at the last evaluation
-    for step, batch in run.steps(loader):
+    for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
         language = batch.language.to(run.device, non_blocking=True)          # [n]
         if args.micro_batch and args.micro_batch < len(valid):
@@ -323,14 +332,14 @@ def main(argv=None):
             loss, per_pair_loss = kelip.contrastive_loss(
                 image_features, text_features, logit_scale, run.group, valid, per_pair=True)
             run.backward(loss)
-        logit_scale = model.logit_scale.detach().exp()  # this step's, before the update
-        grad_norm = run.optimizer_step()
+        scale = model.logit_scale.detach().exp()  # that of this step's loss, for the log
+        grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
-        metrics = {"logit_scale": logit_scale}
-        for i, name in enumerate(loader.languages):  # the mean over the valid pairs of a language
-            metrics[f"loss_{name or 'text'}"] = per_pair_loss, valid & (language == i)
-        run.log(step, loss, grad_norm, **metrics)
+        # A metric is a scalar, or (values, where): the mean over the pairs of one language.
+        by_language = {f"loss_{name or 'text'}": (per_pair_loss, valid & (language == i))
+                       for i, name in enumerate(loader.languages)}
+        run.log(step, loss, grad_norm, logit_scale=scale, **by_language)
 
         if run.evaluates_at(step):
             with run.paused():
@@ -338,13 +347,13 @@ def main(argv=None):
                     embedded = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
                     recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)
                     run.log_evaluation(step, recall)
-        run.save_if_due(step, tokenizer=tokenizer_json)
+        run.save_if_due(step, tokenizer=tokenizer_json)  # exits after a signal
 
     if run.is_rank_zero:
         print(loader.report())
         files = f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl"
         if test:
-            classes = "skin tone" if args.test == [DEMO_TEST] else None
+            classes = DEMO_CLASSES if args.test == [DEMO_TEST] else None
             evaluate.report(args.out, model, test, tokenizer, candidates, classes,
                             embedded=embedded)
             files += f"; open {args.out}/index.html"

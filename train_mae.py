@@ -13,8 +13,8 @@ and ours").
 
 import os
 
-# By default OpenMP threads spin while they wait; on a busy machine that stalls the others. This
-# lets them sleep after some tenths of a millisecond. libgomp reads it when torch is imported.
+# By default, OpenMP threads spin while they wait, which on a busy machine stalls the others. Let
+# them sleep after some tenths of a millisecond. libgomp reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
@@ -33,7 +33,7 @@ RECONSTRUCTIONS = 4  # times in a run that reconstructions.png is drawn
 
 
 def parse_arguments(argv=None):
-    """The command line. Reads no files."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Pre-train the image encoder as a masked autoencoder. Without flags: on the "
                     "demo's emoji.",
@@ -48,8 +48,9 @@ def parse_arguments(argv=None):
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
     add("--mask-ratio", type=float, default=0.75,
         help="fraction of the patches that is masked (default: 0.75)")
-    add("--weight-decay", type=float, default=0.05, help="of matrices (default: 0.05)")
+    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices (default: 0.05)")
     args = parser.parse_args(argv)
+    args.model = args.model or "tiny"
     if args.model not in kelip.PRESETS:
         presets = ", ".join(kelip.PRESETS)
         raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
@@ -113,6 +114,7 @@ def main(argv=None):
     if args.compile:
         compile_blocks(mae)
 
+    # The betas of He et al. (arXiv 2111.06377, table 8).
     optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
                                weight_decay=args.weight_decay)
     run.start(mae, optimizer, pairs, config, evaluations=RECONSTRUCTIONS)
@@ -121,7 +123,7 @@ def main(argv=None):
     loader = run.open_loader(pairs, tokenizer=None, padded_size=padded_size)
     few_pairs = next(iter(data.Loader(pairs, None, 8, loader.padded_size, args.seed, steps=1)))
 
-    for step, batch in run.steps(loader):
+    for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
         images, noise = prepare(batch, args, mae, run.device)
         with run.autocast():
@@ -133,7 +135,7 @@ def main(argv=None):
         total = run.sum_over_ranks(count).clamp(min=1)
         loss = loss * count * run.world_size / total
         run.backward(loss)
-        grad_norm = run.optimizer_step()
+        grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
         run.log(step, loss, grad_norm)
         if run.evaluates_at(step):
             with run.paused():

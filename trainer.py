@@ -15,9 +15,10 @@ A training script owns its loop and drives a Run:
         run.save_if_due(step)
     run.close()
 
-The same code runs under `python` and under `torchrun`, in one process or in many. All randomness of
-a run is a function of its seed and of the sample index (crops.py), never the state of a generator.
-So a checkpoint is the weights, the optimizer's state and the number of steps done.
+The same code runs under `python` and under `torchrun`, in one process or in many. After the weights
+are initialized, all randomness is a function of the seed and the sample index (crops.py). So a
+checkpoint needs no state of generators: it is the weights, the optimizer's state and the number of
+steps done.
 
 From top to bottom: command-line flags, the run, processes, precision and compilation, optimizer
 and schedule, run folders, the log.
@@ -48,9 +49,9 @@ import data
 import demo
 from kelip import Block, atomic_write, load_checkpoint, load_weights, save_checkpoint
 
-LOG_EVERY = 10    # a line is logged every 10 steps,
-LOG_SECONDS = 5   # or every 5 seconds when steps are slow: signals are noticed at log steps
-BAD_STEPS = 10    # end a run after this many steps in a row whose gradients are not finite
+LOG_EVERY = 10    # steps between lines of the log, or fewer if
+LOG_SECONDS = 5   # they take longer than this: signals are noticed when a line is written
+BAD_STEPS = 10    # steps in a row with non-finite gradients that end a run, checked at log steps
 MAX_GRAD_NORM = 1.0
 
 
@@ -60,7 +61,7 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
         help="training pairs: tar files, folders, globs or brace ranges, each optionally followed "
              "by ::WEIGHT (default: the demo's pairs, which are packed on first use)")
-    add("--model", default="tiny",
+    add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
@@ -86,7 +87,7 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help="checkpoints to keep: last.pt and the step-*.pt before it (default: 2)")
 
 
-# What may differ when a run is resumed: where and how fast it runs, not what it computes.
+# Flags that may change when a run is resumed. The number of steps may not, whatever --epochs says.
 MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile",
               "micro_batch", "init", "evals", "test", "tokenizer", "epochs"}
 
@@ -101,8 +102,8 @@ class Run:
     folder; checkpoint, the dict to resume from, None for a new run; after start() also total_steps
     and config, what config.json holds.
 
-    Raises ValueError for flags that make no run and for a folder that holds a run already, so that
-    nothing is overwritten; FileNotFoundError when there is nothing to resume.
+    Raises ValueError for invalid flags, and for a folder that holds a run already, so that nothing
+    is overwritten; FileNotFoundError when there is nothing to resume.
     """
 
     def __init__(self, args, stage):
@@ -120,8 +121,10 @@ class Run:
     def _open_folder(self):
         """Make the run folder, or read the checkpoint in it."""
         last = self.folder / "last.pt"
-        # torchrun starts all processes again when one failed. They resume without being told to.
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        # When a process fails, torchrun restarts all of them, and they resume without --resume.
+        # Only the node of the failed process counts this as a restart.
+        restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarted = self.sum_over_ranks(torch.tensor(restarts, device=self.device)).item() > 0
         checkpoint, error = None, None
         if last.exists() and not (self.args.resume or restarted):
             error = ValueError(f"{self.folder} holds a run already: add --resume to continue it, "
@@ -141,8 +144,8 @@ class Run:
             raise error
         if self.is_rank_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
-                leftover.unlink()
+            for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
+                temporary.unlink()
         return checkpoint
 
     def open_pairs(self):
@@ -216,7 +219,7 @@ class Run:
         """
         args = self.args
         if args.model == "tiny":
-            # It is made for drawings of 72 pixels. A larger square would hold no more of them.
+            # The demo's images have 72 pixels: a larger square would hold no more detail.
             padded_size = min(padded_size, 72)
         workers = args.workers
         if workers is None:
@@ -232,8 +235,8 @@ class Run:
         """The module in DistributedDataParallel; for a single process, the module itself."""
         if self.group is None:
             return module
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+        # Without device_ids, inputs stay where they are: encode_text wants tokens on the CPU.
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     # -- the loop --
 
@@ -338,7 +341,7 @@ class Run:
             raise SystemExit(line if self.is_rank_zero else 1)
 
     def _save(self, step, extra):
-        """Write last.pt. The one before it becomes step-N.pt, and --keep of them stay."""
+        """Write last.pt. The previous one is kept as step-N.pt; --keep counts both."""
         if self.is_rank_zero and step != self.saved_step:
             last, keep = self.folder / "last.pt", self.args.keep
             if self.saved_step is not None and keep > 1:
@@ -354,9 +357,9 @@ class Run:
         self.saved_step = step
 
     def close(self):
-        """Leave the other processes."""
+        """Shut down the process group."""
+        self._barrier()
         if self.group is not None:
-            dist.barrier(self.group)
             dist.destroy_process_group()
 
     # -- ranks --
@@ -368,16 +371,16 @@ class Run:
             self._barrier()
         try:
             yield
-        finally:
+        finally:  # on an error, too: the others would wait for rank zero
             if self.is_rank_zero:
                 self._barrier()
 
     @contextlib.contextmanager
     def paused(self):
-        """The other ranks wait while rank zero does something, and the time counts in no rate."""
+        """The other ranks wait while rank zero works. The log's rates leave out this time."""
         start = time.perf_counter()
-        yield  # no finally: a rank that failed must not enter the barrier
-        self._barrier()
+        yield
+        self._barrier()  # not in a finally: an error on rank zero ends the run
         self._log.since += time.perf_counter() - start
 
     def sum_over_ranks(self, tensor):
@@ -409,8 +412,9 @@ def _join_processes():
         return 0, 1, device, None
     rank = int(os.environ["RANK"])
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # Ranks wait for rank zero while it evaluates, or trains a tokenizer: longer than the default.
     dist.init_process_group(backend, store=_rendezvous(rank, world_size), rank=rank,
-                            world_size=world_size)
+                            world_size=world_size, timeout=timedelta(hours=2))
     return rank, world_size, device, dist.group.WORLD
 
 
@@ -418,7 +422,7 @@ def _keep_freed_memory():
     """Tell glibc to keep freed memory instead of returning it to the system.
 
     By default it returns large blocks, and every step asks for them again, page by page. Keeping
-    them saves a sixth of the time of a step.
+    them makes a step on a CPU a sixth faster.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
@@ -641,7 +645,7 @@ class _Log:
         return step >= self.next_line or step == self.run.total_steps
 
     def write(self, step, lr):
-        """Write a line of means since the last line. This is where the device is waited for."""
+        """Write a line of means since the last one. Between lines, nothing waits for the device."""
         run = self.run
         seconds = time.perf_counter() - self.since
         self.sums["seconds"] = torch.tensor([seconds, self.n_steps], device=run.device)
