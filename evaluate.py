@@ -1,20 +1,20 @@
 """Evaluate a trained model: retrieval and zero-shot classification, each in English and in Korean.
 
-    python evaluate.py runs/clip                             the demo's test, a style never seen
+    python evaluate.py runs/clip                             on the demo's test
     python evaluate.py runs/clip --classes "emoji groups"    classification too
     python evaluate.py runs/clip --test 'coco-ko/*.tar::ko' --out results
     python evaluate.py runs/clip --test wds_vtab-cifar10 --classes cifar10
 
 Retrieval finds the captions of an image among all captions, and the image of a caption among all
-images. R@k is the fraction of queries that find theirs among the k nearest. Zero-shot
-classification takes the class whose prompts ("a photo of a {}") are nearest to the image (CLIP,
-arXiv 2103.00020, section 3.1). The results go to the terminal, to evaluation.json and to a page,
-index.html.
+images. R@k is the fraction of queries whose k nearest candidates include a right one. Zero-shot
+classification predicts the class whose prompts ("a photo of a {}") are nearest to the image (CLIP,
+arXiv 2103.00020, section 3.1). The results are printed, and written to evaluation.json and to a
+page, index.html.
 
 From top to bottom: embedding a set, retrieval, classification, the report, the command.
 
-Not included: reading and labelling a set (classes.py), training on it (extras/probe.py), and
-keeping its vectors for another time (extras/features.py).
+Not included: opening a set and its labels (classes.py), linear probes (extras/probe.py), and a
+cache of feature vectors (extras/features.py).
 """
 
 import argparse
@@ -35,9 +35,9 @@ import shards
 from classes import format_prompt, labels_of, open_set, read_classes, spellings
 from tokenizer import run_command
 
-KS = (1, 5, 10)
-BATCH = 128  # images or texts that are encoded at a time
-CHUNK = 256  # rows of scores that are computed at a time
+KS = (1, 5, 10)  # R@1, R@5, R@10
+BATCH = 128      # images or texts to encode at a time
+CHUNK = 256      # rows of scores to compute at a time
 LANGUAGE_NAMES = {"en": "English", "ko": "Korean", "": "captions"}
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
@@ -45,21 +45,21 @@ DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"
 # ---- embedding ----
 
 class Embedded:
-    """A set as a model sees it: unit vectors of its images and captions.
+    """The unit vectors of a set's images and captions.
 
     Args:
         pairs: data.Pairs.
-        candidates: {language: texts}, captions of no image that retrieval has to choose from too.
-            Ignored in languages that no pair has, and where they are captions of pairs.
+        candidates: {language: texts}, further texts for retrieval to choose from. Languages that no
+            pair has, and texts that are captions of pairs, are ignored.
         caption_per_line: each line of a .txt is a caption of its own.
 
     Attributes:
         images: float32 [M, D], unit vectors of the M images that decode.
-        pairs: their M pairs, read from disk when indexed.
-        skipped: {error: number of images} for those that do not.
-        captions: {language: [P texts]}, those of the pairs first.
+        pairs: their M pairs, each read from disk when it is indexed.
+        skipped: {reason: number of images} for the others.
+        captions: {language: [P texts]}, the captions of the pairs first, then further candidates.
         texts: {language: float32 [P, D]}, unit vectors of the captions.
-        owner: {language: int64 [P]}, the image of each, an index below M; -1 for candidates.
+        owner: {language: int64 [P]}, the image of each caption, below M; -1 for further candidates.
 
     Raises ValueError when no image decodes.
     """
@@ -89,14 +89,15 @@ class Embedded:
 
 
 def embed_images(model, pairs, progress=True):
-    """The unit vectors of images, and which of them could be read.
+    """The unit vectors of all images that decode: (vectors, kept, skipped).
 
-    Returns vectors float32 [M, D] on the CPU; kept, the M indices of pairs whose image decodes;
-    and skipped, a Counter of errors, which includes what the index of the shards skipped.
+    vectors: float32 [M, D] on the CPU. kept: the M indices of their pairs. skipped: a Counter of
+    reasons, including those of the index of the shards.
     """
     device = model.logit_scale.device
     vectors = [torch.empty(0, model.config["embed_dim"])]
     kept, skipped = [], collections.Counter(pairs.skipped)
+    encode = functools.partial(model.encode_image, l2norm=True)
     dataset = _Preprocessed(pairs, model.config["image_resolution"])
     for batch in load_batches(dataset, range(len(pairs)), device, progress):
         images = []
@@ -107,13 +108,12 @@ def embed_images(model, pairs, progress=True):
                 images.append(image)
                 kept.append(i)
         if images:
-            encode = functools.partial(model.encode_image, l2norm=True)
             vectors.append(encode_batch(encode, torch.stack(images).to(device)))
     return torch.cat(vectors), kept, skipped
 
 
 class _Preprocessed:
-    """A dataset of (i, float32 [3, size, size], "") or, where image i is bad, (i, None, error)."""
+    """A dataset of (i, float32 [3, size, size], "") or, if image i is bad, (i, None, error)."""
 
     def __init__(self, pairs, size):
         self.pairs, self.preprocess = pairs, kelip.preprocess(size)
@@ -126,13 +126,11 @@ class _Preprocessed:
 
 
 def load_batches(dataset, indices, device, progress=True):
-    """Iterate over dataset[i] for i in indices, in lists of BATCH.
-
-    With a GPU and many images, several processes decode: one would keep the GPU waiting.
-    """
+    """Iterate over dataset[i] for i in indices, in lists of BATCH."""
+    # For many images on a GPU, several processes decode, since the GPU would wait for a single one.
     workers = min(16, os.cpu_count()) if device.type != "cpu" and len(indices) >= 4096 else 0
-    # Without a generator of its own, DataLoader would take a seed from the random numbers of the
-    # run that is evaluated, and the rest of the run would change.
+    # Without a generator of its own, DataLoader would draw a seed from torch's global one, and an
+    # evaluation during training would change the rest of the run.
     loader = torch.utils.data.DataLoader(dataset, BATCH, sampler=indices, collate_fn=list,
                                          num_workers=workers, generator=torch.Generator())
     return tqdm(loader, desc="images", unit="images", unit_scale=BATCH, leave=False, delay=1,
@@ -142,8 +140,8 @@ def load_batches(dataset, indices, device, progress=True):
 def embed_texts(model, tokenizer, texts, progress=False):
     """The unit vectors of a list of P texts: float32 [P, D] on the CPU."""
     tokens = tokenizer.encode(texts, model.config["context_length"])         # [P, L]
-    # Texts with the same tokens are encoded once. Encoded in different batches, their vectors could
-    # differ in the last digit, and would no longer tie.
+    # Texts with the same tokens are encoded once. In different batches, their vectors could differ
+    # in the last digit, and would no longer tie.
     keys = [row.tobytes() for row in tokens.numpy()]
     first = {}
     for i, key in enumerate(keys):
@@ -168,8 +166,10 @@ def encode_batch(encode, batch):
 def recall_at_k(image_features, text_features, owner, ks=KS):
     """Recall@k in both directions, as CLIP_benchmark measures it.
 
-    The fraction of queries that have one of their positives among the k candidates with the highest
-    scores (cosines).
+    Recall@k is the fraction of queries that have one of their positives among the k candidates with
+    the highest scores (cosines). From image to text, it is the mean over images i of
+
+        (owner[scores[i].topk(k).indices] == i).any()
 
     Args:
         image_features: [M, D], unit vectors.
@@ -180,17 +180,17 @@ def recall_at_k(image_features, text_features, owner, ks=KS):
 
     Returns {"image_to_text": {"R@1": ...}, "text_to_image": {...}}, in 0..1.
 
-    Where scores are equal, the value is the expected recall under random tie-breaking. Let a query
-    have h candidates that score higher than its best positive, and t candidates, p of them
-    positives, that score the same. In random order, the first d = k - h of the t enter the top k:
+    If scores tie, this is the expected recall under random tie-breaking. Let h candidates score
+    higher than the best positive of a query, and t candidates, p of them positives, score the same
+    as it. In random order, the first d = k - h of these t enter the top k:
 
         P(hit) = 1 - C(t - p, d) / C(t, d)
 
-    This is 0 or 1 without ties, where t = p = 1. For a model that maps everything to one point it
-    is chance_recall.
+    Without ties, t = p = 1 and this is 0 or 1. For a model that maps everything to one point, it
+    equals chance_recall.
 
-    NaN never helps: candidates whose score is NaN rank first, before all others, and a query that
-    has NaN among the scores of its positives is a miss.
+    NaN never helps: candidates whose score is NaN rank first, and a query with NaN among the scores
+    of its positives is a miss.
     """
     owned = (owner >= 0).nonzero()[:, 0]                                     # [Q], texts
     images, counts = owner[owned].unique(return_counts=True)                 # [N], [N]
@@ -206,10 +206,10 @@ def recall_at_k(image_features, text_features, owner, ks=KS):
 def _recall(queries, rows, candidates, positives, ks):
     """{"R@k": ...} of queries[rows], [N, D], among candidates [P, D].
 
-    positives: int64 [N, most], the candidates that are right for each query, padded with -1.
+    positives: int64 [N, most], the right candidates of each query, padded with -1.
     """
-    # Allocated here, once: small results between the large scores of one chunk and those of the
-    # next would keep the memory of the former from being used again.
+    # Allocated once, outside the loop: small tensors allocated between the large scores of two
+    # chunks would keep the memory of the first from being used again.
     higher, tied, tied_positives = torch.empty(3, len(rows), dtype=torch.int64)
     for start in range(0, len(rows), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -231,7 +231,7 @@ def _hit_probability(draws, candidates, positives):
 
         C(t - p, d) / C(t, d) = product over j < d of (t - p - j) / (t - j)
 
-    Arguments are int or int64 tensors that broadcast. 0 where there are no draws or no positives.
+    Arguments are int or int64 tensors that broadcast. Without draws or positives it is 0.
     """
     d, t, p = (torch.as_tensor(x) for x in (draws, candidates, positives))
     miss = torch.ones((), dtype=torch.float64)
@@ -242,7 +242,7 @@ def _hit_probability(draws, candidates, positives):
 
 
 def chance_recall(owner, n_images, ks=KS):
-    """The expected recall_at_k of random scores, in the same form. owner as there."""
+    """The expected recall_at_k of random scores, in the same form. owner: as there."""
     counts = owner[owner >= 0].unique(return_counts=True)[1]                 # [N], texts per image
     return {
         "image_to_text": {f"R@{k}": _hit_probability(k, len(owner), counts).mean().item()
@@ -253,23 +253,22 @@ def chance_recall(owner, n_images, ks=KS):
 def retrieve(model, pairs, tokenizer, candidates=None, embedded=None, progress=True):
     """Zero-shot retrieval in each language: {language: recall_at_k of its captions}.
 
-    candidates: as Embedded takes them. embedded: the Embedded of pairs where there is one already;
-    pairs and candidates are then not read.
+    candidates: as Embedded takes them. embedded: the Embedded of the pairs if it exists already;
+    pairs and candidates are not used then.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
-    return {language: recall_at_k(embedded.images, embedded.texts[language],
-                                  embedded.owner[language])
-            for language in sorted(embedded.texts)}
+    return {language: recall_at_k(embedded.images, texts, embedded.owner[language])
+            for language, texts in sorted(embedded.texts.items())}
 
 
 # ---- zero-shot classification ----
 
 def zero_shot_weights(model, tokenizer, classnames, templates, progress=False):
-    """The vectors of classes: [D, C], unit vectors in columns.
+    """The vectors of classes, [D, C]: unit vectors in columns.
 
     A class's vector is the mean of the unit vectors of its prompts, scaled to unit length (CLIP,
-    section 3.1.4). classnames: C texts or lists of spellings; each spelling goes into each
-    template. templates: of format_prompt.
+    section 3.1.4). Its prompts are all its spellings in all templates (see format_prompt).
+    classnames: C texts or lists of spellings.
     """
     prompts, class_of_prompt = [], []
     for label, name in enumerate(classnames):
@@ -286,12 +285,12 @@ def zero_shot_weights(model, tokenizer, classnames, templates, progress=False):
 def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
     """Zero-shot classification in each language, of the pairs that have a class.
 
-    classes: as read_classes or open_set returns them. embedded: the Embedded of pairs where there
-    is one already. Returns a dict with
+    classes: as read_classes or open_set returns them. embedded: the Embedded of the pairs if it
+    exists already. Returns a dict with
 
-        images: pairs that have a class and an image that decodes
+        images: the number of pairs that have a class and an image that decodes
         classes: C
-        {language}: top1, top5 and mean_per_class, accuracies in 0..1, and confusions, the most
+        {language}: top1, top5 and mean_per_class, accuracies in 0..1; and confusions, the most
             frequent errors first: true, predicted, images, fraction (of the images of the true
             class), example (an index into embedded.pairs)
 
@@ -301,8 +300,8 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
     labels = labels_of(embedded.pairs, classes)
     chosen = [i for i, label in enumerate(labels) if label is not None]
     if not chosen:
-        raise ValueError("no pair has a class: there is neither a .cls member nor a caption that "
-                         "ends with the name of a class")
+        raise ValueError("no pair has a class: it needs a .cls member, or a caption that ends with "
+                         "the name of a class")
     truth = torch.tensor([labels[i] for i in chosen])                        # [M]
     n_classes = len(next(iter(classes["classnames"].values())))
     result = {"images": len(chosen), "classes": n_classes}
@@ -321,19 +320,19 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
 
 
 def top_classes(images, weights, count=5):
-    """The nearest classes, the nearest first.
+    """The nearest classes of each image, the nearest first.
 
-    images [M, D], weights [D, C] -> int64 [M, count], or [M, C] where there are fewer classes.
+    images [M, D], weights [D, C] -> int64 [M, count], or [M, C] if there are fewer classes.
     """
     count = min(count, weights.shape[1])
     return torch.cat([(chunk @ weights).topk(count, dim=1).indices
                       for chunk in images.split(CHUNK)])
 
 
-def _confusions(truth, predicted, indices, classnames, count=20):
-    """The most frequent confusions, as classify returns them.
+def _confusions(truth, predicted, indices, classnames):
+    """The 20 most frequent confusions, as classify returns them.
 
-    truth, predicted: int64 [M]; indices: M int, those of the images in embedded.pairs.
+    truth, predicted: int64 [M]. indices: the M indices of the images in embedded.pairs.
     """
     images, example = collections.Counter(), {}
     for i, true, wrong in zip(indices, truth.tolist(), predicted.tolist()):
@@ -344,27 +343,27 @@ def _confusions(truth, predicted, indices, classnames, count=20):
     name = [spellings(names)[0] for names in classnames]
     return [{"true": name[true], "predicted": name[wrong], "images": n,
              "fraction": n / of_class[true], "example": example[true, wrong]}
-            for (true, wrong), n in images.most_common(count)]
+            for (true, wrong), n in images.most_common(20)]
 
 
 # ---- the report ----
 
 def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True,
            embedded=None, caption_per_line=False):
-    """Evaluate, print, and write evaluation.json and index.html into folder; returns the numbers.
+    """Evaluate, print, and write evaluation.json and index.html into folder. Returns the numbers.
 
     classes: the name of a set of prompts.json, or classes as open_set returns them. embedded: the
-    Embedded of pairs where there is one already. candidates, caption_per_line: as Embedded takes
+    Embedded of the pairs if it exists already. candidates, caption_per_line: as Embedded takes
     them. Raises ValueError when the pairs have neither captions nor classes.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress, caption_per_line)
+    owners, n_images = sorted(embedded.owner.items()), len(embedded.images)
     numbers = {
-        "images": len(embedded.pairs), "skipped": dict(embedded.skipped),
+        "images": n_images,
+        "skipped": dict(embedded.skipped),
         "retrieval": retrieve(model, pairs, tokenizer, embedded=embedded),
-        "chance": {language: chance_recall(embedded.owner[language], len(embedded.images))
-                   for language in sorted(embedded.texts)},
-        "candidates": {language: len(texts)
-                       for language, texts in sorted(embedded.captions.items())},
+        "chance": {language: chance_recall(owner, n_images) for language, owner in owners},
+        "candidates": {language: len(owner) for language, owner in owners},
         "test": [source.name for source in pairs.sources]}
     if classes:
         classes = read_classes(classes) if isinstance(classes, str) else classes
@@ -372,13 +371,12 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
         numbers["classification"] = classify(model, pairs, tokenizer, classes, progress, embedded)
     elif not embedded.texts:
         raise ValueError(f"{numbers['test'][0]}: neither captions (KEY.txt, KEY.ko.txt) nor names "
-                         "of classes; for numbers of classes (KEY.cls) give --classes, a set of "
+                         "of classes; if the pairs have KEY.cls, give --classes, a set of "
                          "prompts.json")
     _print_report(numbers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(numbers, indent=1, ensure_ascii=False)
-    page.write_text(folder / "evaluation.json", text)
+    page.write_text(folder / "evaluation.json", json.dumps(numbers, indent=1, ensure_ascii=False))
     _write_page(folder, embedded, numbers)
     return numbers
 
@@ -388,7 +386,7 @@ def _percent(fraction, digits=1):
 
 
 def _tables(numbers):
-    """The tables of a report: a list of (header, rows), all cells are text."""
+    """The tables of a report: a list of (header, rows), in which all cells are text."""
     tables = []
     if numbers["retrieval"]:
         header = ["retrieval, %", *(f"R@{k}" for k in KS), "chance R@1"]
@@ -417,7 +415,7 @@ def _tables(numbers):
 
 
 def _languages(classification):
-    """The (language, result) of what classify returns, without its counts."""
+    """The [(language, result)] in what classify returns."""
     return [(key, value) for key, value in classification.items() if isinstance(value, dict)]
 
 
@@ -426,7 +424,7 @@ def _language_name(language):
 
 
 def _print_report(numbers):
-    """Print the tables, columns aligned."""
+    """Print the tables with aligned columns."""
     for header, rows in _tables(numbers):
         width = max(_terminal_width(row[0]) for row in [header, *rows])
         for first, *rest in [header, *rows]:
@@ -438,35 +436,37 @@ def _print_report(numbers):
 
 
 def _terminal_width(text):
-    """The columns of a terminal that a text takes: Hangul takes two for each syllable."""
+    """The columns that a text takes on a terminal: two for each Hangul syllable."""
     return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
-def _write_page(folder, embedded, numbers, examples=30):
+def _write_page(folder, embedded, numbers):
     """Write folder/index.html: the first table, examples, the curves of the run, confusions."""
-    first, *others = (page.table(header, rows) for header, rows in _tables(numbers))
-    parts = [first]
-    if embedded.texts:
-        step = max(1, len(embedded.pairs) // examples)
-        shown = range(step // 2, len(embedded.pairs), step)[:examples]
-        parts.append(page.heading(
-            "Predictions for images that were not trained on",
-            "The three nearest captions in each language. The right one is marked."))
-        parts.append(page.cards([_prediction_card(embedded, i) for i in shown]))
-    parts += _curves(folder)
-    parts += others
-    for language, result in _languages(numbers.get("classification", {})):
-        if result["confusions"]:
-            parts.append(page.heading(f"Confusions, {_language_name(language)} prompts",
-                                      "The most frequent first, with one image of each."))
-            parts.append(page.cards([_confusion_card(embedded, wrong)
-                                     for wrong in result["confusions"][:12]]))
     tested = ", ".join(numbers["test"][:3]) + (" and more" if len(numbers["test"]) > 3 else "")
     intro = f"{numbers['images']:,} held-out images of {tested}"
     if numbers["candidates"]:
         counts = [f"{n:,} {_language_name(language)}"
                   for language, n in numbers["candidates"].items()]
         intro += f"; candidates: {', '.join(counts)}"
+
+    first, *others = (page.table(header, rows) for header, rows in _tables(numbers))
+    parts = [first]
+    if embedded.texts:
+        step = max(1, len(embedded.pairs) // 30)
+        shown = range(step // 2, len(embedded.pairs), step)[:30]
+        parts += [
+            page.heading("Predictions for images that were not trained on",
+                         "The three nearest captions in each language. The right one is marked."),
+            page.cards([_prediction_card(embedded, i) for i in shown])]
+    parts += _curves(folder)
+    parts += others
+    for language, result in _languages(numbers.get("classification", {})):
+        if result["confusions"]:
+            parts += [
+                page.heading(f"Confusions, {_language_name(language)} prompts",
+                             "The most frequent first, with one image of each."),
+                page.cards([_confusion_card(embedded, wrong)
+                            for wrong in result["confusions"][:12]])]
     page.write(folder / "index.html", f"{folder.name}: what the model learned", f"{intro}.", *parts)
 
 
@@ -491,12 +491,12 @@ def _confusion_card(embedded, wrong):
 
 
 def _curves(folder):
-    """Plots of the loss and the recall in each language over a run, from its metrics.jsonl."""
+    """Charts of the loss and the recall over a run, by language, from its metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    # The last line may be cut short, in a run that was killed.
+    # If the run was killed, the last line may be cut short.
     log = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
     losses, recalls = {}, {}
@@ -520,22 +520,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\nFrom top")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL",
-        help="what kelip.build_model opens: the folder of a run or of released weights")
+    add("model", metavar="MODEL", help="the folder of a run or of released weights")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
-        help="shards with captions or classes, or a folder in CLIP_benchmark's layout; ::ko after "
-             "it says that captions are Korean (default: the demo's, data/emoji/test-*.tar)")
+        help="shards with captions or classes, or a folder in CLIP_benchmark's layout; a final "
+             "::ko marks Korean captions (default: the demo's, data/emoji/test-*.tar)")
     add("--candidates", metavar="FILE",
-        help="a .json of {language: [captions]} that retrieval has to choose from too (default: "
-             "names.json in the same folder as the shards, where there is one)")
+        help="a .json of {language: [captions]}, further candidates for retrieval (default: "
+             "names.json in the folder of the shards, if it exists)")
     add("--classes", metavar="NAME",
         help="classify with the names and prompts of this set of prompts.json (default: those in "
              "CLIP_benchmark's layout)")
     add("--out", metavar="FOLDER",
-        help="where evaluation.json and index.html are written (default: the model's folder)")
+        help="folder for evaluation.json and index.html (default: the model's folder)")
     args = parser.parse_args(argv)
 
-    # Folders and files first: the model takes the longest to open.
+    # Errors in paths come first, since the model takes the longest to open.
     out = Path(args.out or folder_of(args.model))
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
@@ -556,8 +555,8 @@ def folder_of(model):
 def read_candidates(sources, path=None):
     """{language: captions} of a JSON file, by default names.json in the folder of the first shard.
 
-    Returns None when no path is given and there is no names.json. Raises OSError when the file
-    cannot be read, and ValueError when it is not of that form.
+    Returns None if no path is given and there is no names.json. Raises ValueError when the file is
+    not of that form.
     """
     if not path:
         first = Path(sources[0].partition("::")[0])
@@ -578,5 +577,5 @@ def _is_list_of_text(value):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Hangul
     run_command(main)

@@ -12,7 +12,7 @@ with its GPT-2 style text encoder, the masked autoencoder of stage 1, the contra
 stage 2, preprocessing, and reading and writing weights. Parameters have the names of OpenAI's
 CLIP.
 
-Using a trained model takes this file and tokenizer.py, nothing else of the project.
+To use a trained model, this file and tokenizer.py are enough.
 
 Not included: reading data (data.py), random crops (crops.py), the training loops (train_mae.py,
 train_clip.py), and weights of other libraries (extras/convert.py).
@@ -40,7 +40,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, context_length=77):
-    """A configuration from the (width, layers) of each encoder. Heads are 64 wide, as in CLIP."""
+    """A configuration. vision and text are (width, layers). Heads are 64 wide, as in CLIP."""
     vision_width, vision_layers = vision
     text_width, text_layers = text
     return dict(
@@ -50,8 +50,8 @@ def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, conte
         transformer_layers=text_layers)
 
 
-# ViT-B/32 is the paper's model. "tiny" is for 72-pixel drawings on a laptop. The others are CLIP's
-# usual sizes. vocab_size is the paper's "about 98K"; training sets it to that of its tokenizer.
+# ViT-B/32 is the paper's model. "tiny" trains on a laptop, on images of 72 pixels. The others are
+# CLIP's usual sizes. vocab_size is the paper's "about 98K"; train_clip.py uses its tokenizer's.
 PRESETS = {
     "tiny": _preset(16, 64, vision=(192, 6), text=(192, 2), embed_dim=256, vocab_size=4_096),
     "ViT-S/16": _preset(16, 224, vision=(384, 12), text=(384, 12), embed_dim=384),
@@ -73,18 +73,19 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(d)) v for each head.
+def attend(q, k, v, heads, mask):
+    """Multi-head attention: softmax(q k^T / sqrt(d)) v for each head of width d.
 
-    q [N, H, M, d], k and v [N, H, L, d] -> [N, M, H * d]. mask: bool, True where a query may
-    attend, [M, L] for all sequences or [N, M, L] for each, or None.
+    q [N, M, W], k and v [N, L, W] -> [N, M, W]. mask: None or bool, True where a query may attend:
+    [M, L] for all sequences, or [N, M, L].
     """
-    N, H, M, d = q.shape
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    N, H, M, d = q.shape                                                     # k, v: [N, H, L, d]
     if q.device.type != "cpu":
         if mask is not None and mask.ndim == 3:
             mask = mask.unsqueeze(1)                                         # [N, 1, M, L]
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-    # On a CPU the backward pass of the fused kernel in bfloat16 takes five times as long as this.
+    # On a CPU in bfloat16, the fused kernel's backward pass takes five times as long as this.
     q, k, v = (t.reshape(N * H, -1, d) for t in (q, k, v))
     scores = q @ k.transpose(1, 2) * d ** -0.5                               # [N * H, M, L]
     if mask is not None:
@@ -94,13 +95,19 @@ def attend(q, k, v, mask):
     return (weights @ v).view(N, H, M, d).transpose(1, 2).flatten(2)         # [N, M, H * d]
 
 
-class Packing(NamedTuple):
-    """Where the tokens of N sequences of different lengths stand when they are concatenated.
+def ceil_div(a, b):
+    """a / b rounded up, for integers."""
+    return (a + b - 1) // b
 
-    Captions are 6 to 25 tokens of 77, so most of [N, L, W] would be padding. A packed tensor [T, W]
-    holds the tokens alone, one sequence after the other. Only attention needs the padded form.
+
+class Packing(NamedTuple):
+    """How N sequences of different lengths are concatenated without their padding.
+
+    Captions have 6 to 25 tokens of 77, so most of a padded tensor [N, L, W] would be padding. A
+    packed tensor [T, W] holds only the tokens, one sequence after the other. Only attention needs
+    the padded form.
     """
-    index: torch.Tensor     # int64 [T], where each packed token stands among the N * L padded ones
+    index: torch.Tensor     # int64 [T], the position of each packed token among the N * L padded
     is_token: torch.Tensor  # bool [N, L], False at padding
     last: torch.Tensor      # int64 [N], the position in [T] of each sequence's last token
 
@@ -120,8 +127,8 @@ def make_packing(lengths, L, device):
     is_token = torch.arange(L) < lengths[:, None]                            # [N, L]
     tokens = is_token.flatten().nonzero()[:, 0]
     padding = is_token.flatten().logical_not().nonzero()[:, 0]
-    # Matrix libraries prepare a kernel for each shape they meet. Rounding T up to a multiple of 64
-    # keeps the shapes few. The extra rows are padding, which nothing reads.
+    # Matrix libraries prepare a kernel for each new shape, so T is rounded up to a multiple of 64.
+    # The extra rows are padding, which nothing reads.
     T = ceil_div(len(tokens), 64) * 64
     index = torch.cat([tokens, padding])[:T]
     last = lengths.cumsum(0) - 1
@@ -143,20 +150,20 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)            # [N, L, 3W]
         if packing:
             qkv = packing.unpack(qkv)                                        # [T, 3W] -> [N, L, 3W]
-        N, L, _ = qkv.shape
         mask = None
         if self.causal:
+            L = qkv.shape[1]
             mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-        q, k, v = (self._split_heads(t) for t in qkv.chunk(3, dim=-1))       # [N, H, L, W / H] each
-        x = attend(q, k, v, mask)                                            # [N, L, W]
+        x = attend(*qkv.chunk(3, dim=-1), self.heads, mask)                  # [N, L, W]
         if packing:
             x = packing.pack(x)                                              # [T, W]
         return self.out_proj(x)
 
     def forward_one(self, x, query, packing=None):
-        """The output at one token of every sequence, which attends to all tokens of its sequence.
+        """The output for one query per sequence, which attends to all tokens of its sequence.
 
-        x [N, L, W], or packed [T, W]; query [N, W], that token of each sequence -> [N, W].
+        CLIP reads one token per sequence, so its last block computes only that one. x [N, L, W], or
+        packed [T, W]; query [N, W] -> [N, W].
         """
         W = query.shape[-1]
         w_q, w_kv = self.in_proj_weight.split((W, 2 * W))
@@ -167,13 +174,8 @@ class Attention(nn.Module):
         if packing:
             kv = packing.unpack(kv)                                          # [T, 2W] -> [N, L, 2W]
             mask = packing.is_token[:, None]                                 # [N, 1, L]
-        q, k, v = (self._split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
-        x = attend(q, k, v, mask)                                            # [N, 1, W]
+        x = attend(q, *kv.chunk(2, dim=-1), self.heads, mask)                # [N, 1, W]
         return self.out_proj(x[:, 0])
-
-    def _split_heads(self, x):
-        N, L, W = x.shape
-        return x.view(N, L, self.heads, W // self.heads).transpose(1, 2)     # [N, H, L, W / H]
 
 
 class Block(nn.Module):
@@ -195,17 +197,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def forward_one(self, x, token, packing=None):
-        """The output at one token of every sequence: x[token] is [N, W] and so is the result."""
+        """The output at one token per sequence: x[token] is [N, W] and so is the result."""
         normed = self.ln_1(x)
         x = x[token] + self.attn.forward_one(normed, normed[token], packing)  # [N, W]
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, initialised as GPT-2 is.
+    """A stack of blocks, initialized as in GPT-2.
 
-    Layers that write into the residual stream start smaller by 1/sqrt(2 x layers), so that the
-    sum over all blocks starts at the scale of one. Raises ValueError when heads do not divide the
+    Weights that write into the residual stream are scaled by 1/sqrt(2 x layers), so that the sum
+    over all blocks starts at the scale of one. Raises ValueError when heads do not divide the
     width.
     """
 
@@ -234,10 +236,9 @@ class Transformer(nn.Module):
         return x
 
     def forward_one(self, x, token, packing=None):
-        """The output at one token of every sequence, which is all that CLIP's features read.
+        """forward(x)[token], without computing the other tokens in the last block.
 
-        x [N, L, W], or packed [T, W]; token: an index such that x[token] is [N, W]. The result is
-        forward(x)[token], but the last block computes no other token.
+        x [N, L, W], or packed [T, W]; token: an index such that x[token] is [N, W].
         """
         for block in self.resblocks[:-1]:
             x = block(x, packing)
@@ -245,24 +246,6 @@ class Transformer(nn.Module):
 
 
 # ---- the image encoder ----
-
-CLASS_TOKEN = (slice(None), 0)  # x[CLASS_TOKEN] is the first token of every sequence of x [N, L, W]
-
-
-def interpolate_positions(positions, grid):
-    """Resize the position embeddings of a square patch grid: [1 + g*g, W] -> [1 + grid*grid, W].
-
-    The class token's position comes first and is kept. The others are interpolated bicubically with
-    KELIP's own scale factor, (grid + 0.1) / g. `size=grid` would give other values: features of the
-    released weights at 96 pixels (7 x 7 to 3 x 3 patches) agree only with this call.
-    """
-    g = math.isqrt(len(positions) - 1)
-    if grid == g:
-        return positions
-    patches = positions[1:].T.reshape(1, -1, g, g)                           # [1, W, g, g]
-    patches = F.interpolate(patches, scale_factor=(grid + 0.1) / g, mode="bicubic")
-    return torch.cat([positions[:1], patches.flatten(2)[0].T])               # [1 + grid*grid, W]
-
 
 class VisionTransformer(nn.Module):
     """A ViT in the form of OpenAI's CLIP: images [N, 3, size, size] -> features [N, embed_dim].
@@ -281,8 +264,8 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         scale = width ** -0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        # Initialise positions at the scale of the patch embeddings. From CLIP's 1/sqrt(width), a
-        # run of a thousand steps spends a third of them on catching up.
+        # Initialize positions at the scale of the patch embeddings. With CLIP's 1/sqrt(width), a
+        # run of a thousand steps spends a third of them on growing the positions.
         n_positions = (resolution // patch_size) ** 2 + 1
         self.positional_embedding = nn.Parameter(1.5 * torch.randn(n_positions, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -295,8 +278,8 @@ class VisionTransformer(nn.Module):
         x = self.patchify(images.to(self.conv1.weight.dtype))                # [N, g*g, 3*P*P]
         positions = self.positions(images)                                   # [1 + g*g, W]
         x = self.embed(x, positions[0], positions[1:])                       # [N, 1 + g*g, W]
-        x = self.ln_pre(x)
-        x = self.transformer.forward_one(x, CLASS_TOKEN)                     # [N, W]
+        class_token = (slice(None), 0)                                       # x[:, 0]
+        x = self.transformer.forward_one(self.ln_pre(x), class_token)        # [N, W]
         return self.ln_post(x) @ self.proj                                   # [N, embed_dim]
 
     def positions(self, images):
@@ -305,20 +288,20 @@ class VisionTransformer(nn.Module):
         return interpolate_positions(self.positional_embedding, grid)
 
     def embed(self, patches, class_position, patch_positions):
-        """The input of the transformer, before ln_pre: [N, 1 + L, W], the class token first.
+        """Embed the class token and patches, before ln_pre: [N, 1 + L, W].
 
-        patches [N, L, 3*P*P], class_position [W], patch_positions [L, W], or [N, L, W] where each
-        image has its own.
+        patches [N, L, 3*P*P], class_position [W], patch_positions [L, W] for all images or
+        [N, L, W].
         """
         class_token = self.class_embedding + class_position                  # [W]
-        # A convolution whose stride equals its kernel is one matrix product over patches.
+        # A convolution with stride equal to its kernel size is a matrix product over patches.
         x = F.linear(patches, self.conv1.weight.flatten(1)) + patch_positions  # [N, L, W]
         return torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)      # [N, 1 + L, W]
 
     def patchify(self, images):
         """Cut images [N, 3, size, size] into patches [N, g*g, 3*P*P].
 
-        The pixels of a patch are in the order of the convolution's kernel: channel, row, column.
+        The pixels of a patch are ordered as in conv1's kernel: channel, row, column.
         """
         N, C, H, W = images.shape
         P = self.patch_size
@@ -337,20 +320,34 @@ class VisionTransformer(nn.Module):
         return x.reshape(N, 3, g * P, g * P)
 
 
+def interpolate_positions(positions, grid):
+    """Resize the position embeddings of a square patch grid: [1 + g*g, W] -> [1 + grid*grid, W].
+
+    The class token's position comes first and is kept. The others are interpolated bicubically with
+    the scale factor (grid + 0.1) / g, as in KELIP's released code. Interpolating to `size=grid`
+    returns other values, which change the features.
+    """
+    g = math.isqrt(len(positions) - 1)
+    if grid == g:
+        return positions
+    patches = positions[1:].T.reshape(1, -1, g, g)                           # [1, W, g, g]
+    patches = F.interpolate(patches, scale_factor=(grid + 0.1) / g, mode="bicubic")
+    return torch.cat([positions[:1], patches.flatten(2)[0].T])               # [1 + grid*grid, W]
+
+
 # ---- KELIP ----
 
 def l2_normalize(x):
-    """x [N, D] scaled to unit length, in float32 at least: half precision would blur cosines."""
+    """Scale x [N, D] to unit length, in at least float32: cosines need more than half precision."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class KELIP(nn.Module):
     """A bilingual CLIP: an image encoder and a GPT-2 style text encoder into one space.
 
-    KELIP(**PRESETS["ViT-B/32"]) builds the paper's model. model.config is the configuration, a
-    dict. The last four arguments are for weights of other CLIPs. They appear in model.config only
-    where they differ from the defaults: QuickGELU, heads of width 64, MLPs of four times the
-    width.
+    KELIP(**PRESETS["ViT-B/32"]) builds the paper's model. model.config holds these arguments. The
+    last four are for weights of other CLIPs. Their defaults are QuickGELU, heads of width 64, and
+    MLPs of four times the width; model.config holds only other values.
     """
 
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
@@ -364,13 +361,12 @@ class KELIP(nn.Module):
             context_length=context_length, vocab_size=vocab_size,
             transformer_width=transformer_width, transformer_heads=transformer_heads,
             transformer_layers=transformer_layers)
+        options = default_options(self.config)
         given = dict(activation=activation, vision_heads=vision_heads,
                      vision_mlp_width=vision_mlp_width, transformer_mlp_width=transformer_mlp_width)
-        default = default_options(self.config)
         for key, value in given.items():
-            if value not in (None, default[key]):
-                self.config[key] = value
-        options = {**default, **self.config}
+            if value not in (None, options[key]):
+                options[key] = self.config[key] = value
 
         self.visual = VisionTransformer(
             image_resolution, vision_patch_size, vision_width, vision_layers,
@@ -380,38 +376,38 @@ class KELIP(nn.Module):
             transformer_width, transformer_layers, transformer_heads, causal=True,
             mlp_width=options["transformer_mlp_width"], activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        # Embeddings start at a quarter of CLIP's 0.01 and 0.02, so that what the blocks write into
-        # the residual stream counts from the first steps on.
+        # Embeddings start at a quarter of CLIP's 0.01 and 0.02, so that the output of the blocks is
+        # not small in comparison.
         self.positional_embedding = nn.Parameter(
             0.0025 * torch.randn(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
         self.text_projection = nn.Parameter(
             transformer_width ** -0.5 * torch.randn(transformer_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # a log: see forward
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # its log, as in CLIP
         nn.init.normal_(self.token_embedding.weight, std=0.005)
 
     def encode_image(self, image, l2norm=False):
-        """image [N, 3, size, size], normalised by MEAN and STD -> features [N, embed_dim].
+        """image [N, 3, size, size], normalized by MEAN and STD -> features [N, embed_dim].
 
-        l2norm scales them to unit length. size may be any multiple of the patch; positions are then
-        interpolated (interpolate_positions).
+        l2norm: scale features to unit length. size: any multiple of the patch size; positions are
+        interpolated.
         """
         x = self.visual(image)
         return l2_normalize(x) if l2norm else x
 
     def encode_text(self, text, l2norm=False):
-        """text [N, L], token ids as Tokenizer.encode returns them -> features [N, embed_dim].
+        """text [N, L], token ids from Tokenizer.encode -> features [N, embed_dim].
 
-        L is at most context_length. The feature is read at the end-of-text token, whose id is the
-        highest, so that argmax finds it:
+        L is at most context_length. The feature is that of the end-of-text token, which argmax
+        finds because its id is the highest:
 
             x = token_embedding(text) + positional_embedding[:L]             # [N, L, W]
             x = ln_final(transformer(x))                                     # [N, L, W]
             return x[arange(N), text.argmax(-1)] @ text_projection           # [N, embed_dim]
 
-        Attention is causal, so nothing after that token counts. This method does not compute it: it
-        packs the captions without their padding. Keep text on the CPU, whatever device the model is
-        on: the lengths are needed there, and reading them from a GPU would wait for it.
+        Attention is causal, so the padding after that token has no effect. This method returns the
+        same features without computing padding. Keep text on the CPU even if the model is on a GPU:
+        the lengths are needed there, and copying them back would wait for the GPU.
         """
         if not torch.is_tensor(text):
             raise TypeError("text must be token ids [N, L]: tokenizer.encode(texts) makes them")
@@ -421,7 +417,7 @@ class KELIP(nn.Module):
                              f"{len(self.positional_embedding)}")
         device = self.positional_embedding.device
         lengths = text.argmax(dim=-1) + 1                                    # [N]
-        longest = ceil_div(int(lengths.max()), 8) * 8                        # few different shapes
+        longest = ceil_div(int(lengths.max()), 8) * 8  # a multiple of 8: fewer different shapes
         L = min(text.shape[1], longest)
         packing = make_packing(lengths, L, device)
         tokens = text[:, :L].flatten().to(device, non_blocking=True)         # [N * L]
@@ -441,7 +437,7 @@ class KELIP(nn.Module):
 
 
 def default_options(config):
-    """The values that KELIP's optional arguments have when a configuration leaves them out."""
+    """The defaults of KELIP's optional arguments for a configuration."""
     return dict(activation="quick_gelu", vision_heads=config["vision_width"] // 64,
                 vision_mlp_width=4 * config["vision_width"],
                 transformer_mlp_width=4 * config["transformer_width"])
@@ -457,19 +453,19 @@ def count_parameters(module):
 class MAE(nn.Module):
     """A masked autoencoder (He et al., arXiv 2111.06377) around an image encoder.
 
-    The encoder sees the class token and the visible patches, up to ln_post. A bidirectional
-    decoder of its own width and depth predicts the pixels of every patch. The loss is the mean
-    squared error on masked patches alone, whose targets are normalised by their own mean and
-    standard deviation. visual.proj takes no part. Methods have the names of the authors' code.
+    The encoder, up to ln_post, sees the class token and the visible patches. A smaller decoder,
+    used only here, predicts the pixels of every patch. The loss is the mean squared error on masked
+    patches alone. Each target patch is normalized by its own mean and standard deviation.
+    visual.proj is not used. Methods have the names of the authors' code.
     """
 
-    def __init__(self, visual, decoder_width=None, decoder_layers=None, mask_ratio=0.75):
+    def __init__(self, visual, mask_ratio=0.75):
         super().__init__()
         encoder_width = visual.conv1.out_channels
         grid = visual.resolution // visual.patch_size
-        # He et al.'s decoder for ViT-B and ViT-L is 512 wide and 8 deep; small encoders get less.
-        width = decoder_width or min(512, max(64, encoder_width // 2 // 64 * 64))
-        layers = decoder_layers or min(8, max(2, len(visual.transformer.resblocks) // 2))
+        # Half of the encoder, at most He et al.'s decoder for ViT-B and ViT-L: width 512, 8 layers.
+        width = min(512, max(64, encoder_width // 2 // 64 * 64))
+        layers = min(8, max(2, len(visual.transformer.resblocks) // 2))
         self.visual, self.mask_ratio = visual, mask_ratio
         visual.proj.requires_grad_(False)
         self.decoder_embed = nn.Linear(encoder_width, width)
@@ -480,11 +476,10 @@ class MAE(nn.Module):
         self.decoder_pred = nn.Linear(width, 3 * visual.patch_size ** 2)
 
     def random_masking(self, noise):
-        """Choose the patches to keep: those with the least noise.
+        """Keep the patches with the least noise; mask the others.
 
-        noise [N, L], uniform in 0..1. Returns keep [N, l], the indices of the visible patches, l
-        = (1 - mask_ratio) L; restore [N, L], which undoes the shuffle; mask [N, L], 1 where
-        masked.
+        noise [N, L], uniform in 0..1. Returns keep [N, l], the indices of the visible patches,
+        l = (1 - mask_ratio) L; restore [N, L], which undoes the shuffle; mask [N, L], 1 if masked.
         """
         L = noise.shape[1]
         n_visible = max(1, round(L * (1 - self.mask_ratio)))
@@ -496,7 +491,7 @@ class MAE(nn.Module):
         """images [N, 3, size, size], keep [N, l] -> [N, 1 + l, W], the class token first."""
         visual = self.visual
         patches = visual.patchify(images.to(visual.conv1.weight.dtype))      # [N, L, 3*P*P]
-        # Masked patches are dropped before they are embedded, which saves embedding them.
+        # Masked patches are dropped before the embedding, to save its cost.
         patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         positions = visual.positions(images)                                 # [1 + L, W]
         x = visual.embed(patches, positions[0], positions[1:][keep])         # [N, 1 + l, W]
@@ -515,17 +510,14 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))                # [N, L, 3*P*P]
 
     def targets(self, images):
-        """Patches normalised by their own mean and standard deviation, and these two.
-
-        images -> [N, L, 3*P*P], [N, L, 1], [N, L, 1].
-        """
+        """images -> normalized patches [N, L, 3*P*P], and their mean and std [N, L, 1] each."""
         x = self.visual.patchify(images)
         mean = x.mean(-1, keepdim=True)
         std = (x.var(-1, keepdim=True) + 1e-6).sqrt()
         return (x - mean) / std, mean, std
 
     def forward_loss(self, images, prediction, mask, valid=None):
-        """Mean squared error over the pixels of masked patches alone (He et al., section 3)."""
+        """Mean squared error on the pixels of masked patches (He et al., section 3)."""
         target, _, _ = self.targets(images)
         error = (prediction.to(images.dtype) - target).square().mean(-1)     # [N, L]
         if valid is not None:
@@ -535,9 +527,9 @@ class MAE(nn.Module):
     def forward(self, images, noise=None, valid=None):
         """Mask, encode, decode, and compare.
 
-        images [N, 3, size, size]; noise [N, L], uniform in 0..1, decides what is masked (drawn here
-        when None); valid bool [N], False for images that do not count. Returns the loss, the
-        prediction [N, L, 3*P*P] in units of normalised patches, and mask [N, L], 1 where masked.
+        images [N, 3, size, size]; noise [N, L], that of random_masking, drawn here if None; valid
+        bool [N], False for images that the loss ignores. Returns the loss, the prediction of
+        normalized patches [N, L, 3*P*P], and mask [N, L], 1 where masked.
         """
         if noise is None:
             L = len(self.decoder_positions) - 1
@@ -550,10 +542,10 @@ class MAE(nn.Module):
 
 
 def sine_positions(grid, width):
-    """Fixed position embeddings of a square grid, zeros for the class token.
+    """Fixed position embeddings of a square grid: [1 + grid*grid, width].
 
-    Returns [1 + grid*grid, width]. Half of the width encodes the row, half the column, each as
-    sines followed by cosines.
+    The class token's is zero. Half of the width encodes the row and half the column, each as sines
+    followed by cosines.
     """
     frequency = 10000 ** -(torch.arange(width // 4) / (width // 4))          # [width/4]
     angle = torch.arange(grid)[:, None] * frequency                          # [grid, width/4]
@@ -568,7 +560,9 @@ def sine_positions(grid, width):
 
 def contrastive_loss(image_features, text_features, logit_scale, group=None, valid=None,
                      per_pair=False, chunk=512):
-    """InfoNCE between N images and their N texts, both ways (CLIP, arXiv 2103.00020, figure 3).
+    """InfoNCE between N images and their N texts, in both directions (CLIP, arXiv 2103.00020).
+
+    The definition, as in the paper's figure 3:
 
         logits = logit_scale * image_features @ text_features.T              # [N, N]
         labels = arange(N)                               # text i belongs to image i: the diagonal
@@ -576,17 +570,17 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
         text_to_image = cross_entropy(logits.T, labels)
         loss = (image_to_text + text_to_image) / 2
 
-    This function returns the same number and gradients without holding all N x N logits at a time.
+    This function returns the same loss and gradients without storing all N x N logits at once.
 
     Args:
-        image_features: [n, D], or [K, n, D] for K crops of every image; the loss is then the mean
-            over crops. Of unit length, as text_features.
+        image_features: [n, D], or [K, n, D] for K crops of each image; the loss is then the mean
+            over crops. Both kinds of features must have unit length.
         text_features: [n, D].
-        logit_scale: the factor on the cosines itself, not its log.
-        group: with a torch.distributed group, the batch is that of all its processes together,
-            N = n * world_size, n the same on each. Every rank gets the loss of the global batch.
-            Its gradient is the mean over ranks, which DistributedDataParallel takes.
-        valid: bool [n], False where a pair is missing. Such a pair takes part in no sum or mean.
+        logit_scale: the factor on the cosines, not its log.
+        group: a torch.distributed group. The batch is then that of all its processes together,
+            N = n * world_size, with the same n on each. Every rank returns the global loss. The
+            mean of the ranks' gradients, as DistributedDataParallel computes it, is the gradient.
+        valid: bool [n], False for pairs that the loss must ignore.
         per_pair: also return the loss of each pair, [n], without gradient. The mean over all valid
             pairs is the loss.
         chunk: rows of logits to compute at a time. Memory grows with chunk * N.
@@ -603,18 +597,18 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
 class _ContrastiveLoss(torch.autograd.Function):
     """The loss and its gradients, in two passes over chunks of rows of the logits.
 
-    The loss of pair i is (logsumexp of row i + logsumexp of column i) / 2 - logits[i, i]. The
-    first pass finds the logsumexps. The second computes the logits again. The derivative of the
-    sum of all pairs' losses by the logits is G / 2, with
+    The loss of pair i is (logsumexp of row i + logsumexp of column i) / 2 - logits[i, i]. The first
+    pass computes the logsumexps. The second pass computes the logits again, and the gradients. The
+    gradient of the sum over pairs with respect to the logits is G / 2, where
 
-        G = softmax over rows + softmax over columns - 2 * identity,
+        G = softmax over rows + softmax over columns - 2 * identity.
 
-    and since logits = s * images @ texts.T, those by images, texts and s are half of
+    Since logits = s * images @ texts.T, the gradients of images, texts and s are half of
 
         s * G @ texts,    s * G.T @ images,    sum(G * (images @ texts.T)).
 
-    A rank computes its own rows against the columns of all ranks. It exchanges the logsumexps of
-    the columns and the gradients of the texts, once for all crops.
+    A rank computes its own rows of the logits, against the columns of all ranks. The ranks exchange
+    the logsumexps of the columns and the gradients of the texts, once for all crops.
     """
 
     @staticmethod
@@ -630,8 +624,8 @@ class _ContrastiveLoss(torch.autograd.Function):
         if valid is None:
             valid = torch.ones(n, device=image.device)
         valid = valid.to(dtype)
-        # Invalid pairs add nothing to matrix products once their features are zero, and nothing to
-        # the logsumexps once log(0) = -inf is added to their rows and columns.
+        # Zero features of invalid pairs drop out of matrix products. Adding log(0) = -inf to their
+        # rows and columns drops them out of the logsumexps.
         image, text = image * valid[:, None], text * valid[:, None]
         texts, all_valid = _gather(text, group), _gather(valid, group)       # [N, D], [N]
         row_mask, column_mask = torch.log(valid), torch.log(all_valid)       # 0 if valid, else -inf
@@ -665,8 +659,8 @@ class _ContrastiveLoss(torch.autograd.Function):
                 d_scale = d_scale + (d_image[k, rows] * image[k, rows]).sum()
             if group is not None:
                 dist.all_reduce(d_texts, group=group)
-            # The half, the mean over pairs and crops, and world_size, by which
-            # DistributedDataParallel will divide. The factor s of images and texts comes last.
+            # The 2 is that of G / 2, count makes a mean over pairs and crops, and
+            # DistributedDataParallel will divide by world_size.
             mean = world_size / (2 * count)
             per_row = mean * s * valid[:, None]                              # [n, 1]
             ctx.save_for_backward(per_row * d_image, per_row * d_texts[own], mean * d_scale)
@@ -703,15 +697,15 @@ def _gather(x, group):
 # ---- preprocessing ----
 
 def to_rgb(image):
-    """Any PIL image -> RGB.
+    """Convert any PIL image to RGB.
 
-    Applies the EXIF orientation, puts transparency on white, scales 16-bit channels and floats to 8
-    bits, and takes the first frame of an animation. Palettes and CMYK are converted by Pillow.
+    Applies the EXIF orientation, composites transparency onto white, and scales 16-bit channels and
+    floats to 8 bits. An animation becomes its first frame.
     """
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        # convert() would clip these at 255. Floats may be in 0..255 as well as in 0..65535.
+        # convert() would clip values at 255. Floats may be in 0..255 or in 0..65535.
         is_8_bit = image.mode == "F" and image.getextrema()[1] <= 255
         scale = 255 / (255 if is_8_bit else 65535)
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
@@ -723,10 +717,10 @@ def to_rgb(image):
 
 
 def preprocess(size):
-    """The transform of evaluation: a callable, PIL image -> float32 [3, size, size].
+    """Return the transform of evaluation: a callable, PIL image -> float32 [3, size, size].
 
-    Bicubic resize of the short side to size, centre crop, CLIP's mean and standard deviation
-    (released code). Equal to torchvision's Resize, CenterCrop, ToTensor and Normalize.
+    Bicubic resize of the short side to size, center crop, normalization by MEAN and STD. Equal to
+    torchvision's Resize, CenterCrop, ToTensor and Normalize.
     """
     return functools.partial(_preprocess, size=size)
 
@@ -747,15 +741,15 @@ def _preprocess(image, size):
 # ---- weights ----
 
 class Checkpoint(NamedTuple):
-    """Trained weights and what goes with them. A run of stage 1 holds an image encoder alone."""
+    """Trained weights, their configuration and their tokenizer."""
     path: Path
     weights: dict      # parameter name -> tensor
-    config: dict       # of the KELIP; in stage 1 of the KELIP whose image encoder was trained
+    config: dict       # the arguments of KELIP
     tokenizer: object  # a Tokenizer, None in stage 1
 
     @property
     def is_stage_1(self):
-        """Whether this is a run of train_mae.py."""
+        """Whether this is a run of train_mae.py, which trains the image encoder alone."""
         return self.tokenizer is None
 
 
@@ -764,10 +758,11 @@ def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
 
     name_or_path: the folder of a run of train_clip.py or its last.pt; a folder with released KELIP
     (config.json, pytorch_model.bin or model.safetensors, tokenizer.json); or the name of a preset,
-    such as "ViT-B/32", which looks for the released files in ./weights. `python -m extras.convert`
-    makes such a folder of other weights. model_name is what the released code calls this argument.
+    such as "ViT-B/32", to look for these files in ./weights. `python -m extras.convert` converts
+    other weights into such a folder. model_name is another name of name_or_path, as in the released
+    code.
 
-    Raises FileNotFoundError or ValueError with a line that says what is missing or does not fit.
+    Raises FileNotFoundError or ValueError with one line that says what is missing or does not fit.
     """
     checkpoint = open_checkpoint(model_name or name_or_path)
     if checkpoint.is_stage_1:
@@ -783,14 +778,15 @@ def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
 
 
 WEIGHT_FILES = ("last.pt", "pytorch_model.bin", "model.safetensors")
-CONVERT = "`python -m extras.convert {} OUT` makes a folder of it that opens here"
+NOT_KELIP = ("{0}: neither a run nor released KELIP; `python -m extras.convert {0} OUT` converts "
+             "weights of other libraries into a folder that can be opened")
 
 
 def open_checkpoint(name_or_path):
     """Read a run of either stage, or released KELIP, without building the model: a Checkpoint.
 
-    Takes what build_model takes. Raises FileNotFoundError, or ValueError when the file is not a
-    whole checkpoint, is of another library, or its tokenizer does not fit.
+    name_or_path: that of build_model. Raises FileNotFoundError, or ValueError when the file is
+    damaged or from another library, or when its tokenizer does not fit.
     """
     from tokenizer import Tokenizer, read_json
     path = _find_weights(name_or_path)
@@ -803,7 +799,7 @@ def open_checkpoint(name_or_path):
         config_path = path.with_name("config.json")
         released = read_json(config_path) if config_path.is_file() else {}
         if "embed_dim" not in released:  # a key that only KELIP's config.json has
-            raise ValueError(f"{path}: neither a run nor released KELIP; {CONVERT.format(path)}")
+            raise ValueError(NOT_KELIP.format(path))
         known = {*PRESETS["tiny"], *default_options(PRESETS["tiny"])}
         config = {key: value for key, value in released.items() if key in known}
         weights = {key.removeprefix("model."): value.float() for key, value in state.items()}
@@ -815,7 +811,7 @@ def open_checkpoint(name_or_path):
 
 
 def _find_weights(name_or_path):
-    """The file of weights that a name or path stands for."""
+    """The file of weights for a name or path."""
     path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
     if path.is_file() and path.suffix != ".json":
         return path
@@ -824,7 +820,7 @@ def _find_weights(name_or_path):
             return path / name
     files = [path] if path.is_file() else path.glob("*")
     if any(file.suffix in (".pt", ".bin", ".safetensors", ".json") for file in files):
-        raise ValueError(f"{path}: neither a run nor released KELIP; {CONVERT.format(path)}")
+        raise ValueError(NOT_KELIP.format(path))
     raise FileNotFoundError(
         f"{name_or_path}: no checkpoint there: give the folder of a run (last.pt), a folder with "
         "released KELIP (config.json, pytorch_model.bin or model.safetensors, tokenizer.json), or "
@@ -832,7 +828,7 @@ def _find_weights(name_or_path):
 
 
 def check_vocabulary(checkpoint):
-    """Raise ValueError when the tokenizer does not fit the token embedding of a Checkpoint."""
+    """Raise ValueError when a Checkpoint's tokenizer does not fit its token embedding."""
     rows = len(checkpoint.weights.get("token_embedding.weight", ()))
     tokenizer, entries = checkpoint.tokenizer, len(checkpoint.tokenizer)
     found = (f"{checkpoint.path}: token_embedding.weight has {rows} rows, and the tokenizer "
@@ -848,8 +844,8 @@ def check_vocabulary(checkpoint):
 def _released_tokenizer(folder):
     """The tokenizer of released KELIP.
 
-    The released code lower-cases texts before tokenizing, and looks for the start and end tokens in
-    three files.
+    The released code lower-cases texts before it tokenizes them, and reads the start and end tokens
+    from three files.
     """
     from tokenizer import Tokenizer, read_json
     spec, special_tokens = Tokenizer.load(folder / "tokenizer.json").spec, {}
@@ -864,30 +860,29 @@ def _released_tokenizer(folder):
 
 
 def init_from(model, checkpoint):
-    """Start a KELIP from a Checkpoint: from all of it, or in stage 1 from its image encoder.
+    """Initialize a KELIP from a Checkpoint. Returns a line that says what was loaded.
 
-    Stage 1 does not train visual.proj, which keeps its random start. Positions are interpolated
-    where the resolution differs. Returns a line that says what was loaded. Raises ValueError when
-    the weights do not fit.
+    From stage 1, only the image encoder is loaded, without visual.proj, which stage 1 does not
+    train. Positions are interpolated to the model's resolution. Raises ValueError when the weights
+    do not fit.
     """
-    loaded = dict(checkpoint.weights)
+    weights, what = dict(checkpoint.weights), "all weights"
     if checkpoint.is_stage_1:
-        loaded = {key: value for key, value in loaded.items()
-                  if key.startswith("visual.") and key != "visual.proj"}
+        encoder = {key: value for key, value in weights.items()
+                   if key.startswith("visual.") and key != "visual.proj"}
+        weights, what = {**model.state_dict(), **encoder}, "the image encoder"
     key = "visual.positional_embedding"
-    if key in loaded:
+    if key in weights:
         grid = model.visual.resolution // model.visual.patch_size
-        loaded[key] = interpolate_positions(loaded[key], grid)
-    kept = model.state_dict() if checkpoint.is_stage_1 else {}
-    load_weights(model, {**kept, **loaded}, checkpoint.path)
-    what = "the image encoder" if checkpoint.is_stage_1 else "all weights"
+        weights[key] = interpolate_positions(weights[key], grid)
+    load_weights(model, weights, checkpoint.path)
     return f"{what} from {checkpoint.path}"
 
 
 def load_weights(model, weights, path, name_in_file=str):
-    """Load a state dict into a model. Raises ValueError that names the path and the wrong key.
+    """Load a state dict into a model. Raises ValueError with the path and the wrong key.
 
-    name_in_file(key) is what the file calls a parameter, for weights whose names were converted.
+    name_in_file: a function from our name of a parameter to the file's, if they differ.
     """
     own = model.state_dict()
     for key in sorted(own.keys() | weights.keys()):
@@ -902,7 +897,7 @@ def load_weights(model, weights, path, name_in_file=str):
 
 
 def read_weights(path):
-    """What a .safetensors file or a file of torch.save holds. Raises as load_checkpoint does."""
+    """Read a .safetensors file or a file of torch.save. Raises the errors of load_checkpoint."""
     if path.suffix != ".safetensors":
         return load_checkpoint(path)
     try:
@@ -913,13 +908,13 @@ def read_weights(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error})") from None
+        raise ValueError(f"{path}: not a complete checkpoint ({error})") from None
 
 
 def load_checkpoint(path):
-    """Read what torch.save wrote, onto the CPU. Only tensors and plain values are unpickled, ever.
+    """Read a file of torch.save onto the CPU. Only tensors and plain values are ever unpickled.
 
-    Raises FileNotFoundError, and ValueError when the file is cut short or holds other objects.
+    Raises FileNotFoundError, and ValueError when the file is damaged or holds other objects.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -927,7 +922,7 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns twice about a TorchScript archive
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its message would advise to load the file all the same
+    except pickle.UnpicklingError:  # its message advises an unsafe load
         raise ValueError(f"{path}: holds objects other than tensors and plain values, or is "
                          "damaged; such objects are never loaded") from None
     except (RuntimeError, EOFError, OSError) as error:
@@ -936,7 +931,7 @@ def load_checkpoint(path):
                 f"{path}: a TorchScript archive, which is a program and never run; plain weights "
                 "are at huggingface.co/openai, clip-vit-base-patch32 and others") from None
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+        raise ValueError(f"{path}: not a complete checkpoint ({reason})") from None
 
 
 def save_checkpoint(path, state):
@@ -949,7 +944,7 @@ def save_checkpoint(path, state):
 def atomic_write(path):
     """Open a binary file that replaces `path` once it is complete and on disk.
 
-    When the block raises, or the disk is full, `path` stays as it was. An OSError names `path`.
+    If writing fails, `path` stays as it was. An OSError names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -966,16 +961,11 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
 
 
-def ceil_div(a, b):
-    """a / b rounded up, for integers."""
-    return (a + b - 1) // b
-
-
 def main():
     """Print the presets and the number of parameters of each encoder."""
     argparse.ArgumentParser(
         description="Print the presets of kelip.py and their sizes in millions of parameters. "
-                    "train_mae.py and train_clip.py take a preset's name as --model.").parse_args()
+                    "--model of train_mae.py and train_clip.py takes their names.").parse_args()
     print(f"{'preset':10} {'image':>7} {'text':>7} {'all':>7}   "
           "(millions of parameters; text includes its embedding)")
     for name, config in PRESETS.items():

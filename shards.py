@@ -8,13 +8,13 @@
     decode(pair.image)                                  # a PIL image in RGB
 
 A shard is a tar as img2dataset writes it: `000001.jpg` with `000001.txt`, or with `000001.en.txt`
-and `000001.ko.txt`, or with a `000001.json` that has a "caption". Members with the same key,
-`000001`, form a pair. The index says where each pair begins and how long it is, so that reading
-any pair takes one read.
+and `000001.ko.txt`, or with a `000001.json` that has a "caption". Consecutive members with the same
+key, `000001`, form a pair. The index says where each pair begins and how long it is, so that a
+single read gets any pair.
 
 From top to bottom: tars, the index, patterns that name shards, pairs and their captions, decoding.
-data.py makes one array of all shards, and the batches of a run. extras/pack.py makes shards of
-images and checks shards.
+data.py makes one array of all pairs, and the batches of a run. extras/pack.py makes shards from
+images, and checks shards.
 
 Not included: shards on other machines, compressed tars, and images larger than memory.
 """
@@ -47,8 +47,9 @@ BLOCK = 512                      # bytes; the unit of a tar
 MAX_PAIR = 64 << 20              # bytes; larger pairs are skipped
 MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
 INDEX_CHUNK = 256                # shards to walk before the index is written
+INDEX_FORMAT = "pairs 1"
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
-# The image formats that Pillow may open. Others, such as EPS, would run another program.
+# The image formats that Pillow may open. Not EPS, for which it would run another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
 PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
@@ -57,12 +58,13 @@ PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
 # ---- tars ----
 
 def walk_tar(read, start, end):
-    """Walk the files of a tar: yields (name, first_header, body, size) of each.
+    """Walk the regular files of a tar: yields (name, first_header, body, size) for each.
 
     first_header and body are the offsets of its first header and of its bytes. read(size, offset)
-    -> bytes, as os.pread. Handles ustar, GNU and pax long names. Skips what is not a regular file.
-    Raises ValueError("damaged tar: ...") or ValueError("truncated tar: ...") where it can read no
-    further. Files that were yielded before are complete.
+    returns bytes, like os.pread. Handles the long names of ustar, GNU and pax.
+
+    Raises ValueError("damaged tar: ...") or ValueError("truncated tar: ..."). The files that were
+    yielded before are complete.
     """
     offset = first_header = start
     long_name = None
@@ -87,7 +89,7 @@ def walk_tar(read, start, end):
 
 
 def _read_size(header, offset):
-    """The size of a file by its header. Raises ValueError when the checksum is wrong."""
+    """The size of a file, from its header. Raises ValueError when the checksum is wrong."""
     try:
         checksum = int(header[148:156].split(b"\0")[0], 8)
         if header[124] & 0x80:  # GNU's way to write sizes of 8 GB and more
@@ -103,7 +105,7 @@ def _read_size(header, offset):
 
 
 def _read_name(header):
-    """The name of a file by its header, with ustar's prefix where there is one."""
+    """The name of a file, from its header. ustar puts the start of a long name in a prefix."""
     name = header[:100].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0]
     if header[257:263] == b"ustar\0" and prefix:
@@ -112,7 +114,7 @@ def _read_name(header):
 
 
 def _read_long_name(kind, record):
-    """The name in a GNU (L) or pax (x) record, None when it has none."""
+    """The name in a GNU (L) or pax (x) record, or None."""
     if kind == b"L":
         return record.rstrip(b"\0")
     match = re.search(rb"\d+ path=([^\n]*)\n", record)
@@ -122,8 +124,8 @@ def _read_long_name(kind, record):
 def split_name(name):
     """Split a member's name into key and suffix: 'a/0001.en.txt' -> ('a/0001', 'en.txt').
 
-    The key ends at the first dot after the last slash, as in WebDataset. None where there is no
-    key or no suffix. Keys are never used as paths.
+    The key ends at the first dot after the last slash, as in WebDataset. Returns None if the key or
+    the suffix is empty. Keys are never used as paths.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -133,10 +135,7 @@ def split_name(name):
 
 
 def write_shard(path, pairs):
-    """Write (key, {suffix: bytes}) pairs to a tar. The same pairs always give the same bytes.
-
-    Raises OSError, with the path, when it cannot be written.
-    """
+    """Write (key, {suffix: bytes}) pairs to a tar. The same pairs always give the same bytes."""
     try:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members in pairs:
@@ -144,16 +143,16 @@ def write_shard(path, pairs):
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    except OSError as error:
+    except OSError as error:  # a full disk is an error without a path
         raise OSError(error.errno, error.strerror, path) from None
 
 
 @contextlib.contextmanager
 def new_folder(out, replaceable=""):
-    """A temporary folder that becomes `out` when the block ends, and is deleted when it raises.
+    """A temporary folder that becomes `out` when the block ends, and is deleted if it raises.
 
-    Files in `out` whose names match the regular expression `replaceable` are replaced. Raises
-    FileExistsError when `out` holds another file.
+    `out` is replaced if the names of all files in it match the regular expression `replaceable`.
+    Otherwise raises FileExistsError.
     """
     for name in os.listdir(out) if os.path.isdir(out) else []:
         if not re.fullmatch(replaceable, name):
@@ -176,20 +175,20 @@ class Shard(NamedTuple):
     size: int            # bytes
     mtime: int           # time of last change, nanoseconds
     count: int           # pairs
-    languages: dict      # language -> captions in it, by the members' names; "" where unnamed
-    skipped: dict        # reason -> how many pairs or members are not in the index
-    first_row: int = 0   # several shards share a file of rows: where this one's begin
-    rows_file: str = ""  # the file of rows, "" for a shard that is missing
+    languages: dict      # language -> number of captions; "" for those whose name has none
+    skipped: dict        # reason -> number of pairs or members that are not in the index
+    first_row: int = 0   # where its rows begin in rows_file, which several shards share
+    rows_file: str = ""  # "" for a shard that is missing
 
 
 def index_tar(path):
-    """Find the pairs of one tar: (Shard, rows), before rows are written to a file.
+    """Find the pairs of one tar: (Shard, rows). The rows are not on disk yet.
 
     rows: uint32 [count, 2], the first block and the number of bytes of each pair, in order.
 
-    A pair is a run of members with one key, one of which is an image. Skipped and counted are
-    members without an image, a key that was there before (the first one stays), and all that
-    follows a damaged place. Raises OSError when the tar cannot be read.
+    A pair is consecutive members with the same key, one of them an image. Keys without an image,
+    keys that occur again and everything after a damaged place are skipped, and counted in
+    Shard.skipped.
     """
     rows = []
     languages, skipped = collections.Counter(), collections.Counter()
@@ -206,7 +205,10 @@ def index_tar(path):
                 skipped["pair too large"] += 1
             else:
                 rows.append((start // BLOCK, end - start))
-                languages.update(_languages_of(suffixes))
+                named = {caption_language(suffix) for suffix in suffixes} - {None}
+                if not named and "json" in suffixes:
+                    named = {""}  # the caption is in the .json
+                languages.update(named)
             seen.add(key)
     shard = Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages),
                   dict(skipped))
@@ -214,7 +216,7 @@ def index_tar(path):
 
 
 def _walk_pairs(read, size, skipped):
-    """Walk a tar of `size` bytes: yields (key, first byte, end, suffixes) for each run of one key.
+    """Walk a tar of `size` bytes: yields (key, start, end, suffixes) for consecutive equal keys.
 
     Counts in `skipped` what it cannot use, and stops at a damaged place.
     """
@@ -225,15 +227,16 @@ def _walk_pairs(read, size, skipped):
             if parts is None:
                 skipped["member without a key"] += 1
                 continue
-            if parts[0] != key:
+            member_key, suffix = parts
+            if member_key != key:
                 if suffixes:
                     yield key, start, end, suffixes
-                key, start, suffixes = parts[0], header, set()
-            elif parts[1] in suffixes:
+                key, start, suffixes = member_key, header, set()
+            elif suffix in suffixes:
                 skipped["duplicate key"] += 1
-            suffixes.add(parts[1])
+            suffixes.add(suffix)
             end = body + length
-        if end + BLOCK > size:  # a whole tar ends with blocks of zeros
+        if end + BLOCK > size:  # a complete tar ends with blocks of zeros
             skipped["truncated tar"] += 1
     except ValueError as error:
         skipped[str(error).partition(":")[0]] += 1
@@ -241,22 +244,12 @@ def _walk_pairs(read, size, skipped):
         yield key, start, end, suffixes
 
 
-def _languages_of(suffixes):
-    """The languages in which a pair has captions, by the suffixes of its members."""
-    languages = [caption_language(suffix) for suffix in suffixes]
-    languages = [language for language in languages if language is not None]
-    if not languages and "json" in suffixes:
-        return [""]
-    return languages
-
-
 def index_shards(paths, workers=0):
     """The Shard of each path. Walks tars that are new or have changed, and writes the index.
 
-    A folder's index is its file pairs.index. Where the folder cannot be written, it is in
-    ~/.cache/kelip, and where that cannot be written either, in a temporary folder until the
-    process ends. workers: processes that walk tars. Raises FileNotFoundError when a path does not
-    exist.
+    A folder's index is pairs.index in it. If the folder is read-only, the index goes into
+    ~/.cache/kelip. If that cannot be written either, it goes into a temporary folder, which is
+    deleted when the process ends. workers: processes that walk tars.
     """
     by_folder = collections.defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -290,17 +283,14 @@ def shard_rows(shard):
                      shape=(shard.count, 2))
 
 
-INDEX_FORMAT = "pairs 1"
-
-
 def write_index(path, shards, rows):
-    """Write a folder's index: rows that are not on disk yet, then the table of all shards.
+    """Write a folder's index: a file of new rows, then the table of all shards.
 
-    path: of the index file. shards: {path: Shard} of all shards of the folder. rows: {path: uint32
-    [count, 2]} of those among them whose rows are not on disk yet. Returns {path: Shard} of these,
-    with the file that holds their rows.
+    path: the index file. shards: {path: Shard}, all shards of the folder. rows: {path: uint32
+    [count, 2]} of shards that are new or have changed. Returns {path: Shard} of these, with
+    first_row and rows_file set.
 
-    Rows go into a new file each time, and both files are written atomically: a process that has
+    New rows always go into a new file, and both files are written atomically: a process that has
     read the old index can keep using it.
     """
     folder = os.path.dirname(path)
@@ -326,7 +316,7 @@ def write_index(path, shards, rows):
 
 
 def _index_files(folder):
-    """Where the index of a folder may be: in the folder, or at home when it is read-only."""
+    """Where the index of a folder may be: in the folder, or at home if the folder is read-only."""
     digest = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
     return [os.path.join(folder, "pairs.index"),
             os.path.expanduser(f"~/.cache/kelip/{digest}.index")]
@@ -334,14 +324,14 @@ def _index_files(folder):
 
 @functools.cache
 def _temporary_folder():
-    """A folder for indices that cannot be written elsewhere. Deleted when the process ends."""
+    """A folder for indexes that cannot be written elsewhere. Deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="kelip-")
 
 
 def _save_rows(folder, known, walked):
-    """Write what index_tar returned into the first index file that can be written.
+    """Write the results of index_tar, `walked`, into the first index file that can be written.
 
-    known: {path: Shard} of the folder so far. Returns {path: Shard} of the walked shards.
+    known: {path: Shard}, the shards of the folder so far. Returns {path: Shard} of those walked.
     """
     shards = {**known, **{shard.path: shard for shard, _ in walked}}
     rows = {shard.path: one for shard, one in walked}
@@ -353,9 +343,9 @@ def _save_rows(folder, known, walked):
 
 
 def _read_index(path, folder):
-    """{path: Shard} of an index file, without shards whose rows are not on disk any more.
+    """{path: Shard} of an index file; {} when it does not exist or is damaged.
 
-    {} when the file does not exist or is damaged.
+    Leaves out shards whose rows are not on disk any more.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -376,7 +366,7 @@ def _read_index(path, folder):
 
 
 def map_processes(function, items, workers, title):
-    """list(map(function, items)), in processes. Shows a progress bar when it takes long."""
+    """list(map(function, items)), in processes. Shows a progress bar after two seconds."""
     bar = dict(total=len(items), desc=title, delay=2, leave=False)
     if workers < 2 or len(items) < 2:
         return list(tqdm(map(function, items), **bar))
@@ -389,8 +379,8 @@ def map_processes(function, items, workers, title):
 def expand_pattern(pattern, partial=False):
     """The tars that a pattern names, in order.
 
-    A pattern is a path, a folder of tars, a glob, or has braces: {000..012}, {a,b}. Raises
-    FileNotFoundError when it names none or, unless `partial`, when one of a range is missing.
+    A pattern is a path, a folder of tars or a glob, and may have braces: {000..012}, {a,b}. Raises
+    FileNotFoundError when there are none or one of a range is missing, unless `partial`.
     """
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if brace:
@@ -419,7 +409,7 @@ def expand_pattern(pattern, partial=False):
 
 
 def _brace_options(text):
-    """What a brace stands for: '08..10' -> ['08', '09', '10'], 'a,b' -> ['a', 'b']."""
+    """The texts that braces stand for: '08..10' -> ['08', '09', '10'], 'a,b' -> ['a', 'b']."""
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if not numbers:
         return text.split(",")
@@ -429,7 +419,7 @@ def _brace_options(text):
 
 
 def _holds_images(folder):
-    """Whether images are in a folder or in the folders in it."""
+    """Whether there are images in a folder or in its subfolders."""
     folder = glob.escape(folder)
     paths = itertools.chain(glob.iglob(f"{folder}/*"), glob.iglob(f"{folder}/*/*"))
     return any(path.rpartition(".")[2].lower() in IMAGE_SUFFIXES for path in paths)
@@ -441,16 +431,16 @@ class Pair(NamedTuple):
     """One pair as it is on disk."""
     key: str
     image: bytes
-    captions: dict   # language ("" when unnamed) -> text, cleaned
-    members: dict    # suffix -> bytes, of all members with this key
-    error: str       # why captions is empty, "" otherwise
+    captions: dict   # language -> text, cleaned; "" for a caption whose name has no language
+    members: dict    # suffix -> bytes, all members with this key
+    error: str       # why there is no caption, "" if there is one
 
 
 def read_pair(file, path, row, language=""):
     """Read the pair at a row of the index from an open tar.
 
-    language: of captions that name none. Raises ValueError("reason: details") when the pair cannot
-    be read or is no longer there.
+    language: the language of captions whose name has none. Raises ValueError("reason: details")
+    when the pair cannot be read or is no longer there.
     """
     start, length = int(row[0]) * BLOCK, int(row[1])
     try:
@@ -465,12 +455,10 @@ def read_pair(file, path, row, language=""):
 
     key, members = None, {}
     for name, _, body, size in walk_tar(read, start, start + length):
-        parts = split_name(name)
-        if parts is None:
-            continue
-        key = key or parts[0]
-        if parts[0] == key:
-            members.setdefault(parts[1], read(size, body))
+        member_key, suffix = split_name(name) or (None, None)
+        key = key or member_key
+        if key and member_key == key:
+            members.setdefault(suffix, read(size, body))
     image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
     if image is None:
         raise ValueError(f"shard changed: {path} no longer has the pair at byte {start}")
@@ -479,29 +467,23 @@ def read_pair(file, path, row, language=""):
 
 
 def caption_language(suffix):
-    """The language of a caption by its suffix: 'ko.txt' -> 'ko', 'txt' -> '' (unnamed).
-
-    None for what is not a caption.
-    """
+    """The language in a suffix: 'ko.txt' -> 'ko', 'txt' -> '', 'jpg' -> None (not a caption)."""
     if suffix == "txt":
         return ""
-    language = suffix.removesuffix(".txt")
-    if suffix.endswith(".txt") and LANGUAGE.fullmatch(language):
-        return language
-    return None
+    language, _, extension = suffix.rpartition(".")
+    return language if extension == "txt" and LANGUAGE.fullmatch(language) else None
 
 
 def clean_caption(text):
-    """Decode HTML entities and fold white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry"."""
+    """Decode HTML entities, collapse white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry"."""
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def read_captions(members, language=""):
-    """The captions of a pair by language, and why there are none: (captions, error).
+    """The captions of a pair: ({"ko": "사과"}, ""), or an error, such as ({}, "empty caption").
 
-    members: suffix -> bytes. Reads txt and LANGUAGE.txt, and the caption in json where there is no
-    txt. language: of captions that name none. The result is, for example, ({"ko": "사과"}, "") or
-    ({}, "empty caption").
+    members: suffix -> bytes. Reads txt and LANGUAGE.txt, or the caption in json if there are none.
+    language: the language of captions whose name has none.
     """
     texts = {}
     for suffix, data in members.items():
@@ -530,9 +512,9 @@ def read_captions(members, language=""):
 
 
 def caption_lines(pair):
-    """The captions of a pair whose .txt members have one caption a line: [(language, text)].
+    """The captions of a pair that has one a line, as in CLIP_benchmark's retrieval sets.
 
-    CLIP_benchmark's retrieval sets are of this form.
+    Returns [(language, text)].
     """
     found = []
     for language, caption in pair.captions.items():
@@ -545,7 +527,7 @@ def caption_lines(pair):
 
 
 def format_counts(counts):
-    """A line of counts, sorted by name: {"en": 1234, "": 5} -> "5 unnamed, 1,234 en"."""
+    """Counts as text, sorted by name: {"en": 1234, "": 5} -> "5 unnamed, 1,234 en"."""
     return ", ".join(f"{count:,} {name or 'unnamed'}" for name, count in sorted(counts.items()))
 
 
@@ -554,9 +536,9 @@ def format_counts(counts):
 def decode(data, min_side=None):
     """Decode the bytes of an image to a PIL image in RGB (see kelip.to_rgb).
 
-    min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its longer side keeps
-    this many pixels, which is much faster. Raises ValueError("reason: details") when the bytes are
-    not an image, are cut short, or stand for more than MAX_PIXELS pixels.
+    min_side: pixels of the longer side that are enough. A JPEG is then decoded at 1/2, 1/4 or 1/8
+    of its size if possible, which is much faster. Raises ValueError("reason: details") when the
+    bytes are not an image, are cut short, or have more than MAX_PIXELS pixels.
     """
     if not data:
         raise ValueError("empty image: it has no bytes")
@@ -569,7 +551,7 @@ def decode(data, min_side=None):
             if min_side:
                 scale = min_side / max(image.size)
                 size = tuple(max(1, int(side * scale)) for side in image.size)
-                image.draft(None, size)  # does nothing to other formats than JPEG
+                image.draft(None, size)  # only JPEG has a draft mode
             image.load()
             return to_rgb(image)
         except Image.DecompressionBombError as error:
@@ -577,5 +559,5 @@ def decode(data, min_side=None):
         except Image.UnidentifiedImageError:
             formats = ", ".join(FORMATS)
             raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
-        except Exception as error:  # what decoders raise on broken bytes is not only OSError
+        except Exception as error:  # on broken bytes, decoders raise errors of many kinds
             raise ValueError(f"not an image: {error}") from None

@@ -12,12 +12,12 @@ From the command line:
     python tokenizer.py encode "a red apple"
     python tokenizer.py decode 64 265 258
 
-From top to bottom: BPE in its plain form, which is the definition; a fast form with the same
-results; how text becomes words, pre-tokens and bytes; the format of tokenizer.json; the class
-Tokenizer; the commands. Merges and ids equal those of the package `tokenizers`, ties included.
+From top to bottom: BPE in its plain form, which is the definition; how text becomes words,
+pre-tokens and bytes; the class Tokenizer; BPE in a fast form with the same results; the format of
+tokenizer.json; the commands. Merges and ids equal those of the package `tokenizers`, ties included.
 
-Not included: models other than byte-level BPE, and special tokens inside a text. Nothing that a
-caption says becomes a start, end or padding token.
+Not included: models other than byte-level BPE, and special tokens in text. A caption that says
+"<|endoftext|>" is encoded character by character.
 
 Sources: Sennrich et al., arXiv 1508.07909 (BPE); Radford et al. 2019, GPT-2 (bytes, and the regular
 expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
@@ -43,10 +43,11 @@ import regex
 
 # ---- BPE, the plain form ----
 #
-# Ids below 256 are single bytes. Merge number n joins two ids into the new id 256 + n.
+# A text is first split into pre-tokens, such as "a", " red" and " apple"; no merge crosses their
+# borders. Ids below 256 are single bytes. Merge number n joins two ids into the new id 256 + n.
 
 def count_pairs(pre_tokens):
-    """How often each pair of neighbouring ids occurs in {ids of a pre-token: how often}."""
+    """Count the pairs of adjacent ids in {ids of a pre-token: how often it occurs}."""
     counts = Counter()
     for ids, times in pre_tokens.items():
         for pair in zip(ids, ids[1:]):
@@ -55,8 +56,9 @@ def count_pairs(pre_tokens):
 
 
 def replace_pair(ids, pair, new_id):
-    """A copy of the tuple `ids` with `new_id` in place of each occurrence of `pair`."""
-    replaced, i = [], 0
+    """Replace each occurrence of `pair` in the tuple `ids` by `new_id`."""
+    replaced = []
+    i = 0
     while i < len(ids):
         if ids[i:i + 2] == pair:
             replaced.append(new_id)
@@ -68,7 +70,10 @@ def replace_pair(ids, pair, new_id):
 
 
 def learn_merges_plain(pre_tokens, count):
-    """Count pairs, merge the most frequent one, and count again, until `count` are merged."""
+    """Learn up to `count` merges, a list of pairs of ids: merge the most frequent pair, repeat.
+
+    pre_tokens: {ids of a pre-token, as bytes: how often it occurs}.
+    """
     pre_tokens = {tuple(ids): times for ids, times in pre_tokens.items()}
     merges = []
     for new_id in range(256, 256 + count):
@@ -82,27 +87,372 @@ def learn_merges_plain(pre_tokens, count):
 
 
 def apply_merges_plain(ids, pair_to_rank, rank_to_id):
-    """Merge the pair of the list `ids` that was learned first, until no learned pair is left."""
-    never = len(rank_to_id)
+    """Encode: merge the pair of lowest rank in the list `ids`, until no learned pair is left.
+
+    pair_to_rank: a pair of ids -> its rank, the number of its merge in the order of learning.
+    rank_to_id: the number of a merge -> the id that it makes.
+    """
+    no_rank = len(rank_to_id)
     while len(ids) > 1:
-        ranks = [pair_to_rank.get(pair, never) for pair in zip(ids, ids[1:])]
-        first = min(ranks)
-        if first == never:
+        ranks = [pair_to_rank.get(pair, no_rank) for pair in zip(ids, ids[1:])]
+        rank = min(ranks)
+        if rank == no_rank:
             break
-        i = ranks.index(first)  # the leftmost of equals
-        ids = ids[:i] + [rank_to_id[first]] + ids[i + 2:]
+        i = ranks.index(rank)  # the leftmost pair of this rank
+        ids = ids[:i] + [rank_to_id[rank]] + ids[i + 2:]
     return ids
 
 
+# ---- from text to words, pre-tokens and bytes ----
+#
+# A text is normalized (NFC, lower case, one space between words, none at the ends) and split into
+# pre-tokens. A space always begins a pre-token, so words are normalized, split and cached one by
+# one.
+
+PATTERN = regex.compile(  # GPT-2's
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+SURROGATE = regex.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot encode
+MANY_COMBINING = regex.compile(r"\p{M}{99,}")
+
+
+def bytes_to_unicode():
+    """GPT-2's printable character for each byte, because a JSON file holds text and not bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_TO_CHAR = bytes_to_unicode()
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+ALPHABET = sorted(BYTE_TO_CHAR)  # the first 256 tokens, in the order of `tokenizers` and of CLIP
+BYTE_TO_ID = bytes(ALPHABET.index(char) for char in BYTE_TO_CHAR)
+
+
+def normalize_unicode(form, text):
+    """`unicodedata.normalize` in linear time.
+
+    It sorts combining characters, and a long run of them takes quadratic time unless they are
+    sorted already.
+    """
+    if len(text) > 99:
+        text = MANY_COMBINING.sub(sort_combining, text)
+    return unicodedata.normalize(form, text)
+
+
+def sort_combining(match):
+    """Decompose the matched characters and sort them into Unicode's canonical order.
+
+    Each run without a character of class 0 is sorted by combining class, stably.
+    """
+    decomposed = "".join(unicodedata.normalize("NFD", char) for char in match[0])
+    runs = groupby(decomposed, key=lambda char: unicodedata.combining(char) > 0)
+    return "".join("".join(sorted(run, key=unicodedata.combining)) for _, run in runs)
+
+
+def lower(text):
+    """Lower case, character by character: str.lower() turns a final capital sigma into ς."""
+    return text.replace("Σ", "σ").lower()
+
+
+def normalize_word(word):
+    """A word in NFC and lower case. NORMALIZER, below, is the same for entire texts."""
+    if word.isascii():
+        return word.lower()
+    return lower(normalize_unicode("NFC", SURROGATE.sub("\ufffd", word)))
+
+
+def pre_tokenize(text):
+    """Split a text or a word into pre-tokens, the matches of PATTERN."""
+    if text.removeprefix(" ").isalpha():  # most words: one match, found faster
+        return [text]
+    return PATTERN.findall(text)
+
+
+def count_words(texts):
+    """Count the words that begin a text, and those that follow a space: two Counters.
+
+    Their pre-tokens differ: "red" and " red".
+    """
+    first_words = Counter(word for text in texts for word in text.split(None, 1)[:1])
+    later_words = Counter(chain.from_iterable(map(str.split, texts)))
+    later_words.subtract(first_words)
+    return first_words, +later_words  # + drops the zeros
+
+
+def end_process(signal_number, frame):
+    """A signal handler that exits normally, so that the process releases its locks."""
+    sys.exit(1)
+
+
+def count_pre_tokens(texts, workers=1, progress=False):
+    """Count pre-tokens with `workers` processes: {ids of the bytes, as bytes: how often}."""
+    texts = iter(texts)
+    batches = iter(lambda: list(islice(texts, 50_000)), [])
+    batches = show_progress(batches, "x 50,000 texts counted", progress)
+    first_words, later_words = Counter(), Counter()
+    # Ctrl-C interrupts all processes. Only this one should print an error.
+    end_quietly = dict(initializer=signal.signal, initargs=(signal.SIGINT, end_process))
+    with Pool(workers, **end_quietly) if workers > 1 else nullcontext() as pool:
+        counted = pool.imap(count_words, batches) if pool else map(count_words, batches)
+        for first, later in counted:
+            first_words.update(first)
+            later_words.update(later)
+    pre_tokens = Counter()
+    for before, words in (("", first_words), (" ", later_words)):
+        for word, times in words.items():
+            for pre_token in pre_tokenize(before + normalize_word(word)):
+                pre_tokens[pre_token] += times
+    return {text.encode().translate(BYTE_TO_ID): times for text, times in pre_tokens.items()}
+
+
+# ---- the tokenizer ----
+
+class Cache(dict):
+    """A dict that computes missing values with `make(key)`.
+
+    It does not store long keys, and it empties itself when it holds `size` values.
+    """
+
+    def __init__(self, make, size=1 << 17):
+        self.make = make
+        self.size = size
+
+    def __missing__(self, key):
+        value = self.make(key)
+        if len(key) <= 64:
+            if len(self) >= self.size:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    spec: the content of a tokenizer.json. config: the content of a special_tokens_map.json or a
+    tokenizer_config.json; its bos_token, eos_token and pad_token override those of spec. Raises
+    ValueError when spec is not a byte-level BPE.
+
+    Attributes: sot_id, eot_id and pad_id are the ids of the start, end and padding token. If none
+    is named, sot_id and eot_id are None and pad_id is 0, as in CLIP. `spec` is spec with the tokens
+    of config.
+    """
+
+    def __init__(self, spec, config=None):
+        model = spec["model"]
+        check_model(model)
+        vocab = model["vocab"]
+        added = spec.get("added_tokens") or []
+        self._special = {token["id"] for token in added}
+        self._token_to_id = vocab | {token["content"]: token["id"] for token in added}
+        self._size = max(self._token_to_id.values(), default=-1) + 1
+
+        names = find_special_tokens(spec, config or {}, self._token_to_id)
+        for name in names:
+            if name and name not in self._token_to_id:
+                raise ValueError(f"the special token {name!r} is not in the vocabulary")
+        self.sot_id, self.eot_id, pad_id = map(self._token_to_id.get, names)
+        self.pad_id = pad_id or 0
+        self.spec = set_special_tokens(spec, names, self._token_to_id)
+        ordinary = [token["content"] for token in added
+                    if not token["special"] and token["content"] not in names]
+        if ordinary:
+            raise ValueError(f"the added tokens {ordinary} are not special: these cannot be read")
+
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        self._rank_to_id = [vocab[a + b] for a, b in merges]
+        self._pair_to_rank = {}
+        for rank, (a, b) in enumerate(merges):
+            if self._rank_to_id[rank] not in self._special:  # no text becomes a special token
+                self._pair_to_rank[vocab[a], vocab[b]] = rank
+
+        unknown_id = vocab.get(model.get("unk_token"))
+        self._byte_to_id = [vocab.get(char, unknown_id) for char in BYTE_TO_CHAR]
+        self._suffix = model.get("end_of_word_suffix")
+        if self._suffix:
+            self._last_byte_to_id = [vocab[char + self._suffix] for char in BYTE_TO_CHAR]
+        self._whole_token_to_id = {}
+        if model.get("ignore_merges"):  # a pre-token in the vocabulary is one token
+            self._whole_token_to_id = {
+                token: i for token, i in vocab.items() if i not in self._special}
+
+        # The rules of other files may cross spaces. Then the entire text is encoded as one word.
+        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
+        self.word_by_word = normalizer == NORMALIZER and pre_tokenizer == BYTE_LEVEL
+        self._normalizers = [normalize_word]
+        if not self.word_by_word:
+            self._normalizers = [
+                lambda text: SURROGATE.sub("\ufffd", text), *read_normalizer(normalizer)]
+        self._pre_tokenizers = read_pre_tokenizer(pre_tokenizer)
+        self._pre_token_ids = Cache(self._encode_pre_token)
+        self._first_word_ids = Cache(lambda word: self._encode_word("", word))
+        self._later_word_ids = Cache(lambda word: self._encode_word(" ", word))
+
+    def __reduce__(self):  # pickling leaves out the caches
+        return type(self), (self.spec,)
+
+    def __len__(self):
+        return self._size  # one more than the highest id
+
+    @classmethod
+    def train(cls, texts, vocab_size, progress=True, workers=1):
+        """Learn `vocab_size` entries (256 bytes, merges, 3 special tokens) from an iterable of str.
+
+        There are fewer entries if the texts run out of pairs. `workers` processes count words.
+        Raises ValueError when `vocab_size` is below 259, and when `texts` is a single str.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts is one string: give a list of texts, or another iterable")
+        count = vocab_size - len(ALPHABET) - len(SPECIALS)
+        if count < 0:
+            raise ValueError(
+                f"vocab_size is {vocab_size}: 256 bytes and 3 special tokens need at least 259")
+        tokens = list(ALPHABET)
+        merges = []
+        for a, b in learn_merges(count_pre_tokens(texts, workers, progress), count, progress):
+            merges.append([tokens[a], tokens[b]])
+            tokens.append(tokens[a] + tokens[b])
+        return cls(build_spec(tokens, merges))
+
+    @classmethod
+    def load(cls, path):
+        """Read a tokenizer.json, and the tokenizer_config.json in the same folder if there is one.
+
+        Raises FileNotFoundError, and ValueError when the file is not a byte-level BPE.
+        """
+        path = Path(path)
+        data = path.read_bytes()
+        config_path = path.with_name("tokenizer_config.json")
+        config = read_json(config_path) if config_path.exists() else None
+        try:
+            if data.startswith(b"\x1f\x8b"):
+                raise ValueError("a gzip file; if it holds CLIP's merges, extras.convert."
+                                 "read_clip_merges(path).save('tokenizer.json') makes one")
+            return cls(json.loads(data), config)
+        except Exception as error:  # a damaged file can raise anything
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{path}: not a tokenizer that can be read: {reason}") from error
+
+    def save(self, path):
+        """Write a tokenizer.json, atomically. It needs no tokenizer_config.json."""
+        temporary = Path(f"{path}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def normalize(self, text):
+        """The text that `decode(encode_ordinary(text))` returns."""
+        return " ".join(map(self._normalize, self._split(text)))
+
+    def encode_ordinary(self, text):
+        """The ids of a text as a list of int, without start and end token."""
+        ids = []
+        word_ids = self._first_word_ids
+        for word in self._split(text):
+            ids += word_ids[word]
+            word_ids = self._later_word_ids
+        return ids
+
+    def encode_ordinary_batch(self, texts):
+        """The ids of each text, as `encode_ordinary` returns them."""
+        return [self.encode_ordinary(text) for text in texts]
+
+    def encode(self, texts, context_length=77):
+        """Encode a list of texts, or one: LongTensor [N, context_length].
+
+        A row holds the start token, the text, the end token and padding. A text that is too long is
+        cut; the end token stays. Raises ValueError when the tokenizer has no start or end token.
+        """
+        import torch
+        if self.sot_id is None or self.eot_id is None:
+            raise ValueError(
+                "this tokenizer has no start and end token: name bos_token and eos_token in a "
+                "tokenizer_config.json in the same folder, or use encode_ordinary")
+        if context_length < 2:
+            raise ValueError(
+                f"context_length is {context_length}: the start and end token alone need 2")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty(0, context_length, dtype=torch.long)
+        # An array is filled ten times as fast as a tensor.
+        rows = array("q", [self.pad_id]) * (len(texts) * context_length)
+        for i, text in enumerate(texts):
+            ids = self.encode_ordinary(text)[:context_length - 2]
+            row = array("q", [self.sot_id, *ids, self.eot_id])
+            start = i * context_length
+            rows[start:start + len(row)] = row
+        return torch.frombuffer(rows, dtype=torch.long).view(-1, context_length)  # [N, L]
+
+    __call__ = encode
+
+    def decode(self, ids):
+        """The text of `ids`, an iterable of int or a tensor [L]. Special tokens are skipped.
+
+        Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises ValueError for an
+        id that does not exist.
+        """
+        try:
+            data = b"".join(self._id_to_bytes[int(i)] for i in ids)
+        except KeyError as error:
+            raise ValueError(
+                f"there is no token {error}: ids go from 0 to {len(self) - 1}") from None
+        text = data.decode("utf-8", "replace")
+        return text.removesuffix(" ") if self._suffix else text
+
+    @cached_property
+    def _id_to_bytes(self):
+        """id -> the bytes that it stands for; those of a special token are empty."""
+        id_to_bytes = {}
+        for token, i in self._token_to_id.items():
+            ends_word = self._suffix and token.endswith(self._suffix)
+            chars = token.removesuffix(self._suffix) if ends_word else token
+            data = bytes(CHAR_TO_BYTE.get(char, ord("?")) for char in chars)
+            id_to_bytes[i] = data + b" " if ends_word else data
+        return id_to_bytes | dict.fromkeys(self._special, b"")
+
+    def _split(self, text):
+        return text.split() if self.word_by_word else [text]
+
+    def _normalize(self, word):
+        for step in self._normalizers:
+            word = step(word)
+        return word
+
+    def _encode_word(self, before, word):
+        """The ids of a word. `before` is a space, or empty for the first word of a text."""
+        text = before + self._normalize(word)
+        pre_tokens = [text] if text else []
+        for split in self._pre_tokenizers:
+            pre_tokens = [part for pre_token in pre_tokens for part in split(pre_token)]
+        ids = []
+        for pre_token in pre_tokens:
+            ids += self._pre_token_ids[pre_token]
+        return tuple(ids)
+
+    def _encode_pre_token(self, pre_token):
+        """The ids of a pre-token: the ids of its bytes, merged."""
+        data = pre_token.encode()
+        if self._whole_token_to_id:
+            token = "".join(BYTE_TO_CHAR[byte] for byte in data)
+            if token in self._whole_token_to_id:
+                return (self._whole_token_to_id[token],)
+        ids = [self._byte_to_id[byte] for byte in data]
+        if self._suffix and data:
+            ids[-1] = self._last_byte_to_id[data[-1]]
+        if None in ids:  # a byte is not in the vocabulary; `tokenizers` drops it, too
+            ids = [i for i in ids if i is not None]
+        return tuple(apply_merges(ids, self._pair_to_rank, self._rank_to_id))
+
+
 # ---- BPE, the fast form ----
+#
+# learn_merges and apply_merges return what learn_merges_plain and apply_merges_plain return.
 
 def learn_merges(pre_tokens, count, progress=False):
-    """The merges of `learn_merges_plain`: a list of at most `count` pairs of ids.
-
-    pre_tokens: {ids of a pre-token, as bytes: how often it occurs}. Each merge joins the most
-    frequent pair; a tie goes to the lower ids. The list is shorter when no pair is left, because
-    every pre-token has become one token.
-    """
+    """Learn merges, and update the counts of pairs instead of counting again."""
     pairs = PairCounts(pre_tokens)
     merges = []
     for new_id in show_progress(range(256, 256 + count), "merges learned", progress):
@@ -118,19 +468,19 @@ GAP, INSIDE = -1, -2
 
 
 class PairCounts:
-    """The counts of neighbouring pairs, corrected only where a merge changes them.
+    """The counts of adjacent pairs, updated only where a merge changes them.
 
-    All pre-tokens stand in one list of cells: a cell for each byte, and a gap after each pre-token.
-    A token that spans several cells has its id in the first and in the last of them. "low" and
-    "lot", after the merges (l, o) -> 256 and (256, w) -> 257:
+    All pre-tokens are stored in one list of cells: one cell per byte, and a gap after each
+    pre-token. A token that spans several cells has its id in its first and its last cell. Example:
+    "low" and "lot", after the merges (l, o) -> 256 and (256, w) -> 257:
 
         GAP    l     o      w    GAP    l    o    t   GAP
         GAP   256   256     w    GAP   256  256   t   GAP
         GAP   257  INSIDE  257   GAP   256  256   t   GAP
 
-    So the left neighbour of a token is read from the cell before it and the right neighbour from
-    the cell after it, however long they are. A merge takes time only where the pair occurs;
-    counting again would take time for the whole text.
+    So the cell before a token always holds the id of its left neighbor, and the cell after it the
+    id of its right neighbor. A merge visits only the places where the pair occurs; counting again
+    would visit the entire text.
     """
 
     def __init__(self, pre_tokens):
@@ -150,7 +500,7 @@ class PairCounts:
         heapq.heapify(self.heap)
 
     def most_frequent(self):
-        """The most frequent pair, of equals that with the lower ids; None when no pair is left."""
+        """Return the most frequent pair, or None if none is left. A tie goes to the lower ids."""
         while self.heap:
             count, pair = heapq.heappop(self.heap)
             current = self.counts[pair]
@@ -161,7 +511,7 @@ class PairCounts:
         return None
 
     def merge(self, pair, new_id):
-        """Replace each occurrence of `pair` by `new_id` and correct the counts around it."""
+        """Replace each occurrence of `pair` by `new_id`, and update the counts around it."""
         a, b = pair
         cells, weights, lengths, counts = self.cells, self.weights, self.lengths, self.counts
         length_a, length_b = lengths[a], lengths[b]
@@ -169,7 +519,7 @@ class PairCounts:
         new_positions = defaultdict(list)
         for i in self.positions.pop(pair):
             j = i + length_a
-            if cells[i] != a or cells[j] != b:  # an earlier merge took one of the two
+            if cells[i] != a or cells[j] != b:  # an earlier merge used one of the two
                 continue
             after = j + length_b
             left, right = cells[i - 1], cells[after]
@@ -183,7 +533,7 @@ class PairCounts:
                 counts[new_id, right] += times
                 new_positions[new_id, right].append(i)
             cells[j - 1] = cells[j] = INSIDE
-            cells[i] = cells[after - 1] = new_id  # last, as i may be j - 1 and after - 1 may be j
+            cells[i] = cells[after - 1] = new_id  # after INSIDE: these may be cells j - 1 and j
         for new_pair, positions in new_positions.items():
             if counts[new_pair] > 0:
                 self.positions[new_pair] = positions
@@ -191,34 +541,30 @@ class PairCounts:
 
 
 def apply_merges(ids, pair_to_rank, rank_to_id):
-    """The ids of `apply_merges_plain`. The list `ids` is changed.
-
-    pair_to_rank: a pair of ids -> the number of its merge, in the order in which they were learned.
-    rank_to_id: the number of a merge -> the id that it makes.
-    """
+    """Encode, and update the ranks instead of looking all up again. The list `ids` is changed."""
     if len(ids) >= 100:
         return apply_merges_long(ids, pair_to_rank, rank_to_id)
-    never = len(rank_to_id)
+    no_rank = len(rank_to_id)
     rank_of = pair_to_rank.get
-    ranks = [rank_of(pair, never) for pair in zip(ids, ids[1:])]
+    ranks = [rank_of(pair, no_rank) for pair in zip(ids, ids[1:])]
     while ranks:
         rank = min(ranks)
-        if rank == never:
+        if rank == no_rank:
             break
         i = ranks.index(rank)
         ids[i] = rank_to_id[rank]
         del ids[i + 1], ranks[i]
         if i > 0:
-            ranks[i - 1] = rank_of((ids[i - 1], ids[i]), never)
+            ranks[i - 1] = rank_of((ids[i - 1], ids[i]), no_rank)
         if i < len(ranks):
-            ranks[i] = rank_of((ids[i], ids[i + 1]), never)
+            ranks[i] = rank_of((ids[i], ids[i + 1]), no_rank)
     return ids
 
 
 def apply_merges_long(ids, pair_to_rank, rank_to_id):
-    """`apply_merges` in O(n log n): a heap of pairs, and links from each token to its neighbours.
+    """The same in O(n log n): a heap of pairs, and links from each token to its neighbors.
 
-    A caption may be one word of a million letters, for which quadratic time would be hours.
+    A caption may be one word of a million letters, which would take hours in quadratic time.
     """
     end = len(ids)
     following = array("l", range(1, end + 1))
@@ -232,7 +578,7 @@ def apply_merges_long(ids, pair_to_rank, rank_to_id):
         rank, i = heapq.heappop(heap)
         j = following[i]
         if ids[i] is None or j == end or pair_to_rank.get((ids[i], ids[j])) != rank:
-            continue  # an earlier merge took one of the two
+            continue  # an earlier merge used one of the two
         ids[i], ids[j] = rank_to_id[rank], None
         following[i] = following[j]
         if following[i] < end:
@@ -243,27 +589,8 @@ def apply_merges_long(ids, pair_to_rank, rank_to_id):
     return [token for token in ids if token is not None]
 
 
-class Cache(dict):
-    """A dict that computes a missing value by `make(key)`.
-
-    Long keys are not kept, and when `size` values are kept, all of them are dropped.
-    """
-
-    def __init__(self, make, size=1 << 17):
-        self.make = make
-        self.size = size
-
-    def __missing__(self, key):
-        value = self.make(key)
-        if len(key) <= 64:
-            if len(self) >= self.size:
-                self.clear()
-            self[key] = value
-        return value
-
-
 def show_progress(items, label, progress):
-    """Yield `items`; where `progress` is true, print each second how many there were, on stderr."""
+    """Yield `items`. If `progress` is true, print their number to stderr every second."""
     start = printed = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
@@ -274,114 +601,6 @@ def show_progress(items, label, progress):
             print(line, end="", file=sys.stderr, flush=True)
     if printed > start:
         print(file=sys.stderr)
-
-
-# ---- from text to words, pre-tokens and bytes ----
-#
-# A text is normalized (NFC, lower case, one space between words, none at the ends) and split into
-# pre-tokens, such as "a", " red", " apple" and "!". No merge crosses the border of a pre-token.
-# A space always begins a pre-token, so words can be normalized, split and cached one by one.
-
-PATTERN = regex.compile(  # GPT-2's
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-SURROGATE = regex.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot encode
-MANY_COMBINING = regex.compile(r"\p{M}{99,}")
-
-
-def bytes_to_unicode():
-    """GPT-2's printable character for each of the 256 bytes: a JSON file holds text, not bytes."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-BYTE_TO_CHAR = bytes_to_unicode()
-CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
-ALPHABET = sorted(BYTE_TO_CHAR)  # the first 256 tokens, in the order of `tokenizers` and of CLIP
-BYTE_TO_ID = bytes(ALPHABET.index(char) for char in BYTE_TO_CHAR)
-
-
-def normalize_unicode(form, text):
-    """`unicodedata.normalize`, which takes quadratic time for many combining characters in a row.
-
-    It sorts them. Where they are sorted already, that takes linear time.
-    """
-    if len(text) > 99:
-        text = MANY_COMBINING.sub(sort_combining, text)
-    return unicodedata.normalize(form, text)
-
-
-def sort_combining(match):
-    """The matched combining characters, decomposed, and sorted as Unicode's canonical order asks.
-
-    A run between two characters of class 0 is sorted by combining class, stably.
-    """
-    decomposed = "".join(unicodedata.normalize("NFD", char) for char in match[0])
-    runs = groupby(decomposed, key=lambda char: unicodedata.combining(char) > 0)
-    return "".join("".join(sorted(run, key=unicodedata.combining)) for _, run in runs)
-
-
-def lower(text):
-    """Lower case, each character by itself: str.lower() gives a final sigma another form."""
-    return text.replace("Σ", "σ").lower()
-
-
-def normalize_word(word):
-    """A word in NFC and lower case. Joined by spaces, normalized words are the normalized text.
-
-    The constant NORMALIZER below tells other tools the same.
-    """
-    if word.isascii():
-        return word.lower()
-    return lower(normalize_unicode("NFC", SURROGATE.sub("\ufffd", word)))
-
-
-def pre_tokenize(text):
-    """The pre-tokens of a text or of a word: what PATTERN finds."""
-    if text.removeprefix(" ").isalpha():  # most words; PATTERN would find just this
-        return [text]
-    return PATTERN.findall(text)
-
-
-def count_words(texts):
-    """How often words occur in a list of texts: two Counters, {word: how often}.
-
-    The first is of words that begin a text, the second of those that follow a space. The two differ
-    in their pre-tokens, "red" and " red".
-    """
-    first_words = Counter(word for text in texts for word in text.split(None, 1)[:1])
-    later_words = Counter(chain.from_iterable(map(str.split, texts)))
-    later_words.subtract(first_words)
-    return first_words, +later_words  # + drops the zeros
-
-
-def end_process(signal_number, frame):
-    """A signal handler that unwinds the process, so that it releases its locks."""
-    sys.exit(1)
-
-
-def count_pre_tokens(texts, workers=1, progress=False):
-    """The pre-tokens of an iterable of texts: {ids of the bytes, as bytes: how often}.
-
-    `workers` processes count the words.
-    """
-    texts = iter(texts)
-    batches = iter(lambda: list(islice(texts, 50_000)), [])
-    batches = show_progress(batches, "x 50,000 texts counted", progress)
-    first_words, later_words = Counter(), Counter()
-    # Ctrl-C reaches all processes. The workers end quietly, so that only this one prints an error.
-    end_quietly = dict(initializer=signal.signal, initargs=(signal.SIGINT, end_process))
-    with Pool(workers, **end_quietly) if workers > 1 else nullcontext() as pool:
-        counted = pool.imap(count_words, batches) if pool else map(count_words, batches)
-        for first, later in counted:
-            first_words.update(first)
-            later_words.update(later)
-    pre_tokens = Counter()
-    for before, words in (("", first_words), (" ", later_words)):
-        for word, times in words.items():
-            for pre_token in pre_tokenize(before + normalize_word(word)):
-                pre_tokens[pre_token] += times
-    return {text.encode().translate(BYTE_TO_ID): times for text, times in pre_tokens.items()}
 
 
 # ---- tokenizer.json ----
@@ -397,7 +616,7 @@ NORMALIZER = {"type": "Sequence", "normalizers": [
 
 
 def read_json(path):
-    """The content of a JSON file. Raises ValueError that names the file."""
+    """Read a JSON file. Raises ValueError with its path if it is not JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
@@ -408,8 +627,8 @@ def build_spec(tokens, merges, specials=SPECIALS, normalizer=NORMALIZER, pre_tok
                suffix=None):
     """The content of a tokenizer.json.
 
-    tokens: the vocabulary in the order of ids, which `specials` continue; the last two of these are
-    start and end. merges: pairs of tokens. suffix: what marks the end of a word, as CLIP's "</w>".
+    tokens: the vocabulary in the order of ids. specials: the tokens that follow, whose last two are
+    start and end. merges: pairs of tokens. suffix: marks the end of a word, such as CLIP's "</w>".
     """
     vocab = {token: i for i, token in enumerate([*tokens, *specials])}
     added_tokens = [
@@ -441,17 +660,18 @@ def build_template(start, end, token_to_id):
 
 
 def find_special_tokens(spec, config, token_to_id):
-    """The start, end and padding token: those that config names, else those that spec names.
+    """The names of the start, end and padding token, from config or else from spec.
 
-    Each is None where neither names one.
+    A name is None if neither has it.
     """
     start = end = None
     processor = spec.get("post_processor") or {}
     for part in processor.get("processors", [processor]):
-        if part.get("type") == "TemplateProcessing":  # [start, text, end]; the text is no token
+        if part.get("type") == "TemplateProcessing":
+            # [start, text, end], but start or end may be missing. The text gives None.
             template = [item.get("SpecialToken", {}).get("id") for item in part["single"]]
             start, end = template[0], template[-1]
-        elif "cls" in part:  # RobertaProcessing, which OpenAI's CLIP has at Hugging Face
+        elif "cls" in part:  # RobertaProcessing, as in Hugging Face's copy of OpenAI's CLIP
             start, end = part["cls"][0], part["sep"][0]
     pad = next((name for name in (PAD, "<pad>", "<|pad|>") if name in token_to_id), None)
     pad = (spec.get("padding") or {}).get("pad_token", pad)
@@ -463,7 +683,7 @@ def find_special_tokens(spec, config, token_to_id):
 
 
 def set_special_tokens(spec, names, token_to_id):
-    """`spec`, changed where needed so that it names the tokens `names` (start, end, padding)."""
+    """Return `spec` with these names of the start, end and padding token."""
     start, end, pad = names
     found_start, found_end, found_pad = find_special_tokens(spec, {}, token_to_id)
     if (start, end) != (found_start, found_end):
@@ -482,17 +702,17 @@ def check_model(model):
     for key, value in plain.items():
         if (model.get(key) or value) != value:
             raise ValueError(
-                f"the model's {key} is {model[key]}: only plain byte-level BPE is read here")
+                f"the model's {key} is {model[key]}: only plain byte-level BPE can be read")
 
 
 def pattern_of(spec):
-    """The regular expression of a Replace or a Split, which may name a literal string instead."""
+    """The regular expression of a Replace or a Split; a literal string is escaped."""
     pattern = spec["pattern"]
     return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
 
 
 def read_normalizer(spec):
-    """A "normalizer" of a tokenizer.json -> functions from text to text, to be called in order."""
+    """A "normalizer" -> functions from a text to a text, to be called in order."""
     if spec is None:
         return []
     kind = spec["type"]
@@ -507,18 +727,16 @@ def read_normalizer(spec):
         return [lambda text: pattern.sub(lambda match: spec["content"], text)]
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
         return [lambda text: normalize_unicode(kind, text)]
-    raise ValueError(f"the normalizer is {kind}, which is not read here")
+    raise ValueError(f"the normalizer is {kind}, which cannot be read")
 
 
 def read_pre_tokenizer(spec):
     """A "pre_tokenizer" -> functions from a text to a list of its parts, to be called in order."""
-    parts = [spec or {"type": "missing"}]
-    if parts[0]["type"] == "Sequence":
-        parts = spec["pretokenizers"]
-    *splits, last = parts
+    spec = spec or {"type": "missing"}
+    *splits, last = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     if last["type"] != "ByteLevel":
         raise ValueError(
-            f"the pre-tokenizer is {last['type']}, where byte-level BPE ends in ByteLevel")
+            f"the pre-tokenizer is {last['type']}, but that of a byte-level BPE ends in ByteLevel")
     steps = [read_split(split) for split in splits]
     if last["add_prefix_space"]:
         steps.append(lambda text: [text if text.startswith(" ") else " " + text])
@@ -529,267 +747,35 @@ def read_pre_tokenizer(spec):
 
 def read_split(spec):
     """One Split of a "pre_tokenizer" -> the function from a text to a list of its parts."""
-    kind, behavior = spec["type"], spec.get("behavior")
-    if kind == "Split" and behavior in ("Isolated", "Removed"):
+    behavior = spec.get("behavior")
+    if spec["type"] == "Split" and behavior in ("Isolated", "Removed"):
         pattern = regex.compile(f"({pattern_of(spec)})")
-        if pattern.groups == 1:  # then pattern.split() gives [gap, match, gap, match, ..., gap]
+        if pattern.groups == 1:  # then pattern.split() returns [gap, match, gap, match, ..., gap]
             if behavior == "Isolated":
                 kept = slice(None)
             else:
                 kept = slice(1, None, 2) if spec["invert"] else slice(0, None, 2)
             return lambda text: [part for part in pattern.split(text)[kept] if part]
-    raise ValueError(f"the pre-tokenizer has the part {spec}, which is not read here")
-
-
-# ---- the tokenizer ----
-
-class Tokenizer:
-    """Text to ids and back.
-
-    spec: the content of a tokenizer.json. config: the values of special_tokens_map.json or
-    tokenizer_config.json, of which bos_token, eos_token and pad_token are read and replace what
-    spec names. The attribute `spec` names the start, end and padding token in any case.
-
-    `sot_id`, `eot_id` and `pad_id` are the ids of the start, end and padding token. The first two
-    are None where neither spec nor config names them; `pad_id` is 0 then, as CLIP's is.
-
-    Raises ValueError when spec is not a byte-level BPE.
-    """
-
-    def __init__(self, spec, config=None):
-        model = spec["model"]
-        check_model(model)
-        vocab = model["vocab"]
-        added = spec.get("added_tokens") or []
-        self._special = {token["id"] for token in added}
-        self._token_to_id = vocab | {token["content"]: token["id"] for token in added}
-        self._size = max(self._token_to_id.values(), default=-1) + 1
-
-        names = find_special_tokens(spec, config or {}, self._token_to_id)
-        for name in names:
-            if name and name not in self._token_to_id:
-                raise ValueError(f"the special token {name!r} is not in the vocabulary")
-        self.sot_id, self.eot_id, pad_id = map(self._token_to_id.get, names)
-        self.pad_id = pad_id or 0
-        self.spec = set_special_tokens(spec, names, self._token_to_id)
-        ordinary = [token["content"] for token in added
-                    if not token["special"] and token["content"] not in names]
-        if ordinary:
-            raise ValueError(f"the added tokens {ordinary} are not special: "
-                             "no text becomes an added token here")
-
-        # Older files have a merge as "a b", newer ones as ["a", "b"].
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self._rank_to_id = [vocab[a + b] for a, b in merges]
-        self._pair_to_rank = {}
-        for rank, (a, b) in enumerate(merges):
-            if self._rank_to_id[rank] not in self._special:  # no text becomes a special token
-                self._pair_to_rank[vocab[a], vocab[b]] = rank
-
-        unknown_id = vocab.get(model.get("unk_token"))
-        self._byte_to_id = [vocab.get(char, unknown_id) for char in BYTE_TO_CHAR]
-        self._suffix = model.get("end_of_word_suffix")
-        if self._suffix:
-            self._last_byte_to_id = [vocab[char + self._suffix] for char in BYTE_TO_CHAR]
-        self._whole_token_to_id = {}
-        if model.get("ignore_merges"):  # a pre-token that is in the vocabulary is not merged
-            self._whole_token_to_id = {
-                token: i for token, i in vocab.items() if i not in self._special}
-
-        # Rules of other files may reach across spaces: then a text is encoded as one word.
-        self.word_by_word = (
-            spec.get("normalizer") == NORMALIZER and spec.get("pre_tokenizer") == BYTE_LEVEL)
-        if self.word_by_word:
-            self._normalizers = [normalize_word]
-        else:
-            self._normalizers = [
-                lambda text: SURROGATE.sub("\ufffd", text),
-                *read_normalizer(spec.get("normalizer"))]
-        self._pre_tokenizers = read_pre_tokenizer(spec.get("pre_tokenizer"))
-        self._pre_token_ids = Cache(self._encode_pre_token)
-        self._first_word_ids = Cache(lambda word: self._encode_word("", word))
-        self._later_word_ids = Cache(lambda word: self._encode_word(" ", word))
-
-    def __reduce__(self):  # pickling leaves out the caches
-        return type(self), (self.spec,)
-
-    def __len__(self):
-        return self._size  # one more than the highest id
-
-    @classmethod
-    def train(cls, texts, vocab_size, progress=True, workers=1):
-        """Learn `vocab_size` entries (256 bytes, merges, 3 special tokens) from an iterable of str.
-
-        They are fewer when the texts run out of pairs. `workers` processes count words; this one
-        learns the merges. Raises ValueError when `vocab_size` is below 259, and when `texts` is one
-        str.
-        """
-        if isinstance(texts, str):
-            raise ValueError("texts is one string: give a list of texts, or another iterable")
-        count = vocab_size - len(ALPHABET) - len(SPECIALS)
-        if count < 0:
-            raise ValueError(
-                f"vocab_size is {vocab_size}: 256 bytes and 3 special tokens need at least 259")
-        tokens = list(ALPHABET)
-        merges = []
-        for a, b in learn_merges(count_pre_tokens(texts, workers, progress), count, progress):
-            merges.append([tokens[a], tokens[b]])
-            tokens.append(tokens[a] + tokens[b])
-        return cls(build_spec(tokens, merges))
-
-    @classmethod
-    def load(cls, path):
-        """Read a tokenizer.json, and the tokenizer_config.json in the same folder if there is one.
-
-        Raises FileNotFoundError when there is no such file, and ValueError when it is not a
-        byte-level BPE.
-        """
-        path = Path(path)
-        data = path.read_bytes()
-        config_path = path.with_name("tokenizer_config.json")
-        config = read_json(config_path) if config_path.exists() else None
-        try:
-            if data.startswith(b"\x1f\x8b"):
-                raise ValueError("a gzip file; if it holds CLIP's merges, extras.convert."
-                                 "read_clip_merges(path).save('tokenizer.json') makes one")
-            return cls(json.loads(data), config)
-        except Exception as error:  # whatever is wrong with the file, one line says it
-            reason = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{path}: not a tokenizer that is read here: {reason}") from error
-
-    def save(self, path):
-        """Write a tokenizer.json, atomically.
-
-        It names the start, end and padding token, so that it can be loaded without other files.
-        """
-        temporary = Path(f"{path}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def normalize(self, text):
-        """The text that `decode(encode_ordinary(text))` gives back."""
-        return " ".join(map(self._normalize, self._split(text)))
-
-    def encode_ordinary(self, text):
-        """The ids (list of int) of `text` (str), without start and end token."""
-        ids = []
-        word_ids = self._first_word_ids
-        for word in self._split(text):
-            ids += word_ids[word]
-            word_ids = self._later_word_ids
-        return ids
-
-    def encode_ordinary_batch(self, texts):
-        """`encode_ordinary` of each of `texts`: a list of lists of int."""
-        return [self.encode_ordinary(text) for text in texts]
-
-    def encode(self, texts, context_length=77):
-        """Start, text, end and padding of a str or of each of a list: LongTensor [N, L].
-
-        L is `context_length`. A text that is too long is cut; the end token stays. Raises
-        ValueError when the tokenizer has no start or end token.
-        """
-        import torch
-        if self.sot_id is None or self.eot_id is None:
-            raise ValueError(
-                "this tokenizer has no start and end token: name bos_token and eos_token in the "
-                "tokenizer_config.json in the folder of its file, or use encode_ordinary")
-        if context_length < 2:
-            raise ValueError(
-                f"context_length is {context_length}: the start and the end token take 2 already")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            return torch.empty(0, context_length, dtype=torch.long)
-        rows = array("q", [self.pad_id]) * (len(texts) * context_length)
-        for i, text in enumerate(texts):
-            ids = self.encode_ordinary(text)[:context_length - 2]
-            row = array("q", [self.sot_id, *ids, self.eot_id])
-            start = i * context_length
-            rows[start:start + len(row)] = row
-        return torch.frombuffer(rows, dtype=torch.long).view(-1, context_length)  # [N, L]
-
-    __call__ = encode
-
-    def decode(self, ids):
-        """The text of `ids`, an iterable of int or a tensor [L]. Special tokens are skipped.
-
-        Bytes that are not UTF-8, as where a character is cut, become U+FFFD. Raises ValueError on
-        an id that does not exist.
-        """
-        try:
-            data = b"".join(self._id_to_bytes[int(i)] for i in ids)
-        except KeyError as error:
-            raise ValueError(
-                f"there is no token {error}: ids go from 0 to {len(self) - 1}") from None
-        text = data.decode("utf-8", "replace")
-        return text.removesuffix(" ") if self._suffix else text
-
-    @cached_property
-    def _id_to_bytes(self):
-        """id -> the bytes that it decodes to, none for a special token."""
-        id_to_bytes = {}
-        for token, i in self._token_to_id.items():
-            ends_word = self._suffix and token.endswith(self._suffix)  # decoded to a space
-            chars = token.removesuffix(self._suffix) if ends_word else token
-            data = bytes(CHAR_TO_BYTE.get(char, ord("?")) for char in chars)
-            id_to_bytes[i] = data + b" " if ends_word else data
-        return id_to_bytes | dict.fromkeys(self._special, b"")
-
-    def _split(self, text):
-        return text.split() if self.word_by_word else [text]
-
-    def _normalize(self, word):
-        for step in self._normalizers:
-            word = step(word)
-        return word
-
-    def _encode_word(self, before, word):
-        """The ids of a word after `before`, which is nothing or a space."""
-        text = before + self._normalize(word)
-        pre_tokens = [text] if text else []
-        for split in self._pre_tokenizers:
-            pre_tokens = [part for pre_token in pre_tokens for part in split(pre_token)]
-        ids = []
-        for pre_token in pre_tokens:
-            ids += self._pre_token_ids[pre_token]
-        return tuple(ids)
-
-    def _encode_pre_token(self, pre_token):
-        """The ids of a pre-token: those of its bytes, merged."""
-        data = pre_token.encode()
-        if self._whole_token_to_id:
-            token = "".join(BYTE_TO_CHAR[byte] for byte in data)
-            if token in self._whole_token_to_id:
-                return (self._whole_token_to_id[token],)
-        ids = [self._byte_to_id[byte] for byte in data]
-        if self._suffix and data:
-            ids[-1] = self._last_byte_to_id[data[-1]]
-        if None in ids:  # `tokenizers` drops a byte that the file lacks
-            ids = [i for i in ids if i is not None]
-        return tuple(apply_merges(ids, self._pair_to_rank, self._rank_to_id))
+    raise ValueError(f"the pre-tokenizer has the part {spec}, which cannot be read")
 
 
 # ---- the commands ----
 
 def read_lines(path):
-    """Yield the lines of a text file or, for "-", of standard input. Raises ValueError."""
+    """Yield the lines of a text file or, for "-", of standard input."""
     if ".tar" in Path(path).suffixes:
         raise ValueError(f"{path}: not a text file; to train on shards, use "
                          "`python data.py captions SHARDS | python tokenizer.py train -`")
-    is_stdin = path == "-"
+    file = 0 if path == "-" else path
     try:
-        with open(0 if is_stdin else path, encoding="utf-8", newline="\n",
-                  closefd=not is_stdin) as lines:
+        with open(file, encoding="utf-8", newline="\n", closefd=file != 0) as lines:
             yield from lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
 
 
 def train_command(args):
-    """Train on text files, save a tokenizer.json, and print how short it makes each language."""
+    """Train on text files, save a tokenizer.json, and print each language's bytes per token."""
     start = time.monotonic()
     samples = defaultdict(list)
 
@@ -803,7 +789,7 @@ def train_command(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     tok = Tokenizer.train(read_texts(), args.vocab_size, workers=args.workers)
     if not samples:
-        raise ValueError(f"{' '.join(args.inputs)}: no text; give text files, a caption a line")
+        raise ValueError(f"{' '.join(args.inputs)}: no text; give files with one caption per line")
     tok.save(args.out)
     print(f"{args.out}: {len(tok):,} entries in {time.monotonic() - start:.0f} s")
     for language, texts in samples.items():
@@ -814,11 +800,11 @@ def train_command(args):
 
 
 def run_command(main, on_interrupt=None):
-    """Run `main()` as a command whose errors are one line on standard error: every script's end.
+    """Run `main()` as a command that prints one line, not a traceback, for errors of the user.
 
-    OSError, ValueError and ImportError, which the user can mend, print `script.py: error`. Ctrl-C
-    prints `script.py: interrupted`, followed by `; on_interrupt` where that is given. It says what
-    is kept or how to resume, and SIGTERM then does as Ctrl-C does. The exit status is 1.
+    OSError, ValueError and ImportError print `script.py: error`. Ctrl-C prints `script.py:
+    interrupted`. on_interrupt: text to append, such as how to resume; SIGTERM is then handled like
+    Ctrl-C. The exit status is 1.
     """
     path = Path(sys.argv[0])
     script = f"extras.{path.stem}" if path.parent.name == "extras" else path.name
@@ -828,8 +814,8 @@ def run_command(main, on_interrupt=None):
         main()
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted" + (f"; {on_interrupt}" if on_interrupt else ""))
-    except BrokenPipeError:  # `| head` has read enough
-        # Python would flush what is left to standard output at exit, and fail again.
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
+        # At exit, Python flushes the rest of the output, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, ImportError) as error:
@@ -837,15 +823,14 @@ def run_command(main, on_interrupt=None):
 
 
 TRAIN_HELP = """\
-Learn a vocabulary from captions and save it as a tokenizer.json of Hugging Face's format. Its
-entries are the 256 bytes, merges, and a padding, a start and an end token. Prints how many bytes a
-token holds on average, in each language.
+Learn a vocabulary from captions and save it as a tokenizer.json in Hugging Face's format. Its
+entries are the 256 bytes, merges, and a padding, a start and an end token. Prints the average
+number of bytes per token for each language.
 
   python tokenizer.py train captions.en.txt captions.ko.txt --vocab-size 98000
   python data.py captions SHARDS | python tokenizer.py train -
 
-train_clip.py trains a tokenizer on the captions of its pairs, unless it is given one by
---tokenizer tokenizer.json."""
+train_clip.py trains a tokenizer on its captions unless --tokenizer names one."""
 
 
 def main():
@@ -859,7 +844,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_argument(
         "inputs", nargs="*", default=["-"], metavar="FILE",
-        help="text files in UTF-8, a caption a line; - is standard input (default: -)")
+        help="text files in UTF-8, one caption per line; - is standard input (default: -)")
     train.add_argument("--vocab-size", type=int, default=98_000, metavar="N",
                        help="number of entries, at least 259 (default: 98000)")
     train.add_argument("--out", default="tokenizer.json", metavar="PATH",
@@ -868,13 +853,13 @@ def main():
                        help="processes that count words (default: the number of cores)")
     encode = commands.add_parser(
         "encode", help="texts to ids",
-        description="Print the ids of each text on a line, without start and end token.")
+        description="Print the ids of each text on one line, without start and end token.")
     encode.add_argument("inputs", nargs="*", default=["-"], metavar="TEXT",
-                        help="- is standard input, a text a line (default: -)")
+                        help="texts; - is standard input, one text per line (default: -)")
     decode = commands.add_parser(
         "decode", help="ids to text", description="Print the text of ids.")
     decode.add_argument("inputs", nargs="*", default=["-"], metavar="ID",
-                        help="- is standard input, the ids of a text a line (default: -)")
+                        help="ids; - is standard input, the ids of one text per line (default: -)")
     for command in (encode, decode):
         command.add_argument("--tokenizer", default="tokenizer.json", metavar="PATH",
                              help="file of the tokenizer (default: tokenizer.json)")

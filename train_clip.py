@@ -122,7 +122,8 @@ def find_origin(args, checkpoint):
             config = init.config
             preset = _preset_of(config) or Path(args.init).name
     if args.model not in (None, preset):
-        raise ValueError(f"--model {args.model}: the model to start from is {preset}: leave out "
+        flag = "--resume" if checkpoint else "--init"
+        raise ValueError(f"--model {args.model}: {flag} brings a model of other sizes: leave out "
                          "--model")
     return Origin(preset, config, init)
 

@@ -20,7 +20,7 @@ Each row of the table is one quantity: ours, a peer's and their ratio. A peer is
 that does the same. Both are measured in one run, alternately, and the best of several rounds
 counts, because the speed of a machine varies. Rates are better when higher; seconds (s) and
 megabytes (MB) when lower. A row whose peer is not installed names the `pip install` that adds it.
-Minutes are those of two CPU cores.
+The minutes are for two CPU cores.
 
 Nothing is downloaded. Images are random, with the spectrum of photographs. Captions are drawn from
 the word frequencies of the package wordfreq. The text to encode is the help of LibreOffice
@@ -36,7 +36,7 @@ which `network` only estimates.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_clip.py; it holds for peers, too
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_clip.py, for peers too
 
 import argparse
 import html
@@ -61,8 +61,8 @@ from typing import NamedTuple
 import tokenizer
 from tokenizer import run_command
 
-# Some rows are measured in fresh processes, which import this file under the name __mp_main__. They
-# import no more than they measure, so that their peak memory is that of the row.
+# Some rows are measured in fresh processes, which import this file under the name __mp_main__. Such
+# a process imports only what it measures, so that its peak memory is that of the row.
 if __name__ != "__mp_main__":
     import numpy as np
     import torch
@@ -77,7 +77,7 @@ if __name__ != "__mp_main__":
 
 ROOT = Path(__file__).parent.parent
 HELP_PAGES = "/usr/share/libreoffice/help"
-PIP = {"open_clip": "open_clip_torch"}  # the name of a package on PyPI, where it is another
+PIP = {"open_clip": "open_clip_torch"}  # package -> its name on PyPI, if that differs
 
 
 # ---- rows of the table ----
@@ -85,9 +85,9 @@ PIP = {"open_clip": "open_clip_torch"}  # the name of a package on PyPI, where i
 class Row(NamedTuple):
     """One quantity, ours and a peer's."""
     what: str
-    ours: float     # None where it could not be measured
+    ours: float     # None if it could not be measured
     peer_name: str  # a package, or what else ours is compared with; "" for nothing
-    peer: float     # None without a peer, and where it is not installed
+    peer: float     # None without a peer, or if it is not installed
     unit: str       # of ours and of the peer's
     note: str       # on what it was measured
 
@@ -120,36 +120,27 @@ def first_and_second(function, *arguments):
     return seconds_of(function, *arguments), seconds_of(function, *arguments)
 
 
-def least_cpu_seconds(*functions, repeats=7):
-    """The least CPU seconds of each function, called alternately: a list."""
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, own_times in zip(functions, times):
-            start = time.process_time()
-            function()
-            own_times.append(time.process_time() - start)
-    return [min(own_times) for own_times in times]
+def least_seconds(*functions, repeats=5, clock=time.perf_counter):
+    """The least time of each function, called alternately, after a first round to warm up.
 
-
-def least_seconds(*functions, repeats=5):
-    """The least seconds of each function, called alternately, after a first round to warm up."""
+    clock: time.perf_counter, or time.process_time for CPU seconds.
+    """
     times = [[] for _ in functions]
-    for repeat in range(repeats + 1):
+    for _ in range(1 + repeats):
         for function, own_times in zip(functions, times):
-            start = time.perf_counter()
+            start = clock()
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if repeat > 0:
-                own_times.append(time.perf_counter() - start)
-    return [min(own_times) for own_times in times]
+            own_times.append(clock() - start)
+    return [min(own_times[1:]) for own_times in times]
 
 
 def best_of(rounds, ours, peer):
     """Call two functions alternately, and take the least of each number that they return.
 
-    ours, peer: functions that return the same number of seconds or megabytes. Returns two lists,
-    the second of None where peer is None.
+    ours, peer: functions that return the same number of seconds or megabytes. Returns two lists;
+    the second contains only None if peer is None.
     """
     our_results, peer_results = [], []
     for _ in range(rounds):
@@ -163,9 +154,9 @@ def best_of(rounds, ours, peer):
 
 
 def alone(function, *arguments, threads=1):
-    """The result of function(*arguments) in a fresh process, whose libraries use `threads` threads.
+    """The result of function(*arguments) in a fresh process, with this number of threads.
 
-    No library has been used there, and its peak memory is that of the function.
+    The process has used no library before, and its peak memory is that of the function.
     """
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -180,29 +171,22 @@ def alone(function, *arguments, threads=1):
         os.environ.update(before)
 
 
-def peak_memory():
-    """The most megabytes that this process has held."""
-    return _memory("VmHWM")
+def memory_of_process(field):
+    """Megabytes of this process: "VmRSS" is what it holds now, "VmHWM" the most that it has held.
 
-
-def current_memory():
-    """The megabytes that this process holds now."""
-    return _memory("VmRSS")
-
-
-def _memory(field):
-    # Not getrusage: its ru_maxrss begins at that of the process that started this one.
+    Not by getrusage, whose ru_maxrss starts at that of the parent process.
+    """
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
 
 
-def is_installed(package):
-    """Whether a package can be found, without importing it."""
-    return importlib.util.find_spec(package) is not None
+def peak_memory():
+    """The most megabytes that this process has held."""
+    return memory_of_process("VmHWM")
 
 
 def try_import(package):
-    """A package, None where it is not installed or does not load."""
+    """A package, or None if it is not installed or does not load."""
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError, OSError):
@@ -211,8 +195,7 @@ def try_import(package):
 
 # ---- data: images from shards to crops ----
 
-N_IMAGES = 96     # in the shards of this section
-BATCH = 96
+N_IMAGES = BATCH = 96
 PADDED_SIZE = 512
 
 
@@ -226,8 +209,11 @@ def data_rows():
     yield from worker_rows()
 
 
-def photograph(seed, width=512, height=384):
-    """A random image with the spectrum of photographs: amplitudes fall with frequency ** 1.5."""
+def photograph_jpeg(seed, width=512, height=384):
+    """A JPEG of random pixels with the spectrum of photographs.
+
+    Their amplitudes fall with frequency ** 1.5.
+    """
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
@@ -237,14 +223,17 @@ def photograph(seed, width=512, height=384):
     gray = pixels.mean(axis=-1, keepdims=True)
     pixels = 0.7 * gray + 0.3 * pixels  # photographs are rarely colorful
     pixels = 128 + 55 * pixels / pixels.std()
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def photograph_jpeg(seed, *size):
-    """The bytes of a photograph() as JPEG."""
     file = io.BytesIO()
-    photograph(seed, *size).save(file, "JPEG", quality=90)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def write_photographs(path, copies=1):
+    """Write a shard with `copies` copies of N_IMAGES images. Returns the images as JPEGs."""
+    images = [photograph_jpeg(seed) for seed in range(N_IMAGES)]
+    shards.write_shard(path, [(f"{i:04d}", {"jpg": image, "txt": b"a photograph"})
+                              for i, image in enumerate(images * copies)])
+    return images
 
 
 def crop_rows():
@@ -253,21 +242,21 @@ def crop_rows():
     One crop of 224 pixels, as open_clip's transform makes it, and 2x224+6x96, as torchvision's
     transforms make it. The peers have the bytes in memory, or read the shard through webdataset.
     """
+    open_clip = try_import("open_clip")
+    open_clip_crop = open_clip.image_transform(224, is_train=True) if open_clip else None
     with tempfile.TemporaryDirectory() as folder:
-        images = [photograph_jpeg(seed) for seed in range(N_IMAGES)]
         path = f"{folder}/images.tar"
-        shards.write_shard(path, [(f"{i:04d}", {"jpg": image, "txt": b"a photograph"})
-                                  for i, image in enumerate(images)])
+        images = write_photographs(path)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        yield from compare_crops(images, path, "224", (0.9, 1.0), "open_clip", open_clip_crop())
+        yield from compare_crops(images, path, "224", (0.9, 1.0), "open_clip", open_clip_crop)
         yield from compare_crops(images, path, "2x224+6x96", (0.4, 1.0), "torchvision",
                                  torchvision_crops())
         torch.set_num_threads(threads)
 
 
 def compare_crops(images, path, spec, scale, name, transform):
-    """The two rows of one kind of crops. transform: the peer's, None where it is not installed."""
+    """The two rows of one kind of crops. transform: the peer's, None if it is not installed."""
     def transform_all():
         for image in images:
             transform(Image.open(io.BytesIO(image)))
@@ -277,7 +266,8 @@ def compare_crops(images, path, spec, scale, name, transform):
         functions.append(transform_all)
     if transform and try_import("webdataset"):
         functions.append(partial(make_crops_by_webdataset, path, transform))
-    rates = [N_IMAGES / seconds for seconds in least_cpu_seconds(*functions)]
+    seconds = least_seconds(*functions, repeats=6, clock=time.process_time)
+    rates = [N_IMAGES / s for s in seconds]
     ours, peer, webdataset = rates + [None] * (3 - len(rates))
     kilobytes = np.mean([len(image) for image in images]) / 1000
     note = f"JPEGs of 512 x 384, {kilobytes:.0f} KB; padded square {PADDED_SIZE}; one core"
@@ -289,7 +279,7 @@ def compare_crops(images, path, spec, scale, name, transform):
 def make_crops(pairs, spec, scale):
     """Read a shard once, through data.py and crops.py."""
     groups = crops.parse_crops(spec)
-    # A new loader has decoded nothing yet, so that each call decodes all images.
+    # A new loader has decoded nothing yet, so each call decodes all images.
     for batch in data.Loader(pairs, None, BATCH, PADDED_SIZE):
         crops.multi_crop(batch.images, groups, 0, batch.sample_index, batch.aspect, scale)
 
@@ -310,14 +300,8 @@ def make_crops_by_webdataset(path, transform):
         pass
 
 
-def open_clip_crop():
-    """open_clip's transform for training, None where it is not installed."""
-    open_clip = try_import("open_clip")
-    return open_clip.image_transform(224, is_train=True) if open_clip else None
-
-
 def torchvision_crops():
-    """torchvision's 2x224+6x96 of an image, antialiased bicubic like ours: a function, or None."""
+    """2x224+6x96 of an image by torchvision, antialiased bicubic like ours: a function, or None."""
     if not try_import("torchvision"):
         return None
     from torchvision import transforms as T
@@ -337,7 +321,7 @@ def torchvision_crops():
 def exactness_rows():
     """How far our crops are from Pillow's, which crops and resizes the full image.
 
-    Ours are made from the padded square, to which the image was resized before.
+    Ours are cropped from the padded square, into which the image was resized before.
     """
     for width, height in ((400, 300), (512, 384), (1024, 768)):
         for size, difference in crop_differences(width, height).items():
@@ -346,28 +330,30 @@ def exactness_rows():
                       f"mean absolute difference; padded square {PADDED_SIZE}; lower is better")
 
 
-def crop_differences(width, height, n_images=4, n_samples=8):
+def crop_differences(width, height):
     """The mean absolute difference from Pillow's crops, in 0..255, for each size of crops."""
     groups = crops.parse_crops("2x224+6x96")
     padded_size = crops.padded_size(groups)
-    sample_index = torch.arange(n_samples)
-    aspect = torch.full((n_samples,), width / height)
+    sample_index = torch.arange(8)
+    aspect = torch.full((8,), width / height)
+    mean, std = (255 * np.array(x, np.float32) for x in (kelip.MEAN, kelip.STD))
     differences = {size: [] for _, size in groups}
-    for seed in range(n_images):
+    for seed in range(4):
         jpeg = photograph_jpeg(seed, width, height)
         full = shards.decode(jpeg)
         pixels = data.resize_to_fit(shards.decode(jpeg, padded_size), padded_size)
         h, w, _ = pixels.shape
-        images = torch.zeros(n_samples, 3, padded_size, padded_size, dtype=torch.uint8)
+        images = torch.zeros(8, 3, padded_size, padded_size, dtype=torch.uint8)
         images[:, :, :h, :w] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = crops.multi_crop(images, groups, 0, sample_index, aspect)    # 8 x [N, 3, s, s]
         for crop, view in enumerate(views):
             size = view.shape[-1]
             scale = (0.4, 1.0) if size == 224 else (0.05, 0.4)
             boxes = crops.crop_boxes(0, sample_index, crop, padded_size, aspect, scale)
-            for ours, box in zip(view, boxes.tolist()):
-                theirs = pillow_crop(full, box, padded_size, size)
-                differences[size].append(np.abs(to_pixels(ours) - theirs).mean())
+            ours = view.permute(0, 2, 3, 1).numpy() * std + mean             # [N, s, s, 3]
+            for own, box in zip(ours, boxes.tolist()):
+                differences[size].append(
+                    np.abs(own - pillow_crop(full, box, padded_size, size)).mean())
     return {size: float(np.mean(values)) for size, values in differences.items()}
 
 
@@ -378,33 +364,28 @@ def pillow_crop(image, box, padded_size, size):
     return np.asarray(image.resize((size, size), Image.BICUBIC, box=box), np.float32)
 
 
-def to_pixels(view):
-    """Undo the normalization of a crop: [3, size, size] -> float32 [size, size, 3] in 0..255."""
-    mean, std = 255 * np.array(kelip.MEAN, np.float32), 255 * np.array(kelip.STD, np.float32)
-    return view.permute(1, 2, 0).numpy() * std + mean
-
-
-def index_rows(pairs=10_000):
-    """Seconds to index one shard, and those in which tarfile lists its members."""
-    jpeg = os.urandom(53_000)
-    record = b"{}" * 200
+def index_rows():
+    """Seconds to index one shard, and for tarfile to list its members."""
+    n_pairs = 10_000
+    jpeg, record = os.urandom(53_000), b"{}" * 200
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/images.tar"
         shards.write_shard(path, ((f"{i:09d}", {"jpg": jpeg, "json": record, "txt": b"a caption"})
-                                  for i in range(pairs)))
+                                  for i in range(n_pairs)))
 
         def list_members():
             with tarfile.open(path) as tar:
                 for _ in tar:
                     pass
-        ours, peer = least_cpu_seconds(partial(shards.index_tar, path), list_members, repeats=3)
-    yield Row(f"index of {pairs:,} pairs", ours, "tarfile alone", peer, "s",
+        ours, peer = least_seconds(partial(shards.index_tar, path), list_members, repeats=2,
+                                   clock=time.process_time)
+    yield Row(f"index of {n_pairs:,} pairs", ours, "tarfile alone", peer, "s",
               "jpg, json and txt each, 560 MB in the page cache")
 
 
-def large_index_rows(n_shards, pairs_per_shard=10_000):
-    """Seconds and memory from the start to the middle of the third epoch, for many pairs."""
-    blocks = 120  # of a pair in its shard
+def large_index_rows(n_shards):
+    """Seconds and memory to open the index of many pairs, and to go to the third epoch."""
+    pairs_per_shard, blocks = 10_000, 120  # a pair takes 120 blocks of its tar
     first_block = np.arange(pairs_per_shard, dtype=np.uint32) * blocks
     n_bytes = np.full(pairs_per_shard, 55_000, np.uint32)
     rows = np.stack([first_block, n_bytes], axis=1)                          # [pairs, 2]
@@ -427,7 +408,7 @@ def large_index_rows(n_shards, pairs_per_shard=10_000):
     yield Row("memory that this takes", megabytes, "", None, "MB", note)
 
 
-def open_in_third_epoch(folder, batch_size=4096):
+def open_in_third_epoch(folder):
     """Open the index, and look up where the pairs of a batch of the third epoch are on disk.
 
     Returns (seconds, megabytes, number of pairs).
@@ -436,26 +417,24 @@ def open_in_third_epoch(folder, batch_size=4096):
 
     import data
     import shards
-    before = current_memory()
+    before = memory_of_process("VmRSS")
     start = time.perf_counter()
     pairs = data.Pairs(folder)
-    numbers = data.Order(pairs, seed=1)(5 * len(pairs) // 2, batch_size)
+    numbers = data.Order(pairs, seed=1)(5 * len(pairs) // 2, 4096)
     rows = {}  # shard -> its rows
     for number in numbers:
         shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
         if shard not in rows:
             rows[shard] = shards.shard_rows(pairs.shards[shard])
         _first_block, _n_bytes = rows[shard][number - pairs.starts[shard]]
-    return time.perf_counter() - start, current_memory() - before, len(pairs)
+    return time.perf_counter() - start, memory_of_process("VmRSS") - before, len(pairs)
 
 
 def worker_rows():
-    """Images per second that the loader gives, with one worker process to as many as cores."""
+    """Images per second from the loader, for each number of worker processes up to the cores."""
     with tempfile.TemporaryDirectory() as folder:
-        images = [photograph_jpeg(seed) for seed in range(N_IMAGES)]
         path = f"{folder}/images.tar"
-        shards.write_shard(path, [(f"{i:04d}", {"jpg": images[i % N_IMAGES], "txt": b"x"})
-                                  for i in range(8 * N_IMAGES)])
+        write_photographs(path, copies=8)
         pairs = data.Pairs(path)
         one_worker = None
         for workers in range(1, len(os.sched_getaffinity(0)) + 1):
@@ -471,21 +450,20 @@ def worker_rows():
 
 # ---- tokenizer: training and encoding ----
 
-def tokenizer_rows(size=1.0, vocab_size=98_000, help_pages=HELP_PAGES, rounds=3):
+def tokenizer_rows(size, vocab_size, help_pages, rounds):
     """All rows of this part.
 
     size: of the corpus; 1 is 3.5 million captions. rounds: of encoding; training has one.
     """
-    if not is_installed("wordfreq"):
+    if not try_import("wordfreq"):
         yield Row("train", None, "wordfreq", None, "s", "no captions to train on")
         return
     with tempfile.TemporaryDirectory() as folder:
-        captions, text = f"{folder}/captions.txt", f"{folder}/text.txt"
-        path = f"{folder}/tokenizer.json"
+        captions, path = f"{folder}/captions.txt", f"{folder}/tokenizer.json"
         write_captions(captions, size)
         yield from tokenizer_training_rows(captions, path, vocab_size)
-        what = write_text(text, help_pages, captions)
-        yield from encoding_rows(text, path, what, rounds)
+        lines, source = lines_to_encode(help_pages, captions)
+        yield from encoding_rows(lines, path, source, rounds)
         seconds, megabytes = alone(encode_long_word, path)
         yield Row("one word of 1,000,000 Hangul syllables", seconds, "", None, "s",
                   f"{megabytes:.0f} MB peak")
@@ -504,24 +482,21 @@ def write_captions(path, size):
                 file.write(" ".join(drawn) + "\n")
 
 
-def write_text(path, help_pages, captions):
-    """Write Korean and English paragraphs of LibreOffice's help, shuffled. Returns what they are.
+def lines_to_encode(help_pages, captions):
+    """Korean and English paragraphs of LibreOffice's help, shuffled, and what they are.
 
-    Without the help, it is the last 100,000 captions.
+    If the help is not installed, the last 100,000 captions.
     """
     korean = read_paragraphs(Path(help_pages) / "ko", 1.7e6, is_mostly_hangul)
     english = read_paragraphs(Path(help_pages) / "en-US", 3.3e6, str.isascii)
-    if korean and english:
-        lines = korean + english
-        random.Random(0).shuffle(lines)
-        what = (f"LibreOffice's help, {megabytes_of(korean):.1f} MB Korean + "
-                f"{megabytes_of(english):.1f} MB English")
-    else:
-        lines = list(iterate_lines(captions))[-100_000:]
-        what = ("captions, since there is no real text (apt-get install libreoffice-help-ko "
-                "libreoffice-help-en-us)")
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
-    return what
+    if not korean or not english:
+        return list(read_lines(captions))[-100_000:], (
+            "captions, since there is no real text (apt-get install libreoffice-help-ko "
+            "libreoffice-help-en-us)")
+    lines = korean + english
+    random.Random(0).shuffle(lines)
+    return lines, (f"LibreOffice's help, {megabytes_of(korean):.1f} MB Korean + "
+                   f"{megabytes_of(english):.1f} MB English")
 
 
 def read_paragraphs(folder, limit, is_wanted):
@@ -549,11 +524,6 @@ def is_mostly_hangul(line):
 
 
 def read_lines(path):
-    """The lines of a text file, as a list."""
-    return Path(path).read_text(encoding="utf-8").split("\n")
-
-
-def iterate_lines(path):
     """Yield the lines of a text file, without holding all of it."""
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -570,12 +540,12 @@ def megabytes_of(lines):
 def tokenizer_training_rows(captions, path, vocab_size):
     """Training with one thread, its peak memory, and training with two. Saves ours at `path`."""
     megabytes = os.path.getsize(captions) / 1e6
-    n_captions = sum(1 for _ in iterate_lines(captions))
+    n_captions = sum(1 for _ in read_lines(captions))
     note = f"{megabytes:.0f} MB, {n_captions:,} captions, {vocab_size:,} entries"
     for threads in (1, 2):
         seconds, memory, merges = alone(train_ours, captions, vocab_size, path, threads)
         peer_seconds, peer_memory, merges_note = None, None, ""
-        if is_installed("tokenizers"):
+        if try_import("tokenizers"):
             peer_seconds, peer_memory, peer_merges = alone(
                 train_tokenizers, captions, vocab_size, threads=threads)
             verdict = "equal" if merges == peer_merges else "DIFFER"
@@ -589,7 +559,7 @@ def tokenizer_training_rows(captions, path, vocab_size):
 def train_ours(captions, vocab_size, path, workers):
     """(seconds, peak megabytes, merges). Saves the tokenizer at `path`."""
     start = time.perf_counter()
-    tok = tokenizer.Tokenizer.train(iterate_lines(captions), vocab_size, progress=False,
+    tok = tokenizer.Tokenizer.train(read_lines(captions), vocab_size, progress=False,
                                     workers=workers)
     seconds = time.perf_counter() - start
     tok.save(path)
@@ -612,9 +582,9 @@ def train_tokenizers(captions, vocab_size):
 
 
 def short_normalizer():
-    """What tokenizers has to normalize here: NFC and lower case.
+    """The normalizer of the tokenizers package here: NFC and lower case.
 
-    White space is folded in these texts, and folding it again would double the peer's time.
+    White space in these texts is folded already. Folding it again would double the peer's time.
     """
     from tokenizers import normalizers
     return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -622,59 +592,49 @@ def short_normalizer():
 
 # -- encoding --
 
-def encoding_rows(text, path, what, rounds):
+def encoding_rows(lines, path, source, rounds):
     """Encoding to lists of ids with each peer, loading the file, and encoding to a tensor.
 
     Each for words that the process has not seen before, and for the same words again.
     """
-    lines = read_lines(text)
     megabytes = megabytes_of(lines)
     vocab_size = len(json.loads(Path(path).read_bytes())["model"]["vocab"])
-    note = f"{what}, {len(lines):,} lines, {vocab_size:,} entries"
-    encode_peer = {"tokenizers": encode_tokenizers, "tiktoken": encode_tiktoken,
-                   "open_clip": encode_open_clip}
-    for name, encode in encode_peer.items():
-        peer = partial(alone, encode, text, path) if is_installed(name) else None
+    note = f"{source}, {len(lines):,} lines, {vocab_size:,} entries"
+    to_tensor = "encode to [N, 77]"
+    for what, encode, name, encode_peer in (
+            ("encode", encode_ours, "tokenizers", encode_tokenizers),
+            ("encode", encode_ours, "tiktoken", encode_tiktoken),
+            ("encode", encode_ours, "open_clip", encode_open_clip),
+            (to_tensor, encode_ours_to_tensor, "open_clip", encode_open_clip_to_tensor)):
+        if what == to_tensor:
+            note += ", open_clip with CLIP's 49,408"
+        peer = partial(alone, encode_peer, lines, path) if try_import(name) else None
         (load, *ours), (peer_load, *theirs) = best_of(
-            rounds, partial(alone, encode_ours, text, path), peer)
-        yield from rate_rows("encode", megabytes, ours, name, theirs, note)
+            rounds, partial(alone, encode, lines, path), peer)
+        for words, seconds, peer_seconds in zip(("not seen before", "seen before"), ours, theirs):
+            peer_rate = megabytes / peer_seconds if peer else None
+            yield Row(f"{what}, words {words}", megabytes / seconds, name, peer_rate, "MB/s", note)
         if name == "tokenizers":
             yield Row("load the file", load, name, peer_load, "s", f"{vocab_size:,} entries")
-    peer = partial(alone, encode_open_clip_tensor, text) if is_installed("open_clip") else None
-    ours, theirs = best_of(rounds, partial(alone, encode_ours_tensor, text, path), peer)
-    yield from rate_rows("encode to [N, 77]", megabytes, ours, "open_clip", theirs,
-                         f"{note}, open_clip with CLIP's 49,408")
 
 
-def rate_rows(what, megabytes, ours, name, theirs, note):
-    """Two rows, of (seconds for words not seen before, seconds for words seen before)."""
-    for words, seconds, peer_seconds in zip(("not seen before", "seen before"), ours, theirs):
-        rate = megabytes / seconds
-        peer_rate = megabytes / peer_seconds if peer_seconds else None
-        yield Row(f"{what}, words {words}", rate, name, peer_rate, "MB/s", note)
+# Each of these returns the seconds to load the tokenizer, 0 if they are not measured, and to encode
+# all lines the first and the second time.
 
-
-# Each of these returns the seconds to load the tokenizer, and to encode all lines the first and the
-# second time. Those of open_clip and tiktoken do not measure loading, which is then 0.
-
-def encode_ours(text, path):
-    lines = read_lines(text)
+def encode_ours(lines, path):
     load = seconds_of(tokenizer.Tokenizer.load, path)
-    tok = tokenizer.Tokenizer.load(path)
-    return load, *first_and_second(tok.encode_ordinary_batch, lines)
+    return load, *first_and_second(tokenizer.Tokenizer.load(path).encode_ordinary_batch, lines)
 
 
-def encode_tokenizers(text, path):
+def encode_tokenizers(lines, path):
     import tokenizers
-    lines = read_lines(text)
     load = seconds_of(tokenizers.Tokenizer.from_file, path)
     peer = tokenizers.Tokenizer.from_file(path)
     peer.normalizer = short_normalizer()
-    encode = partial(peer.encode_batch_fast, add_special_tokens=False)
-    return load, *first_and_second(encode, lines)
+    return load, *first_and_second(partial(peer.encode_batch_fast, add_special_tokens=False), lines)
 
 
-def encode_tiktoken(text, path):
+def encode_tiktoken(lines, path):
     import tiktoken
     tok = tokenizer.Tokenizer.load(path)
     ranks = {}  # the bytes of a token -> its id
@@ -683,20 +643,32 @@ def encode_tiktoken(text, path):
             ranks[bytes(tokenizer.CHAR_TO_BYTE[char] for char in token)] = i
     peer = tiktoken.Encoding("peer", pat_str=tokenizer.PATTERN.pattern, mergeable_ranks=ranks,
                              special_tokens={})
-    # It has no normalizer, so that its time does not include normalizing.
-    lines = [tok.normalize(line) for line in read_lines(text)]
+    # It has no normalizer, so its time does not include normalizing.
+    lines = [tok.normalize(line) for line in lines]
 
     def encode():
         return [peer.encode_ordinary(line) for line in lines]
     return 0, *first_and_second(encode)
 
 
-def encode_open_clip(text, path):
-    peer, lines = open_clip_tokenizer(), read_lines(text)
+def encode_open_clip(lines, path):
+    peer = open_clip_tokenizer()
 
     def encode():
         return [peer.encode(line) for line in lines]
     return 0, *first_and_second(encode)
+
+
+def encode_ours_to_tensor(lines, path):
+    import torch
+    torch.set_num_threads(1)
+    return 0, *first_and_second(tokenizer.Tokenizer.load(path).encode, lines)
+
+
+def encode_open_clip_to_tensor(lines, path):
+    import torch
+    torch.set_num_threads(1)
+    return 0, *first_and_second(open_clip_tokenizer(), lines)
 
 
 def open_clip_tokenizer():
@@ -706,21 +678,6 @@ def open_clip_tokenizer():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.SimpleTokenizer()
-
-
-# These return the seconds to encode all lines to a padded tensor the first and the second time.
-
-def encode_ours_tensor(text, path):
-    import torch
-    torch.set_num_threads(1)
-    tok = tokenizer.Tokenizer.load(path)
-    return first_and_second(tok.encode, read_lines(text))
-
-
-def encode_open_clip_tensor(text):
-    import torch
-    torch.set_num_threads(1)
-    return first_and_second(open_clip_tokenizer(), read_lines(text))
 
 
 def encode_long_word(path):
@@ -733,26 +690,16 @@ def encode_long_word(path):
 
 # ---- FLOPs ----
 #
-# Of one sample, in matrix products alone: a multiplication and an addition are two FLOPs. These are
-# the FLOPs that the model needs; a loss or an optimizer adds little.
+# These are the FLOPs that the model needs for one sample. Only matrix products count; the loss and
+# the optimizer add little. A multiplication and an addition are two FLOPs.
 
 # The backward pass takes twice the FLOPs of the forward pass: the gradients of inputs and weights.
 FORWARD_AND_BACKWARD = 3
 
-# Peak FLOP/s of dense matrix products in bfloat16 (float16 on V100), by the makers' data sheets.
+# Peak FLOP/s of dense matrix products in bfloat16 (float16 on V100), from the vendors' data sheets.
 PEAK_FLOPS = {
-    "V100": 125e12,
-    "A10": 125e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-}
+    "V100": 125e12, "A10": 125e12, "A100": 312e12, "A800": 312e12, "L4": 121e12, "L40S": 362e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
 
 
 def transformer_flops(tokens, width, layers, forward_one=False):
@@ -765,9 +712,9 @@ def transformer_flops(tokens, width, layers, forward_one=False):
         2 L W^2     the projection of the heads' outputs
         16 L W^2    the MLP, whose hidden layer is 4 W wide
 
-    in all 24 L W^2 + 4 L^2 W. With forward_one (see Transformer.forward_one), the last layer takes
-    4 L W^2 for the keys and values of all tokens, and 20 W^2 + 4 L W for one query and what follows
-    from it.
+    together 24 L W^2 + 4 L^2 W. With forward_one (see Transformer.forward_one), the last layer
+    takes 4 L W^2 for the keys and values of all tokens, and 20 W^2 + 4 L W for one query and what
+    follows from it.
     """
     L, W = tokens, width
     layer = 24 * L * W ** 2 + 4 * L ** 2 * W
@@ -830,7 +777,7 @@ def mae_flops(mae):
 
 
 def peak_flops(device):
-    """PEAK_FLOPS of a torch.device, None where it is not known."""
+    """PEAK_FLOPS of a torch.device, None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -841,7 +788,7 @@ def peak_flops(device):
 
 
 def describe_flops(flops_per_second, device):
-    """"12.34 TFLOP/s", and the model FLOPs utilisation where the device's peak is known.
+    """"12.34 TFLOP/s", and the model FLOPs utilization if the device's peak is known.
 
     MFU is the FLOP/s that the model needs as a fraction of the device's peak (Chowdhery et al.,
     PaLM, arXiv 2204.02311, section 4.1).
@@ -859,38 +806,40 @@ MULTI_CROP = [224] * 2 + [96] * 6                    # the sizes of 2x224+6x96
 OPEN_CLIP_MODEL = "ViT-B-32-quickgelu"               # ViT-B/32 with CLIP's 49,408 tokens
 
 
-def train_rows(batches=(8192,)):
+def train_rows(batches):
     """All rows of this part. batches: those of the contrastive loss."""
     for batch in batches:
         yield from loss_rows(batch)
-    device = training_device()
-    yield one_crop_row(device)
-    yield multi_crop_row(device)
+    with tempfile.TemporaryDirectory() as folder:  # a Run makes the settings of training
+        args = train_clip.parse_arguments(["--out", f"{folder}/run"])
+        device = trainer.Run(args, stage="clip").device
+    yield step_row(device, "one 224 crop", [224], "open_clip")
+    yield step_row(device, "2x224+6x96", MULTI_CROP)
     yield from autoencoder_rows(device)
     yield script_row()
     yield processes_row()
 
 
-def loss_rows(batch, threads=2):
+def loss_rows(batch):
     """Seconds and memory of the contrastive loss alone, each library's in a fresh process."""
-    ours = partial(alone, loss_and_backward, "kelip", batch, threads=threads)
+    ours = partial(alone, loss_and_backward, "kelip", batch, threads=2)
     peer = None
     if try_import("open_clip"):
-        peer = partial(alone, loss_and_backward, "open_clip", batch, threads=threads)
+        peer = partial(alone, loss_and_backward, "open_clip", batch, threads=2)
     rounds = 1 if batch > 8192 else 2
     (seconds, megabytes), (peer_seconds, peer_megabytes) = best_of(rounds, ours, peer)
-    note = f"batch {batch:,}, width 512, forward and backward, float32, {threads} threads"
+    note = f"batch {batch:,}, width 512, forward and backward, float32, 2 threads"
     yield Row("contrastive loss", seconds, "open_clip", peer_seconds, "s", note)
     yield Row("contrastive loss, memory", megabytes, "open_clip", peer_megabytes, "MB", note)
 
 
-def loss_and_backward(library, batch, width=512):
+def loss_and_backward(library, batch):
     """(least seconds, megabytes beyond the inputs) of a library's loss, forward and backward."""
     import torch
 
     import kelip
-    image_features = kelip.l2_normalize(torch.randn(batch, width)).requires_grad_()
-    text_features = kelip.l2_normalize(torch.randn(batch, width)).requires_grad_()
+    image_features = kelip.l2_normalize(torch.randn(batch, 512)).requires_grad_()
+    text_features = kelip.l2_normalize(torch.randn(batch, 512)).requires_grad_()
     logit_scale = torch.tensor(1 / 0.07, requires_grad=True)
     loss = kelip.contrastive_loss
     if library == "open_clip":
@@ -900,9 +849,8 @@ def loss_and_backward(library, batch, width=512):
     def step(images, texts):
         loss(images, texts, logit_scale).backward()
 
-    # A small batch first, after which libraries are loaded and threads have started.
-    small = [x[:64].detach().requires_grad_() for x in (image_features, text_features)]
-    step(*small)
+    # A small batch first, which loads libraries and starts threads.
+    step(*(x[:64].detach().requires_grad_() for x in (image_features, text_features)))
     before = peak_memory()
     seconds = [seconds_of(step, image_features, text_features)]
     megabytes = peak_memory() - before
@@ -911,84 +859,45 @@ def loss_and_backward(library, batch, width=512):
     return min(seconds), megabytes
 
 
-def training_device():
-    """The device of a training run, with the settings that trainer.py makes for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = train_clip.parse_arguments(["--out", f"{folder}/run"])
-        return trainer.Run(args, stage="clip").device
-
-
 def base_config():
     """ViT-B/32 with the vocabulary of OpenAI's CLIP, as open_clip has it."""
     return dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)
 
 
-def random_batch(config, batch, sizes):
+def random_batch(batch, sizes):
     """A crop of each size [N, 3, size, size], and captions of 6 to 25 tokens [N, 77]."""
     torch.manual_seed(0)
-    end = config["vocab_size"] - 1
+    end = 49_407
     tokens = torch.randint(300, end - 3, (batch, 77))
     position, last = torch.arange(77), torch.randint(5, 25, (batch, 1))
     tokens = tokens.masked_fill(position == last, end).masked_fill(position > last, 0)
     return [torch.randn(batch, 3, size, size) for size in sizes], tokens
 
 
-def step_batch(device):
-    """Pairs per step in the rows of training steps."""
-    return 512 if device.type == "cuda" else 32
-
-
-def one_crop_row(device):
-    """Pairs per second of training steps with one crop of 224 pixels, ours and open_clip's."""
-    config, batch = base_config(), step_batch(device)
-    views, tokens = random_batch(config, batch, [224])
+def step_row(device, name, sizes, peer_name=""):
+    """Pairs per second of training steps as in train_clip.py, from the crops on."""
+    config, batch = base_config(), 512 if device.type == "cuda" else 32
+    views, tokens = random_batch(batch, sizes)
     views = [view.to(device) for view in views]
-    steps = [our_step(config, device, views, tokens)]
-    if try_import("open_clip"):
-        steps.append(open_clip_step(device, views[0], tokens))
-    rates = [batch / seconds for seconds in least_seconds(*steps)]
-    ours, peer = rates if len(rates) == 2 else (rates[0], None)
-    return Row("step, one 224 crop", ours, "open_clip", peer, "pairs/s",
-               step_note(config, [224], tokens, ours, device))
-
-
-def multi_crop_row(device):
-    """Pairs per second of training steps with 2x224+6x96, ours alone."""
-    config, batch = base_config(), step_batch(device)
-    views, tokens = random_batch(config, batch, MULTI_CROP)
-    views = [view.to(device) for view in views]
-    [seconds] = least_seconds(our_step(config, device, views, tokens), repeats=3)
-    rate = batch / seconds
-    return Row("step, 2x224+6x96", rate, "", None, "pairs/s",
-               step_note(config, MULTI_CROP, tokens, rate, device))
-
-
-def step_note(config, sizes, tokens, pairs_per_second, device):
-    """What a training step was measured on, with its FLOP/s."""
-    length = (tokens.argmax(dim=1) + 1).float().mean().item()
-    flops = FORWARD_AND_BACKWARD * (image_flops(config, sizes) + text_flops(config, length))
-    return (f"ViT-B/32, 49,408 tokens, batch {len(tokens):,}, bfloat16, captions of 6 to 25 "
-            f"tokens; {describe_flops(flops * pairs_per_second, device)}")
-
-
-def our_step(config, device, views, tokens):
-    """A training step as in train_clip.py, from the crops on: a function."""
     model = kelip.KELIP(**config).to(device)
     encode = partial(train_clip.Encoders(model), views, tokens)
-    return training_step(model, device, encode, kelip.contrastive_loss)
-
-
-def open_clip_step(device, images, tokens):
-    """The same by open_clip, whose model is compiled on a GPU."""
-    import open_clip
-    model = open_clip.create_model(OPEN_CLIP_MODEL).to(device)
-    encode = torch.compile(model) if device.type == "cuda" else model
-    return training_step(model, device, partial(encode, images, tokens.to(device)),
-                         open_clip.loss.ClipLoss())
+    steps = [training_step(model, device, encode, kelip.contrastive_loss)]
+    open_clip = try_import(peer_name) if peer_name else None
+    if open_clip:
+        model = open_clip.create_model(OPEN_CLIP_MODEL).to(device)
+        encode = torch.compile(model) if device.type == "cuda" else model
+        encode = partial(encode, views[0], tokens.to(device))
+        steps.append(training_step(model, device, encode, open_clip.loss.ClipLoss()))
+    rates = [batch / seconds for seconds in least_seconds(*steps)]
+    length = (tokens.argmax(dim=1) + 1).float().mean().item()
+    flops = FORWARD_AND_BACKWARD * (image_flops(config, sizes) + text_flops(config, length))
+    return Row(f"step, {name}", rates[0], peer_name, rates[1] if open_clip else None, "pairs/s",
+               f"ViT-B/32, 49,408 tokens, batch {batch:,}, bfloat16, captions of 6 to 25 tokens; "
+               + describe_flops(flops * rates[0], device))
 
 
 def training_step(model, device, encode, loss):
-    """A function that makes a step: forward pass in bfloat16, loss, backward pass, AdamW.
+    """A function that takes a step: forward pass in bfloat16, loss, backward pass, AdamW.
 
     encode() -> the arguments of loss: image features, text features, the factor on the cosines.
     """
@@ -1005,16 +914,16 @@ def training_step(model, device, encode, loss):
     return step
 
 
-def autoencoder_rows(device, batch=32):
-    """Stage 1: what the encoder takes on a quarter of the patches, and what the whole takes.
+def autoencoder_rows(device):
+    """Stage 1: the encoder on a quarter of the patches, and encoder and decoder together.
 
     Both are compared with the encoder on all patches.
     """
     config = dict(kelip.PRESETS["ViT-B/16"], vocab_size=512, transformer_layers=1)
     mae = kelip.MAE(kelip.KELIP(**config).visual).to(device)
-    images = torch.randn(batch, 3, 224, 224, device=device)
+    images = torch.randn(32, 3, 224, 224, device=device)
     n_patches = len(mae.decoder_positions) - 1
-    all_patches = torch.arange(n_patches, device=device).expand(batch, -1)   # [N, L]
+    all_patches = torch.arange(n_patches, device=device).expand(32, -1)      # [N, L]
     quarter_of_patches = all_patches[:, :n_patches // 4]                     # [N, L / 4]
 
     def encoder(keep):
@@ -1029,14 +938,14 @@ def autoencoder_rows(device, batch=32):
 
     quarter, full, both = least_seconds(
         partial(encoder, quarter_of_patches), partial(encoder, all_patches), autoencoder, repeats=3)
-    note = f"ViT-B/16, batch {batch}, bfloat16, forward and backward"
+    note = "ViT-B/16, batch 32, bfloat16, forward and backward"
     yield Row("encoder on 25 % of the patches", quarter, "all patches", full, "s", note)
-    flops_per_second = FORWARD_AND_BACKWARD * mae_flops(mae) * batch / both
+    flops_per_second = FORWARD_AND_BACKWARD * mae_flops(mae) * 32 / both
     yield Row("stage 1, with its decoder of 8 x 512", both, "all patches", full, "s",
               f"{note}; {describe_flops(flops_per_second, device)}")
 
 
-def script_row(steps=10, batch=4):
+def script_row():
     """Pairs per second of train_clip.py: ViT-B/32, 2x224+6x96, a shard as img2dataset writes it."""
     english = [f"photograph number {i} of no place in particular" for i in range(8)]
     korean = [f"어디도 아닌 곳의 사진 {i}번" for i in range(8)]
@@ -1048,20 +957,20 @@ def script_row(steps=10, batch=4):
     with tempfile.TemporaryDirectory() as folder:
         shards.write_shard(f"{folder}/00000.tar", pairs)
         log = run_train_clip(folder, [], "--model", "ViT-B/32", "--data", f"{folder}/00000.tar",
-                             "--steps", steps, "--batch-size", batch)
+                             "--steps", 10, "--batch-size", 4)
     first, last = log[0]["loss"], log[-1]["loss"]
-    return Row(f"train_clip.py, {steps} steps from shards", median_rate(log), "", None, "pairs/s",
-               f"ViT-B/32, 2x224+6x96, batch {batch}, JPEGs of 512 x 384, with the loader; "
+    return Row("train_clip.py, 10 steps from shards", median_rate(log), "", None, "pairs/s",
+               "ViT-B/32, 2x224+6x96, batch 4, JPEGs of 512 x 384, with the loader; "
                f"loss {first:.2f} to {last:.2f}")
 
 
-def processes_row(steps=40):
+def processes_row():
     """Pairs per second of train_clip.py with two processes, a core each, and with one."""
     rates = []
     for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         with tempfile.TemporaryDirectory() as folder:
-            log = run_train_clip(folder, launcher, "--steps", steps,
+            log = run_train_clip(folder, launcher, "--steps", 40,
                                  "--batch-size", 128 * processes, OMP_NUM_THREADS="1")
         rates.append(median_rate([line for line in log if line["step"] > 10]))
     one, two = rates
@@ -1092,35 +1001,42 @@ def median_rate(log):
 
 # ---- evaluate: embedding, retrieval, classification ----
 
-def evaluate_rows(size=1.0, batch=64):
+def evaluate_rows(size):
     """All rows of this part. size: of the sets; 1 is 50,000 images, and 1,000 classes."""
-    n_images, n_classes = int(50_000 * size), max(2, int(1000 * size))
     images_per_second = None
-    for row in embedding_rows(batch):
+    for row in embedding_rows():
         images_per_second = images_per_second or row.ours  # the first row is images in float32
         yield row
-    yield from retrieval_rows(n_images)
-    yield from classification_rows(n_images, n_classes, images_per_second)
+
+    n_images, n_classes = int(50_000 * size), max(2, int(1000 * size))
+    seconds, megabytes = alone(retrieval_of, n_images, threads=os.cpu_count())
+    note = f"{n_images:,} images x {n_images:,} texts, width 512, float32, both directions"
+    yield Row("recall at 1, 5, 10", seconds, "", None, "s", note)
+    yield Row("recall at 1, 5, 10, memory", megabytes, "", None, "MB",
+              f"{note}; all scores would be {4 * n_images ** 2 / 1e6:,.0f} MB")
+
+    vectors, scores = alone(classification_of, n_images, n_classes, threads=os.cpu_count())
+    note = (f"{n_images:,} images, {n_classes:,} classes, 24 templates; to embed the images would "
+            f"take {n_images / images_per_second:,.0f} s at the rate above")
+    yield Row("class vectors, 20 times those of a twentieth", vectors, "", None, "s", note)
+    yield Row("scores and the five nearest classes", scores, "", None, "s", note)
 
 
-def embedding_rows(batch):
+def embedding_rows():
     """Images and captions per second through ViT-B/32 without gradients, in two precisions."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = base_config()
-    [images], tokens = random_batch(config, batch, [224])
-    images = images.to(device)
-    model, peer = kelip.KELIP(**config).to(device).eval(), None
-    if try_import("open_clip"):
-        import open_clip
+    device, batch = "cuda" if torch.cuda.is_available() else "cpu", 64
+    [images], tokens = random_batch(batch, [224])
+    model, peer = kelip.KELIP(**base_config()).to(device).eval(), None
+    open_clip = try_import("open_clip")
+    if open_clip:
         peer = open_clip.create_model(OPEN_CLIP_MODEL).to(device).eval()
 
     def encode(method, inputs, in_bfloat16):
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
             method(inputs)
 
-    note = f"ViT-B/32, batch {batch}, no gradients"
-    for method, what, inputs in (("encode_image", "images", images),
-                                 ("encode_text", "captions", tokens)):
+    for method, what, inputs in (("encode_image", "images", images.to(device)),
+                                 ("encode_text", "captions", tokens)):  # ours takes CPU tokens
         for precision in ("float32", "bfloat16"):
             in_bfloat16 = precision == "bfloat16"
             functions = [partial(encode, getattr(model, method), inputs, in_bfloat16)]
@@ -1128,64 +1044,44 @@ def embedding_rows(batch):
                 functions.append(
                     partial(encode, getattr(peer, method), inputs.to(device), in_bfloat16))
             rates = [batch / seconds for seconds in least_seconds(*functions)]
-            ours, theirs = rates if len(rates) == 2 else (rates[0], None)
-            yield Row(f"embed {what}, {precision}", ours, "open_clip", theirs, "per s", note)
+            yield Row(f"embed {what}, {precision}", rates[0], "open_clip",
+                      rates[1] if peer else None, "per s",
+                      f"ViT-B/32, batch {batch}, no gradients")
 
 
-def retrieval_rows(count):
-    """Seconds and memory of recall in both directions."""
-    seconds, megabytes = alone(retrieval_of, count, threads=os.cpu_count())
-    note = f"{count:,} images x {count:,} texts, width 512, float32, both directions"
-    yield Row("recall at 1, 5, 10", seconds, "", None, "s", note)
-    all_scores = 4 * count ** 2 / 1e6
-    yield Row("recall at 1, 5, 10, memory", megabytes, "", None, "MB",
-              f"{note}; all scores would be {all_scores:,.0f} MB")
-
-
-def retrieval_of(count, width=512):
+def retrieval_of(count):
     """(seconds, megabytes beyond the features) of recall between `count` images and their texts."""
     import torch
 
     import evaluate
     import kelip
-    images = kelip.l2_normalize(torch.randn(count, width))
-    texts = kelip.l2_normalize(images + torch.randn(count, width))
+    images = kelip.l2_normalize(torch.randn(count, 512))
+    texts = kelip.l2_normalize(images + torch.randn(count, 512))
     owner = torch.arange(count)
-    evaluate.recall_at_k(images[:64], texts[:64], owner[:64])  # threads have started
+    evaluate.recall_at_k(images[:64], texts[:64], owner[:64])  # starts threads
     before = peak_memory()
     seconds = seconds_of(evaluate.recall_at_k, images, texts, owner)
     return seconds, peak_memory() - before
 
 
-PART_OF_CLASSES = 20  # the vectors of a twentieth of the classes are computed, and counted 20 times
-
-
-def classification_rows(count, n_classes, images_per_second):
-    """Seconds for the vectors of classes, and for the five nearest classes of all images."""
-    vectors, scores = alone(classification_of, count, n_classes, threads=os.cpu_count())
-    note = (f"{count:,} images, {n_classes:,} classes, 24 templates; to embed the images would "
-            f"take {count / images_per_second:,.0f} s at the rate above")
-    yield Row("class vectors, 20 times those of a twentieth", vectors, "", None, "s", note)
-    yield Row("scores and the five nearest classes", scores, "", None, "s", note)
-
-
-def classification_of(count, n_classes, n_templates=24):
+def classification_of(count, n_classes):
     """(seconds for the vectors of n_classes, seconds for the nearest classes of count images)."""
     import torch
 
     import evaluate
     import kelip
     model = kelip.KELIP(**dict(kelip.PRESETS["ViT-B/32"], vocab_size=49_408)).eval()
-    names = [f"class {i}" for i in range(kelip.ceil_div(n_classes, PART_OF_CLASSES))]
-    templates = [f"{i} {{}}" for i in range(n_templates)]
+    # A twentieth of the class vectors is timed, and counts 20 times.
+    names = [f"class {i}" for i in range(kelip.ceil_div(n_classes, 20))]
+    templates = [f"{i} {{}}" for i in range(24)]
     seconds = seconds_of(evaluate.zero_shot_weights, model, RandomTokens(), names, templates)
     images = kelip.l2_normalize(torch.randn(count, 512))
     weights = kelip.l2_normalize(torch.randn(n_classes, 512)).T              # [D, C]
-    return PART_OF_CLASSES * seconds, seconds_of(evaluate.top_classes, images, weights)
+    return 20 * seconds, seconds_of(evaluate.top_classes, images, weights)
 
 
 class RandomTokens:
-    """In place of a tokenizer: 6 to 25 random tokens, the same for the same text."""
+    """A stand-in for a tokenizer: 6 to 25 random tokens, the same for the same text."""
 
     def encode(self, texts, context_length):
         import torch
@@ -1205,21 +1101,23 @@ class RandomTokens:
 NVLINK, INFINIBAND = 300e9, 25e9
 
 
-def print_network(nodes=10, gpus_per_node=8, batch=32_000, utilisation=0.4, length=15):
+def print_network():
     """Print what one step of ViT-B/32 with 2x224+6x96 sends between A100s. Nothing is measured.
 
     Ring algorithms: each of W ranks sends (W - 1) / W of the data to gather it, and twice that to
     sum it. Times are for all bytes over NVLink, as if all GPUs were on one switch, and for all
-    bytes over InfiniBand. length: tokens of a caption.
+    bytes over InfiniBand.
     """
+    world_size, batch = 10 * 8, 32_000
+    utilization = 0.4  # assumed
     config, peak = kelip.PRESETS["ViT-B/32"], PEAK_FLOPS["A100"]
-    world_size, K, width = nodes * gpus_per_node, len(MULTI_CROP), config["embed_dim"]
+    K, width = len(MULTI_CROP), config["embed_dim"]
     with torch.device("meta"):
         n_weights = kelip.count_parameters(kelip.KELIP(**config))
-    flops_per_pair = FORWARD_AND_BACKWARD * (
-        image_flops(config, MULTI_CROP) + text_flops(config, length))
+    caption_flops = text_flops(config, 15)  # captions of 15 tokens
+    flops_per_pair = FORWARD_AND_BACKWARD * (image_flops(config, MULTI_CROP) + caption_flops)
     flops = flops_per_pair * batch / world_size
-    step_seconds = flops / (utilisation * peak)
+    step_seconds = flops / (utilization * peak)
 
     gather = (world_size - 1) / world_size
     all_reduce = 2 * gather
@@ -1233,7 +1131,7 @@ def print_network(nodes=10, gpus_per_node=8, batch=32_000, utilisation=0.4, leng
     sent.append(("all", sum(n_bytes for _, n_bytes in sent)))
 
     print(f"{world_size} x A100, batch {batch:,}: {flops / 1e12:.1f} TFLOPs a GPU and step take "
-          f"{1e3 * step_seconds:.0f} ms at {utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s "
+          f"{1e3 * step_seconds:.0f} ms at {utilization:.0%} of {peak / 1e12:.0f} TFLOP/s "
           "(assumed)")
     print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} "
           f"{'InfiniBand, ms':>15} {'of the step':>12}")
@@ -1257,15 +1155,15 @@ def main(argv=None):
     add("parts", nargs="*", metavar="PART",
         help=f"what to measure: {', '.join(PARTS)} (default: all but network)")
     add("--size", type=float, default=1.0, metavar="FRACTION",
-        help="of the tokenizer's corpus, where 1 is 3.5 million captions, 188 MB; and of the sets "
-             "of evaluate, where 1 is 50,000 images (default: 1)")
+        help="of the tokenizer's corpus (1 is 3.5 million captions, 188 MB) and of the sets of "
+             "evaluate (1 is 50,000 images; default: 1)")
     add("--batches", type=int, nargs="+", default=[8192], metavar="N",
-        help="batches of the contrastive loss (default: 8192; 32768 takes minutes, and open_clip "
-             "17 GB)")
+        help="batch sizes of the contrastive loss (default: 8192; 32768 takes minutes, and 17 GB "
+             "for open_clip)")
     add("--vocab-size", type=int, default=98_000, metavar="N",
         help="entries of the tokenizer (default: 98000)")
     add("--rounds", type=int, default=3, metavar="N",
-        help="rounds of encoding, of which the best counts (default: 3)")
+        help="rounds of encoding; the best one counts (default: 3)")
     add("--help-pages", default=HELP_PAGES, metavar="FOLDER",
         help="LibreOffice's help, with folders ko and en-US (default: %(default)s)")
     args = parser.parse_args(argv)

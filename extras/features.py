@@ -1,11 +1,11 @@
-"""Keep the vectors of images on disk, so that each is computed once.
+"""Cache the vectors of images on disk, so that each is computed once.
 
     cache = open_cache("runs/clip", model)                  # runs/clip/features/...
     vectors, kept, skipped = embed_images(model, pairs, cache)
 
-The second call with the same images reads them from the cache, also where the first was
-interrupted, and where images were moved or are part of another set since. The folder may be deleted
-at any time. Vectors are float32, whatever precision the model was trained in.
+A second call with the same images reads their vectors from the cache. It also does so after the
+first was interrupted, after images were moved, and for images that are now in another set. The
+folder may be deleted at any time. Vectors are float32, in whatever precision the model was trained.
 
 From top to bottom: FeatureCache, which reads and writes the files; embed_images, which is
 evaluate.embed_images with a cache.
@@ -34,7 +34,7 @@ SAVE_VECTORS, SAVE_SECONDS = 4096, 60  # new vectors are written at least this o
 
 
 def digest(content):
-    """32 hexadecimal characters that stand for some bytes."""
+    """A short SHA-256 of some bytes: 32 hexadecimal characters."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -43,10 +43,10 @@ def digest(content):
 class FeatureCache:
     """Vectors of images: cache[key] is float32 [D].
 
-    Every vector has two keys, both digests: one of where the image is, so that it is found without
-    reading the image, and one of its bytes, so that it is found after the image was moved.
+    Every vector has two keys. The digest of the image's location finds it without reading the
+    image. The digest of the image's bytes finds it after the image was moved.
 
-    folder: holds files of vectors, in numpy's format. Damaged files are ignored.
+    folder: has the vectors in files of numpy's format. Damaged files are ignored.
     """
 
     def __init__(self, folder):
@@ -56,7 +56,7 @@ class FeatureCache:
             try:
                 with np.load(path) as file:  # refuses pickled objects
                     keys, vectors = file["keys"].tolist(), file["vectors"]
-            except Exception:  # what numpy raises on damaged files is not limited to OSError
+            except Exception:  # on damaged files numpy raises more than OSError
                 continue
             for (location, content), vector in zip(keys, vectors):
                 self.vectors[location] = self.vectors[content] = vector
@@ -68,17 +68,17 @@ class FeatureCache:
         return self.vectors[key]
 
     def add(self, location, content, vector):
-        """Keep a vector, float32 [D], under two keys. Writes to disk now and then."""
+        """Add a vector, float32 [D], under both keys. Writes new vectors to disk now and then."""
         self.vectors[location] = self.vectors[content] = vector
         self.new_keys.append((location, content))
-        if (len(self.new_keys) == SAVE_VECTORS
-                or time.monotonic() - self.saved_at > SAVE_SECONDS):
+        seconds = time.monotonic() - self.saved_at
+        if len(self.new_keys) == SAVE_VECTORS or seconds > SAVE_SECONDS:
             self.save()
 
     def save(self):
-        """Write the vectors that are new into one more file, atomically.
+        """Write the new vectors to a file of their own, atomically.
 
-        Where that fails, a warning says so once, and vectors stay in memory only.
+        If that fails, it warns once, and from then on vectors are in memory only.
         """
         if self.folder and self.new_keys:
             locations = [location for location, _ in self.new_keys]
@@ -89,7 +89,7 @@ class FeatureCache:
                 with kelip.atomic_write(path) as file:
                     np.savez(file, keys=np.array(self.new_keys), vectors=vectors)
             except OSError as error:
-                warnings.warn(f"{self.folder}: {error.strerror}: no vectors are kept there",
+                warnings.warn(f"{self.folder}: {error.strerror}: vectors are not cached there",
                               stacklevel=2)
                 self.folder = None
         self.new_keys, self.saved_at = [], time.monotonic()
@@ -98,9 +98,9 @@ class FeatureCache:
 def open_cache(name_or_path, model, kind="unit"):
     """The FeatureCache of a model: features/DIGEST in the folder of its weights.
 
-    Where that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
-    opened. kind: what the vectors are. The digest is of weights, configuration and kind, so that
-    other models, or the same model after more training, have caches of their own.
+    If that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
+    opened. kind: a name for what the vectors are. The digest covers weights, configuration and
+    kind: another model, or the same model after more training, has another cache.
     """
     state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
@@ -115,12 +115,12 @@ def open_cache(name_or_path, model, kind="unit"):
 # ---- embedding ----
 
 def embed_images(model, pairs, cache, progress=True, encode=None):
-    """The vectors of images, those that are not in the cache computed and added to it.
+    """The vectors of images. Those that are not in the cache are computed and added to it.
 
     pairs: data.Pairs or extras.search.ImageFolder. encode: images [N, 3, size, size] -> [N, D], by
     default encode_image's unit vectors. Returns vectors float32 [M, D] on the CPU; kept, the M
     indices of pairs whose image decodes; and skipped, a Counter of errors. When interrupted, it
-    saves what it has.
+    saves the vectors computed so far.
     """
     encode = encode or functools.partial(model.encode_image, l2norm=True)
     device = model.logit_scale.device
@@ -153,7 +153,7 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
 
 
 def _locations(pairs):
-    """A key for where each image is: its shard's path, size and time, and its number in there."""
+    """The key of each image's location: its shard's path, size and time, and its number there."""
     for shard in pairs.shards:
         path = os.fsencode(f"{os.path.abspath(shard.path)} {shard.size} {shard.mtime}")
         for number in range(shard.count):
@@ -163,7 +163,7 @@ def _locations(pairs):
 class _Preprocessed:
     """A dataset of (i, digest of the bytes, float32 [3, size, size], "").
 
-    The image is None where `known` has its digest, and where it is bad: (i, "", None, error).
+    The image is None if its digest is in `known`. A bad image is (i, "", None, error).
     """
 
     def __init__(self, pairs, size, known):

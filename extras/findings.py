@@ -7,13 +7,13 @@
     python -m extras.findings analogy         does image - text + text find the analogous image?
     python -m extras.findings all
 
-A finding trains variants, which are runs of train_clip.py that differ in one thing, once per seed.
-Runs that are there already are used again, and the same command resumes after it was stopped. The
-numbers go to OUT/NAME.json and to a page, OUT/NAME.html.
+A finding trains variants: runs of train_clip.py that differ in one thing, once per seed. Runs that
+exist are reused, and a command that was stopped resumes when it is run again. The results go to
+OUT/NAME.json and, as a page, to OUT/NAME.html.
 
-A claim has one or more parts. A part is a difference to a control. It holds if the difference is
-positive with every seed and its mean is larger than its standard deviation over the seeds. This
-takes at least three seeds. By chance alone, one part in nine would hold.
+A claim has one or more parts. Each part is a difference to a control. It holds if the difference is
+positive for every seed and its mean exceeds its standard deviation over the seeds. This takes at
+least three seeds. By chance alone, one part in nine would hold.
 
 What would refute each claim, in short. The docstrings below say it in full.
 
@@ -21,19 +21,17 @@ What would refute each claim, in short. The docstrings below say it in full.
     augmentation    it does not raise accuracy, or does not lower R@1
     alignment       translation is no better than where each thing is named in one language only
     culture         two runs agree across languages as much as in one language, or the names on
-                    which the languages disagree change between seeds as noise would
+                    which the languages disagree vary between seeds as much as noise does
     analogy         image alone, text alone or image + text finds the analogous image as often
 
 From top to bottom: the variants, training them, numbers and verdicts, the five findings, the
 report, the command.
 
-Not included: the paper's scale. What holds or fails here does so for a model of 4.6M parameters on
-emoji.
+Not included: the paper's scale. The results hold for a model of 4.6M parameters on emoji.
 """
 
 import argparse
 import collections
-import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -64,7 +62,7 @@ import kelip
 import page
 import shards
 import train_clip
-from extras.bench import image_flops, mae_flops, text_flops
+from extras.bench import FORWARD_AND_BACKWARD, image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer, run_command
 
 LANGUAGES = ("en", "ko")
@@ -75,15 +73,15 @@ RECALL_COLUMNS = [f"{evaluate.LANGUAGE_NAMES[language]}, {direction}" for langua
 # ---- the variants ----
 
 class Variant(NamedTuple):
-    """What sets a variant apart from CLIP alone."""
+    """How a variant differs from CLIP alone."""
     flags: tuple = ()           # of train_clip.py
     from_stage_1: bool = False  # starts from a run of train_mae.py
     split: bool = False         # each pair has a caption in one language only: see split_language
 
 
-# An emoji fills its 72 pixels, so that a small crop often loses what the caption says. After 300
-# steps, R@1 on another held-out vendor was 13.5 % with 1x64, 10.7 with 1x64+2x32 (areas of 0.3 to
-# 0.8), 11.7 with 1x64+2x48 (0.5 to 1) and 14.0 with 2x64, which is what multi-crop means here.
+# An emoji fills its 72 pixels, so a small crop often loses what the caption names. After 300 steps,
+# R@1 on another held-out vendor was 13.5 % with 1x64, 10.7 with 1x64+2x32 (areas of 0.3 to 0.8),
+# 11.7 with 1x64+2x48 (0.5 to 1) and 14.0 with 2x64, which is what multi-crop means here.
 MULTI_CROP = ("--crops", "2x64")
 
 VARIANTS = {
@@ -102,8 +100,8 @@ class Study(NamedTuple):
     """What all findings work on."""
     args: argparse.Namespace
     pairs: list            # the training pairs, shards.Pair
-    caption_length: float  # tokens of a caption on average, start and end included
-    lock: object           # the open file that keeps other processes out of args.out
+    caption_length: float  # mean tokens per caption, start and end included
+    lock: object           # an open file; its lock keeps other processes out of args.out
 
 
 class TrainingRun(NamedTuple):
@@ -118,15 +116,14 @@ class TrainingRun(NamedTuple):
 
     @property
     def total_flops(self):
-        """FLOPs of the run, those of its stage 1 included."""
+        """FLOPs of the run and of its stage 1."""
         return self.steps * self.step_flops + (self.stage_1.total_flops if self.stage_1 else 0)
 
 
 def make_run(study, name, seed, budget=None):
-    """The TrainingRun of a variant.
+    """The TrainingRun of a variant. It has --steps steps.
 
-    It has --steps steps. With a budget, it has as many steps as come closest to that number of
-    FLOPs, those of its stage 1 included.
+    With a budget of FLOPs, it has the number of steps that comes closest to it, stage 1 included.
     """
     args, variant = study.args, VARIANTS[name]
     config = kelip.PRESETS["tiny"]
@@ -136,14 +133,14 @@ def make_run(study, name, seed, budget=None):
     stage_1 = None
     if variant.from_stage_1:
         mae = kelip.MAE(kelip.KELIP(**config).visual)
-        stage_1 = TrainingRun(
-            "stage-1", seed, STAGE_1_STEPS * args.steps, _step_flops(args, mae_flops(mae)),
-            "train_mae.py", ("--data", *args.data))
+        step_flops = FORWARD_AND_BACKWARD * args.batch_size * mae_flops(mae)
+        stage_1 = TrainingRun("stage-1", seed, STAGE_1_STEPS * args.steps, step_flops,
+                              "train_mae.py", ("--data", *args.data))
         flags += ["--init", str(folder_of(study, stage_1) / "last.pt")]
     groups, _ = crop_settings(name)
     sizes = [size for number, size in groups for _ in range(number)]
-    forward = image_flops(config, sizes) + text_flops(config, study.caption_length)
-    step_flops = _step_flops(args, forward)
+    pair_flops = image_flops(config, sizes) + text_flops(config, study.caption_length)
+    step_flops = FORWARD_AND_BACKWARD * args.batch_size * pair_flops
     steps = args.steps
     if budget:
         left = budget - (stage_1.total_flops if stage_1 else 0)
@@ -151,16 +148,11 @@ def make_run(study, name, seed, budget=None):
     return TrainingRun(name, seed, steps, step_flops, "train_clip.py", tuple(flags), stage_1)
 
 
-def _step_flops(args, forward):
-    """FLOPs of a step from those of the forward pass of one pair. Backward is twice forward."""
-    return 3.0 * args.batch_size * forward
-
-
 def crop_settings(name):
     """The crops of a variant: (groups of crops.parse_crops, the flags of train_clip.py)."""
     flags = train_clip.parse_arguments(list(VARIANTS[name].flags))
-    start = train_clip.Start("tiny", kelip.PRESETS["tiny"], init=None)
-    groups = train_clip.choose_crops(flags, start)  # also sets flags.scale
+    origin = train_clip.Origin("tiny", kelip.PRESETS["tiny"], init=None)
+    groups = train_clip.fill_in_crops(flags, origin)  # also sets flags.scale
     return groups, flags
 
 
@@ -175,16 +167,13 @@ def train_seeds(study, names):
 
 
 def train(study, runs):
-    """Train runs, and the stage 1 of those that start from it.
+    """Train runs that are not finished, after the stage 1 that they start from.
 
-    Finished runs stay as they are, others resume. When this process is interrupted, the running
-    ones save a checkpoint. Raises ValueError when one fails.
+    Raises ValueError when one fails.
     """
-    needed = []
-    for run in runs:
-        needed += [run.stage_1, run] if run.stage_1 else [run]
-    unfinished = [run for run in dict.fromkeys(needed) if not is_finished(study, run)]
-    # On two cores, two runs of one thread each do more than one run of two threads.
+    needed = dict.fromkeys(x for run in runs for x in (run.stage_1, run) if x)
+    unfinished = [run for run in needed if not is_finished(study, run)]
+    # Runs with one thread each, at the same time, are faster than one run after the other.
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
     at_once = max(1, min(cores, len(unfinished)))
     threads = max(1, cores // at_once)
@@ -195,8 +184,8 @@ def train(study, runs):
                disable=not unfinished, mininterval=1, file=sys.stdout)
     try:
         while waiting or running:
-            ready = [run for run in waiting
-                     if run.stage_1 not in waiting and run.stage_1 not in running.values()]
+            unavailable = [*waiting, *running.values()]
+            ready = [run for run in waiting if run.stage_1 not in unavailable]
             for run in ready[:at_once - len(running)]:
                 waiting.remove(run)
                 running[launch(study, run, threads)] = run
@@ -219,65 +208,49 @@ def train(study, runs):
 
 
 def launch(study, run, threads):
-    """Start or resume a run: a subprocess.Popen.
-
-    The process inherits the lock. Should it outlive this process, the lock stays held.
-    """
-    args = study.args
+    """Start or resume a run: a subprocess.Popen."""
     script = Path(__file__).resolve().parents[1] / run.script
     folder = folder_of(study, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(script), *run.flags,
                "--out", str(folder), "--steps", str(run.steps), "--seed", str(run.seed),
-               "--batch-size", str(args.batch_size), "--save-every", "50", "--keep", "1"]
+               "--batch-size", str(study.args.batch_size), "--save-every", "50", "--keep", "1"]
     if (folder / "last.pt").exists():
         command.append("--resume")
-    with open(log_path(study, run), "w", encoding="utf-8") as log:
+    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                pass_fds=[study.lock.fileno()],
+                                pass_fds=[study.lock.fileno()],  # held while the process lives
                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def is_finished(study, run):
-    """Whether a run was trained to its end and, in stage 2, was evaluated on --test.
-
-    A finished run that was evaluated on something else since is evaluated again by resuming it.
-    """
+    """Whether a run was trained to its end and, in stage 2, was evaluated on --test."""
     folder = folder_of(study, run)
     if run.name != "stage-1":
-        evaluation = None
-        with contextlib.suppress(OSError, ValueError):
-            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        path = folder / "evaluation.json"
         test = [source.partition("::")[0] for source in study.args.test]
-        if not evaluation or evaluation.get("test") != test:
-            return False
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["test"] != test:
+            return False  # evaluated on something else later: resuming evaluates it again
     last = folder / "last.pt"
     return last.exists() and kelip.load_checkpoint(last)["step"] == run.steps
 
 
 def folder_of(study, run):
-    """The folder of a run. Runs of another length have another folder."""
+    """The folder of a run. Beside it, a .log with the same name has what the run prints."""
     return study.args.out / "runs" / f"{run.name}-{run.steps}-seed{run.seed}"
 
 
-def log_path(study, run):
-    """The file with what a run printed."""
-    folder = folder_of(study, run)
-    return folder.with_name(f"{folder.name}.log")
-
-
 def last_line(study, run):
-    """The last line that a run printed: after a failure, the error."""
-    lines = log_path(study, run).read_text(encoding="utf-8").split("\n")
-    lines = [line for line in lines if line.strip()]
-    return lines[-1] if lines else "ended before it printed anything"
+    """The last line that a run printed, which is the error if it failed."""
+    printed = folder_of(study, run).with_suffix(".log").read_text(encoding="utf-8")
+    return printed.strip().split("\n")[-1] or "ended before it printed anything"
 
 
 def steps_done(study, run):
-    """How far a run is by its log."""
+    """The last step in a run's metrics.jsonl."""
     path = folder_of(study, run) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # The last line may be cut short while it is being written.
+    # The last line may be incomplete while it is being written.
     lines = [line for line in lines[-2:] if line.endswith("}")]
     return max((json.loads(line)["step"] for line in lines), default=0)
 
@@ -287,17 +260,17 @@ def steps_done(study, run):
 class Result(NamedTuple):
     """What a finding returns."""
     numbers: dict    # for the JSON file; may hold arrays
-    tables: list     # (title, header, rows); all cells are text
-    verdicts: list   # of verdict(), one for each part of the claim
-    parts: list      # further pieces of the page
+    tables: list     # of (title, header, rows); all cells are text
+    verdicts: list   # one for each part of the claim
+    parts: list      # HTML that the page shows after the tables
 
 
 def verdict(part, differences, scale=100):
     """Whether one part of a claim held.
 
-    part: what it compares. differences: to the control, one for each seed; they are shown times
-    scale. Returns a dict; held is True, False, or None for fewer than three seeds, and words is a
-    line that says it all.
+    part: what is compared. differences: to the control, one for each seed; shown times scale.
+    Returns a dict; its held is True, False, or None with fewer than three seeds, and its words are
+    one line for the reader.
     """
     values = [scale * float(x) for x in differences]
     mean = fmean(values) if values else 0.0
@@ -324,19 +297,15 @@ def show(values, scale=100, digits=1):
 
 
 def compare(title, columns, rows, control):
-    """A table of variants with the difference to the first of them, which is the control.
+    """A table of variants. Its last column is the difference to the first, the control.
 
-    rows: {label: float [seeds, columns], in 0..1}. The difference is that of the last column, seed
-    by seed. control: what the first row is called in the header.
+    rows: {label: float [seeds, columns], in 0..1}. The difference is in the last of the columns,
+    seed by seed. control: the name of the first row in the header.
     """
-    lines, first = [], None
-    for label, values in rows.items():
-        difference = ""
-        if first is None:
-            first = values[:, -1]
-        else:
-            difference = show(values[:, -1] - first, digits=2)
-        lines.append([label, *map(show, values.T), difference])
+    first = next(iter(rows.values()))[:, -1]
+    lines = [[label, *map(show, values.T), show(values[:, -1] - first, digits=2)]
+             for label, values in rows.items()]
+    lines[0][-1] = ""
     return title, ["", *columns, f"Δ vs {control}"], lines
 
 
@@ -348,8 +317,8 @@ def with_mean(values):
 def embed(study, folder):
     """The model of a run and the test pairs as it sees them: (model, tokenizer, Embedded).
 
-    Each image has one name in each language. So in the evaluate.Embedded, the first M texts of a
-    language are the names of the M images, in their order.
+    Each image has one name in each language, so the first M texts of a language are the names of
+    the M images, in the same order.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(str(folder), device)
@@ -366,19 +335,16 @@ def recall_of_run(folder):
 
 
 def recall_of_texts(embedded, language, keep):
-    """evaluate.recall_at_k of some of the texts, and of the images that own one of them.
+    """evaluate.recall_at_k of the texts in keep, bool [P], and of the images that own one of them.
 
-    keep: bool [P]. All other texts and images are candidates only.
+    The other texts and images are only candidates.
     """
     owner = embedded.owner[language].masked_fill(~keep, -1)
     return evaluate.recall_at_k(embedded.images, embedded.texts[language], owner)
 
 
 def crop_examples(pairs, variants):
-    """Pieces of a page: what six images look like to variants, all their crops.
-
-    variants: {title: name}.
-    """
+    """HTML with all crops of six images, for each variant. variants: {title: name}."""
     images = np.stack([shards.decode(pair.image).resize((72, 72)) for pair in pairs[:6]])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)                    # [N, 3, 72, 72]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (crops.MEAN, crops.STD))
@@ -389,10 +355,11 @@ def crop_examples(pairs, variants):
             images, groups, 0, torch.arange(len(images)), scale=flags.scale,
             low_scale=flags.low_scale, augment=flags.augment)                # K x [N, 3, s, s]
         shown = []
-        for view in (view for views_of_image in zip(*views) for view in views_of_image):
-            pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte()  # [3, s, s]
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            shown.append(page.image(image, image.height))
+        for views_of_image in zip(*views):
+            for view in views_of_image:                                      # [3, s, s]
+                pixels = ((view * std + mean).clamp(0, 1) * 255).round().byte()
+                image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+                shown.append(page.image(image, image.height))
         parts.append(page.heading(title) + page.row(shown))
     return parts
 
@@ -408,54 +375,47 @@ def ablation(study):
     Claim: Stage 1 (a masked autoencoder on the images) and multi-crop each help, and together they
     help most.
 
-    Refuted if: The difference to the control is not positive beyond its spread, for each part by
-    itself: + MAE, + multi-crop, and + both.
+    Refuted if: The difference to the control is not positive beyond its spread, for any of + MAE,
+    + multi-crop and + both.
 
-    Runs: CLIP alone, + MAE, + multi-crop and + both, with each seed. First all four see the same
-    number of images in stage 2, and stage 1 sees twice as many on top. Then the first three are
-    trained again, for as many FLOPs as both spends, its stage 1 included. Multi-crop is two crops
-    of full size here. It takes 75 minutes on two CPU cores.
+    Runs: CLIP alone, + MAE, + multi-crop and + both, with each seed. First, all four see the same
+    number of images in stage 2, and stage 1 sees twice as many in addition. Then the first three
+    are trained again, for as many FLOPs as + both takes, its stage 1 included. Multi-crop is two
+    crops of full size here. It takes 75 minutes on two CPU cores.
 
-    Control: CLIP alone. For + both, that of the other three whose mean is highest.
+    Control: CLIP alone. For + both, the one of the other three with the highest mean.
 
     Measure: R@1, the mean over both languages and both directions.
     """
-    budget = make_run(study, "both", 0).total_flops
-    settings = {"the same images in stage 2": _runs_of_ablation(study, None),
-                "the same FLOPs": _runs_of_ablation(study, budget)}
-    train(study, [runs[name][seed] for seed in range(study.args.seeds)
-                  for runs in settings.values() for name in LABELS])
+    budgets = {"the same images in stage 2": None,
+               "the same FLOPs": make_run(study, "both", 0).total_flops}
+    seeds = range(study.args.seeds)
+    settings = {title: {name: [make_run(study, name, seed, budget) for seed in seeds]
+                        for name in LABELS} for title, budget in budgets.items()}
+    train(study, [runs[name][seed] for seed in seeds for runs in settings.values()
+                  for name in LABELS])
 
     numbers = {"caption_length": study.caption_length, "columns": RECALL_COLUMNS}
     tables, verdicts = [], []
     for title, runs in settings.items():
-        recall = {name: np.stack([recall_of_run(folder_of(study, run)) for run in runs[name]])
-                  for name in LABELS}                                        # [seeds, 5] each
-        tables.append(compare(f"R@1 with {title}, %", RECALL_COLUMNS,
-                              {_label(name, runs[name][0]): recall[name] for name in LABELS},
-                              control=LABELS["clip"]))
+        recall, rows = {}, {}                                                # of [seeds, 5]
+        numbers[title] = {}
+        for name, label in LABELS.items():
+            recall[name] = np.stack([recall_of_run(folder_of(study, run)) for run in runs[name]])
+            run = runs[name][0]
+            numbers[title][name] = {"steps": run.steps, "FLOPs": run.total_flops,
+                                    "R@1": recall[name]}
+            steps = f"{run.stage_1.steps:,} + {run.steps:,}" if run.stage_1 else f"{run.steps:,}"
+            rows[f"{label}, {steps} steps, {run.total_flops / 1e12:,.1f} TFLOPs"] = recall[name]
+        tables.append(compare(f"R@1 with {title}, %", RECALL_COLUMNS, rows, LABELS["clip"]))
         clip, mae, multi_crop, both = (recall[name][:, -1] for name in LABELS)
         best_other = max((clip, mae, multi_crop), key=np.mean)
         for compared, difference in (("+ MAE vs CLIP alone", mae - clip),
                                      ("+ multi-crop vs CLIP alone", multi_crop - clip),
                                      ("+ both vs the best other", both - best_other)):
             verdicts.append(verdict(f"R@1 with {title}: Δ, {compared}, points", difference))
-        numbers[title] = {name: {"steps": runs[name][0].steps, "FLOPs": runs[name][0].total_flops,
-                                 "R@1": recall[name]} for name in LABELS}
     examples = {"Images as CLIP alone sees them": "clip", "Images with multi-crop": "crops"}
     return Result(numbers, tables, verdicts, crop_examples(study.pairs, examples))
-
-
-def _runs_of_ablation(study, budget):
-    """{name: a TrainingRun for each seed}."""
-    return {name: [make_run(study, name, seed, budget) for seed in range(study.args.seeds)]
-            for name in LABELS}
-
-
-def _label(name, run):
-    """What a variant and its length are called in a table."""
-    steps = f"{run.stage_1.steps:,} + {run.steps:,}" if run.stage_1 else f"{run.steps:,}"
-    return f"{LABELS[name]}, {steps} steps, {run.total_flops / 1e12:,.1f} TFLOPs"
 
 
 # ---- augmentation ----
@@ -467,13 +427,13 @@ def augmentation(study):
     retrieval.
 
     Refuted if: Accuracy is not higher with it, or R@1 is not lower, each beyond its spread. Half of
-    the names tell a skin tone or a color, which such augmentation takes away from the image. So R@1
-    has to be lower for the other names too.
+    the names state a skin tone or a color, which augmentation removes from the image, so R@1 must
+    be lower for the other names too.
 
-    Runs: Multi-crop (two crops of full size) with --augment and without; the latter are the
-    ablation's. It takes 20 minutes after the ablation, else 40.
+    Runs: Multi-crop (two crops of full size), which the ablation trains, and the same with
+    --augment. It takes 20 minutes after the ablation, else 40.
 
-    Control: The same without --augment.
+    Control: Multi-crop without --augment.
 
     Measure: Accuracy on coarse groups of emoji, the mean over groups and languages, and R@1, the
     mean over languages and directions.
@@ -488,14 +448,14 @@ def augmentation(study):
             groups = evaluate.classify(model, None, tokenizer, classes.read_classes("emoji groups"),
                                        embedded=embedded)
             accuracies.append(with_mean([groups[x]["mean_per_class"] for x in LANGUAGES]))
-            colorless = _colorless_images(embedded)
-            recalls.append(_recall_of_images(embedded, colorless))
+            colorless, n_colorless = _recall_of_colorless(embedded)
+            recalls.append(colorless)
         accuracy[label], colorless_recall[label] = np.array(accuracies), np.array(recalls)
 
     tables = [
         compare("Retrieval, R@1, %", RECALL_COLUMNS, recall, "plain"),
-        compare(f"Retrieval of the {int(colorless.sum()):,} names without skin tone or color, "
-                "R@1, %", RECALL_COLUMNS, colorless_recall, "plain"),
+        compare(f"Retrieval of the {n_colorless:,} names without skin tone or color, R@1, %",
+                RECALL_COLUMNS, colorless_recall, "plain"),
         compare(f"{groups['images']:,} images in {groups['classes']} groups, accuracy by group, %",
                 ["English", "Korean", "mean"], accuracy, "plain")]
     better, worse, colorless_worse = (x["augmented"][:, -1] - x["plain"][:, -1]
@@ -512,23 +472,21 @@ def augmentation(study):
     return Result(numbers, tables, verdicts, crop_examples(study.pairs, examples))
 
 
-def _colorless_images(embedded):
-    """Whether an image's English name tells neither a skin tone nor a color: bool [M]."""
+def _recall_of_colorless(embedded):
+    """R@1 of the images whose English name has no skin tone or color, and how many they are.
+
+    R@1 is a list in the order of RECALL_COLUMNS.
+    """
     colors = "|".join(ATTRIBUTES["color"][0])
     pattern = re.compile(rf"skin tone|(?<![\w-])({colors})(?![\w-])")
     names = embedded.captions["en"][:len(embedded.pairs)]
-    return torch.tensor([not pattern.search(name) for name in names])
-
-
-def _recall_of_images(embedded, keep):
-    """R@1 of some images and their names, in the order of RECALL_COLUMNS. keep: bool [M]."""
+    keep = torch.tensor([not pattern.search(name) for name in names])        # [M]
     values = []
     for language in LANGUAGES:
-        owner = embedded.owner[language]                                     # [P]
-        keep_texts = keep[owner.clamp(min=0)] & (owner >= 0)                 # [P]
-        recall = recall_of_texts(embedded, language, keep_texts)
+        # A text without an owner, -1, stays a candidate, whatever keep[-1] is.
+        recall = recall_of_texts(embedded, language, keep[embedded.owner[language]])
         values += [recall[direction]["R@1"] for direction in evaluate.DIRECTIONS]
-    return with_mean(values)
+    return with_mean(values), int(keep.sum())
 
 
 # ---- alignment ----
@@ -539,23 +497,23 @@ TRANSLATIONS = ("English to Korean", "Korean to English")
 def alignment(study):
     """Do the two languages align through the images that they share?
 
-    Claim: Without any loss between them, the two languages align through the images that they
-    share.
+    Claim: The two languages align through the images that they share, without any loss between
+    them.
 
     Refuted if: Translation in "shared" is not better than in "apart" beyond the spread.
 
-    Runs: "shared", where each image has its caption in one language only, by a hash of its key. So
-    no pair has both names, but both languages name nearly each thing, on images of different
-    vendors. And "apart". It takes 15 minutes.
+    Runs: "shared" and "apart". In "shared", each image has its caption in one language only, chosen
+    by a hash of its key. So no pair has both names, but nearly each thing is named in both
+    languages, on images of different vendors. It takes 15 minutes.
 
     Control: "apart", where each thing, with all its skin tones and genders, is named in one
-    language only. This model was never told the other name of a thing. What it gets right comes
-    from words that names have in common, such as skin tones. All seeds split the languages in the
-    same way.
+    language only. This model never sees the other name of a thing. What it translates correctly
+    comes from words that names have in common, such as skin tones. All seeds split the languages in
+    the same way.
 
     Measure: R@1 of translation: the Korean name that is nearest to an English one, among all names
-    of training, and the reverse, without an image between them. That both variants learned both
-    languages shows in the retrieval of names that they were told.
+    of training, and the reverse, without an image between them. Retrieval of the names that were
+    in training shows that both variants learned both languages.
     """
     for name in ("shared", "apart"):
         write_split(study.args.out / "data" / name, name, study.pairs)
@@ -564,7 +522,10 @@ def alignment(study):
     names = sorted({tuple(pair.captions[x] for x in LANGUAGES) for pair in study.pairs})
     recall, nearest = {}, {}
     for variant in folders:
-        told = _told_names(variant, study.pairs)
+        trained = set()  # (language, name)
+        for pair in study.pairs:
+            language = split_language(variant, pair)
+            trained.add((language, pair.captions[language]))
         recall[variant] = []
         for folder in folders[variant]:
             model, tokenizer, embedded = embed(study, folder)
@@ -573,7 +534,11 @@ def alignment(study):
             found = evaluate.recall_at_k(english, korean, torch.arange(len(names)))
             found = dict(zip(TRANSLATIONS, (found["image_to_text"], found["text_to_image"])))
             for language, title in zip(LANGUAGES, ("images, English", "images, Korean")):
-                found[title] = _recall_of_told(embedded, language, told)
+                texts = embedded.captions[language]
+                keep = torch.tensor([(language, text) in trained for text in texts])
+                both = recall_of_texts(embedded, language, keep).values()    # directions
+                found[title] = {f"R@{k}": fmean(values[f"R@{k}"] for values in both)
+                                for k in evaluate.KS}
             recall[variant].append(found)
             if variant not in nearest:  # the first seed's, for the page
                 nearest[variant] = (english @ korean.T).topk(min(3, len(names))).indices
@@ -587,49 +552,28 @@ def alignment(study):
                                for found in recall[variant]]) for variant in ("shared", "apart"))
     verdicts = [verdict("R@1 of translation: Δ, shared vs apart, points", shared - apart)]
     parts = [page.heading("The Korean names nearest to an English one",
-                          "The first seed's. The right one is marked."),
+                          "By the runs of the first seed. The right one is marked."),
              page.cards(_translation_cards(names, nearest, embedded.pairs))]
     return Result({"names": len(names), "found": recall}, tables, verdicts, parts)
 
 
-def _told_names(variant, pairs):
-    """The names that training told a variant: a set of (language, name)."""
-    told = set()
-    for pair in pairs:
-        language = split_language(variant, pair)
-        told.add((language, pair.captions[language]))
-    return told
-
-
-def _recall_of_told(embedded, language, told):
-    """{"R@1": ...} of the names in a language that are in told, the mean over directions."""
-    keep = torch.tensor([(language, text) in told for text in embedded.captions[language]])
-    recall = recall_of_texts(embedded, language, keep)
-    return {key: fmean(recall[direction][key] for direction in evaluate.DIRECTIONS)
-            for key in recall["image_to_text"]}
-
-
 def _translation_cards(names, nearest, pairs):
-    """Some names, an image of each, and the names that the first seed of each variant found."""
+    """Some English names, an image of each, and the Korean names that each variant finds."""
     pair_of = {pair.captions["en"]: pair for pair in pairs}
     cards = []
     for i in range(0, len(names), max(1, len(names) // 24)):
         english, _ = names[i]
-        if english not in pair_of:
-            continue
-        lists = ""
-        for variant, indices in nearest.items():
-            found = [(names[j][1], j == i) for j in indices[i].tolist()]
-            lists += page.names(f"{english}, {variant}", found)
-        cards.append(page.card(page.image(shards.decode(pair_of[english].image)), lists))
+        if english in pair_of:
+            lists = ""
+            for variant, indices in nearest.items():
+                found = [(names[j][1], j == i) for j in indices[i].tolist()]
+                lists += page.names(f"{english}, {variant}", found)
+            cards.append(page.card(page.image(shards.decode(pair_of[english].image)), lists))
     return cards
 
 
 def write_split(folder, name, pairs):
-    """Write training pairs as shards with one caption each. A folder that is there is kept.
-
-    name: "shared" or "apart", as split_language takes it.
-    """
+    """Write training pairs as shards with one caption each, unless the folder exists."""
     if folder.exists():
         return
     with shards.new_folder(str(folder)) as temporary:
@@ -644,16 +588,13 @@ def write_split(folder, name, pairs):
 
 
 def split_language(name, pair):
-    """The one language of a pair's caption: by its key in "shared", by its concept in "apart"."""
+    """The language of a pair's caption: by its key in "shared", by its concept in "apart"."""
     text = pair.key if name == "shared" else concept(pair)
     return LANGUAGES[hashlib.sha256(text.encode()).digest()[0] % 2]
 
 
 def code_points(key):
-    """The code points of the emoji that a key names; [] for other keys.
-
-    "Joy-U+1F468-U+1F3FF" -> [0x1F468, 0x1F3FF].
-    """
+    """"Joy-U+1F468-U+1F3FF" -> [0x1F468, 0x1F3FF]; [] for keys that name no emoji."""
     return [int(part[2:], 16) for part in key.split("-") if part.startswith("U+")]
 
 
@@ -681,8 +622,8 @@ SAME_CONCEPT = {  # code points, in hexadecimal -> those of another emoji that s
 def concept(pair):
     """What an emoji shows, regardless of gender and skin tone.
 
-    Returns the code points of its key without those, or else its English name. All families are
-    one concept.
+    Returns the code points in its key, without those of gender and skin tone, or its English name
+    if the key has no code points. All families are one concept.
     """
     ignored = SKIN_TONES | MALE_FEMALE_JOINER_SELECTOR
     points = [WITHOUT_GENDER.get(point, point) for point in code_points(pair.key)]
@@ -703,21 +644,20 @@ def culture(study):
     Claim: Names of one meaning find different images in the two languages, and not by chance.
 
     Refuted if: Two seeds agree no more in one language than across the two, beyond the spread over
-    pairs of seeds. (Pairs share seeds, so that this spread is smaller than it should be.) Or if the
-    disagreement of the languages, name by name, is correlated with that in other seeds no more than
-    with noise, beyond its spread.
+    pairs of seeds. (Pairs share seeds, so this spread is too small.) Or if the disagreement of the
+    languages, name by name, is correlated with that in other seeds no more than with noise, beyond
+    its spread.
 
-    Runs: CLIP alone, the ablation's. It takes a minute after the ablation, else 12.
+    Runs: CLIP alone, from the ablation. It takes a minute after the ablation, else 12.
 
-    Control: For the agreement across languages: that in one language. For the correlation with
-    other seeds: that with noise, which is the disagreement of two other seeds in one language.
-    Names that find nothing reliably disagree by noise alone.
+    Control: For the agreement across languages: the agreement in one language. For the correlation
+    with other seeds: the correlation with noise, which is the disagreement of two other seeds in
+    one language. Names that find nothing reliably disagree by noise alone.
 
     Measure: Two names agree by the Jaccard index of the ten test images nearest to each. Names that
     no training image has, names with a skin tone (half of all) and flags (only their Korean names
     say "flag") are not included. Names are translations, and the images are the same for both
-    languages. So what differs is what two words of one meaning share with other words, not two
-    cultures.
+    languages. So a difference comes from the other words of each language, not from two cultures.
     """
     if study.args.seeds < 2:
         raise ValueError(f"--seeds {study.args.seeds}: culture compares seeds: at least 2")
@@ -756,10 +696,10 @@ def culture(study):
                "correlation": correlations, "control": controls,
                "disagreement": {names[i]: disagreement[i].item() for i in most}}
     total = {x: sum(of_seed[x] for of_seed in scores) for x in LANGUAGES}    # [P, M] each
-    parts = [page.heading("Where the languages disagree most in every two seeds",
+    parts = [page.heading("Where the languages disagree most, in every pair of seeds",
                           f"The {k} images nearest to the English name and to the Korean one, by "
-                          "the sum over seeds. They are the most extreme of all, and so in part "
-                          "there by luck."),
+                          "the sum of the scores over seeds. These names are the most extreme of "
+                          "all, so some are here by chance."),
              page.cards(_culture_cards(embedded.pairs, chosen, disagreement, total, k))]
     return Result(numbers, tables, verdicts, parts)
 
@@ -771,8 +711,7 @@ def _names_to_compare(study, embedded):
               if pair.captions["en"] in trained and not is_flag(pair.key)
               and not SKIN_TONES & set(code_points(pair.key))]
     if not chosen:
-        raise ValueError(f"--test {' '.join(study.args.test)}: none of the names there is one of "
-                         "--data's")
+        raise ValueError(f"--test {' '.join(study.args.test)}: has none of the names in --data")
     return chosen
 
 
@@ -793,7 +732,7 @@ def agreements(nearest):
         correlations: for each seed the correlation, over names, of the disagreement of its
             languages with that in the other seeds.
         controls: for each seed its correlation with noise, which is the disagreement of two other
-            seeds in one language; None where there are no two others.
+            seeds in one language; None if there are no two others.
     """
     seed_pairs = list(itertools.combinations(range(len(nearest)), 2))
     same, cross = [], []
@@ -827,8 +766,8 @@ def rank_correlation(x, y):
 
 
 def _culture_cards(pairs, chosen, disagreement, scores, k):
-    """The names on which the languages disagree most, one of each concept, and what they find."""
-    strongest = {}  # concept -> the name on which the disagreement is largest
+    """The names with the largest disagreement, one of each concept, and the images they find."""
+    strongest = {}  # concept -> its name with the largest disagreement
     for i in disagreement.argsort(stable=True).tolist():
         strongest[concept(pairs[chosen[i]])] = i
     top = {x: scores[x].topk(k).indices.tolist() for x in LANGUAGES}         # [P][k]
@@ -886,72 +825,65 @@ def analogy(study):
 
     Claim: Image - text + text finds the analogous image.
 
-    Refuted if: R@1 is not higher than the control's beyond the spread, in each part: with
-    attributes and with whole names, against both controls.
+    Refuted if: R@1 is not higher than that of the control beyond the spread, in each part: with
+    attributes and with full names, against both controls.
 
-    Runs: CLIP alone, the ablation's, or any that --run names. It takes three minutes after the
+    Runs: CLIP alone, from the ablation, or the models of --run. It takes three minutes after the
     ablation, else 12.
 
     Control: The better of A alone and the target's text alone, for each kind and language. And
     A + text, which subtracts nothing.
 
     Measure: A and B are any two pairs of the test whose images differ and whose English names
-    differ in one attribute, or any two flags of countries. B is searched for among all images but A
-    by A - text(attribute of A) + text(attribute of B), weights 1, and again with whole names in
-    place of attributes. R@1 is the mean over kinds of attributes and languages.
+    differ in one attribute, or any two flags of countries. The query for B, among all images but A,
+    is A - text(attribute of A) + text(attribute of B), with weights 1, and again with full names
+    instead of attributes. R@1 is the mean over kinds of attributes and languages.
     """
     folders = study.args.run or train_seeds(study, ["clip"])["clip"]
     recall, chosen = collections.defaultdict(list), None
     for folder in folders:
         model, tokenizer, embedded = embed(study, folder)
-        if chosen is None:
-            chosen = _analogies_of_test(study, embedded.pairs)
+        chosen = chosen or _analogies_of_test(study, embedded.pairs)
         for key, values in _recall_of_analogies(model, tokenizer, embedded, chosen).items():
             recall[key].append(values)
-    recall = {key: np.array(values).T for key, values in recall.items()}     # [R@1 and R@5, runs]
+    # {(attributes or names, language, kind, query): float [2, runs]}, R@1 and R@5
+    recall = {key: np.array(values).T for key, values in recall.items()}
 
-    tables = [_table_of_analogies(recall, what, language, chosen, len(embedded.pairs))
-              for what in ("attributes", "names") for language in LANGUAGES]
-    verdicts = []
-    for what in ("attributes", "names"):
-        cells = [_cell(recall, what, language, kind) for language in LANGUAGES for kind in chosen]
-        vs_alone = [cell[OURS][0] - _better_alone(cell) for cell in cells]
-        vs_sum = [cell[OURS][0] - cell["A + text"][0] for cell in cells]
-        for control, differences in (("the better of A and text", vs_alone), ("A + text", vs_sum)):
-            verdicts.append(verdict(f"R@1 with {what}: Δ, {OURS} vs {control}, points",
-                                    np.mean(differences, axis=0)))
+    tables, verdicts = _compare_queries(recall, chosen, len(embedded.pairs))
     numbers = {"runs": [str(folder) for folder in folders],
                "analogies": {kind: len(found) for kind, found in chosen.items()},
                "R@1 and R@5": {", ".join(key): values for key, values in recall.items()}}
-    shown = [example for found in chosen.values() for example in found[:4]]
-    parts = [page.heading("Some of them", "What the last run finds. The right one is marked."),
-             page.cards([_analogy_card(model, tokenizer, embedded, x) for x in shown])]
+    examples = [example for found in chosen.values() for example in found[:4]]
+    parts = [page.heading("Examples", "What the last run finds. The right one is marked."),
+             page.cards([_analogy_card(model, tokenizer, embedded, x) for x in examples])]
     return Result(numbers, tables, verdicts, parts)
 
 
-def _cell(recall, what, language, kind):
-    """What analogy compares: {query: float [2, runs]}, R@1 and R@5."""
-    return {query: recall[what, language, kind, query] for query in QUERIES}
-
-
-def _better_alone(cell):
-    """R@1 of the better of the image and the text alone, by the mean over runs: [runs]."""
-    return max((cell["A"][0], cell["text"][0]), key=np.mean)
-
-
-def _table_of_analogies(recall, what, language, chosen, n_images):
-    """The table of one language, with attributes or with whole names: a row for each kind."""
-    rows = []
-    for kind, found in chosen.items():
-        cell = _cell(recall, what, language, kind)
-        rows.append([f"{kind}, {len(found):,}", *(cell[query][0] for query in QUERIES),
-                     cell[OURS][1], cell[OURS][0] - _better_alone(cell)])
-    means = [np.mean(column, axis=0) for column in list(zip(*rows))[1:]]
-    rows.append(["mean over kinds", *means])
-    title = (f"{evaluate.LANGUAGE_NAMES[language]} {what}: R@1, %, and R@5 of the first; chance "
-             f"{100 / (n_images - 1):.2f} and {500 / (n_images - 1):.2f}")
-    header = ["kind, analogies", *QUERIES, "R@5", "Δ vs the better of A and text"]
-    return title, header, [[row[0], *map(show, row[1:])] for row in rows]
+def _compare_queries(recall, chosen, n_images):
+    """The tables and the verdicts of analogy, from its recall."""
+    tables, verdicts = [], []
+    for what in ("attributes", "names"):
+        vs_alone, vs_sum = [], []  # differences of R@1 for each language and kind, [runs] each
+        for language in LANGUAGES:
+            rows = []
+            for kind, found in chosen.items():
+                at_1 = [recall[what, language, kind, query][0] for query in QUERIES]
+                ours, a_plus_text, a, text = at_1
+                at_5 = recall[what, language, kind, OURS][1]
+                better = max((a, text), key=np.mean)  # by the mean over runs
+                vs_alone.append(ours - better)
+                vs_sum.append(ours - a_plus_text)
+                rows.append([f"{kind}, {len(found):,}", *at_1, at_5, ours - better])
+            means = [np.mean(column, axis=0) for column in list(zip(*rows))[1:]]
+            rows.append(["mean over kinds", *means])
+            title = (f"{evaluate.LANGUAGE_NAMES[language]} {what}: R@1, %, and R@5 of the first; "
+                     f"chance {100 / (n_images - 1):.2f} and {500 / (n_images - 1):.2f}")
+            header = ["kind, analogies", *QUERIES, "R@5", "Δ vs the better of A and text"]
+            tables.append((title, header, [[row[0], *map(show, row[1:])] for row in rows]))
+        for control, differences in (("the better of A and text", vs_alone), ("A + text", vs_sum)):
+            verdicts.append(verdict(f"R@1 with {what}: Δ, {OURS} vs {control}, points",
+                                    np.mean(differences, axis=0)))
+    return tables, verdicts
 
 
 def analogies(pairs):
@@ -969,7 +901,7 @@ def analogies(pairs):
             for old, new in itertools.permutations(group, 2):
                 parts = re.split(rf"(?<![\w-]){old}(?![\w-])", name)
                 b = index_of.get(new.join(parts)) if len(parts) == 2 else None
-                # "red hair" is an attribute of hair, and not of color too.
+                # "red hair" is an attribute of hair, not also of color.
                 if b is not None and (a, b) not in seen:
                     seen.add((a, b))
                     attributes = {"en": (old, new), "ko": (group[old], group[new])}
@@ -990,25 +922,21 @@ def _analogies_of_test(study, pairs):
         if different:
             chosen[kind] = different
     if not chosen:
-        raise ValueError(f"--test {' '.join(study.args.test)}: no two English names there differ "
-                         "in one attribute")
+        raise ValueError(f"--test {' '.join(study.args.test)}: no two English names differ in one "
+                         "attribute")
     return chosen
 
 
 def _recall_of_analogies(model, tokenizer, embedded, chosen):
-    """R@1 and R@5 of one model.
-
-    Returns {(attributes or names, language, kind, query): [R@1, R@5]}, in 0..1.
-    """
+    """Of one model: {(attributes or names, language, kind, query): [R@1, R@5]}, in 0..1."""
     recall = {}
     for (kind, found), language in itertools.product(chosen.items(), LANGUAGES):
         a, b = torch.tensor([x.a for x in found]), torch.tensor([x.b for x in found])  # [n]
         old, new = zip(*(x.attributes[language] for x in found))
-        words = dict.fromkeys(itertools.chain.from_iterable(zip(old, new)))
-        position = {word: i for i, word in enumerate(words)}
-        vectors = evaluate.embed_texts(model, tokenizer, list(words))
+        words = list(dict.fromkeys(itertools.chain.from_iterable(zip(old, new))))
+        vectors = dict(zip(words, evaluate.embed_texts(model, tokenizer, words)))
         texts = {
-            "attributes": [vectors[[position[word] for word in side]] for side in (old, new)],
+            "attributes": [torch.stack([vectors[word] for word in side]) for side in (old, new)],
             "names": [embedded.texts[language][side] for side in (a, b)]}    # [n, D] each
         for (what, (of_a, of_b)), query in itertools.product(texts.items(), QUERIES):
             ranks = rank_of_analogue(embedded.images, a, b, of_a, of_b, QUERIES[query])
@@ -1063,7 +991,7 @@ def describe(name):
 
 
 def report(args, name, result):
-    """Print a Result, and write OUT/NAME.json and OUT/NAME.html. Returns the result lines."""
+    """Print a Result, and write OUT/NAME.json and OUT/NAME.html. Returns the lines on verdicts."""
     text = describe(name)
     held = [part["held"] for part in result.verdicts]
     if None in held:
@@ -1110,19 +1038,24 @@ def _print_table(title, header, rows):
 # ---- the command ----
 
 def open_study(args):
-    """Open --out and read the training pairs: a Study.
-
-    Trains the tokenizer that all runs share. Raises ValueError when the folder is in use or was
-    begun with other settings, and when a pair has no name in one of the languages.
-    """
+    """Open --out, read the training pairs, and train the tokenizer of all runs: a Study."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{args.out}: in use by another findings, or by a run that outlived one: "
-                         "wait for it, or name another --out") from None
-    _check_settings(args)
+        raise ValueError(f"{args.out}: in use by another findings, or by a run that it started: "
+                         "wait until it ends, or name another --out") from None
+    settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size,
+                "stage_1_steps": STAGE_1_STEPS,
+                "variants": {name: list(variant.flags) for name, variant in VARIANTS.items()}}
+    path = args.out / "settings.json"
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    for key, value in settings.items():
+        if begun.get(key) != value:
+            raise ValueError(f"{args.out}: {key} was {begun.get(key)} and is now {value}: set it "
+                             "back, or name another --out")
+
     uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
     if uses_demo and not os.path.exists(demo.DEMO):
         demo.pack_emoji(demo.DEMO)
@@ -1134,7 +1067,7 @@ def open_study(args):
         if not pair.captions.keys() >= set(LANGUAGES):
             raise ValueError(f"--data, --test: {pair.key} does not have a name in both languages "
                              "(KEY.en.txt, KEY.ko.txt), which the findings need")
-    page.write_text(args.out / "settings.json", json.dumps(_settings(args), indent=1))
+    page.write_text(path, json.dumps(settings, indent=1))
 
     texts = [text for pair in pairs for text in pair.captions.values()]
     path = args.out / "tokenizer.json"
@@ -1144,29 +1077,6 @@ def open_study(args):
     tokens = Tokenizer.load(path).encode_ordinary_batch(texts)
     caption_length = fmean(len(ids) + 2 for ids in tokens)  # with start and end
     return Study(args, pairs, caption_length, lock)
-
-
-def _settings(args):
-    """What all runs in --out must have in common."""
-    return {"data": args.data, "test": args.test, "batch_size": args.batch_size,
-            "stage_1_steps": STAGE_1_STEPS,
-            "variants": {name: list(variant.flags) for name, variant in VARIANTS.items()}}
-
-
-def _check_settings(args):
-    """Raise ValueError when --out was begun with other settings."""
-    path = args.out / "settings.json"
-    if not path.exists():
-        return
-    try:
-        begun = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: damaged: delete it if the runs there have the settings of this "
-                         "command, or name another --out") from None
-    for key, value in _settings(args).items():
-        if begun.get(key) != value:
-            raise ValueError(f"{args.out}: {key} was {begun.get(key)} and is now {value}: set it "
-                             "back, or name another --out")
 
 
 def parse_arguments(argv=None):
@@ -1181,8 +1091,8 @@ def parse_arguments(argv=None):
     add("finding", metavar="NAME", choices=[*FINDINGS, "all"],
         help=f"{', '.join(FINDINGS)}, or all of them")
     add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
-        help="training pairs, with a name in each language (default: the demo's, which are packed "
-             "on first use)")
+        help="training pairs, with a name in each language (default: the demo's, packed on first "
+             "use)")
     add("--test", nargs="+", default=[f"{demo.DEMO}/test-*.tar"], metavar="SHARDS",
         help="held-out pairs; names.json in the same folder has all names (default: the demo's)")
     add("--out", type=Path, default=Path("runs/findings"), metavar="FOLDER",

@@ -1,20 +1,20 @@
-"""Make shards of your own images, and check shards.
+"""Make shards from your own images, and check shards.
 
     python -m extras.pack images OUT photos/ more.csv   # pairs of images and captions
-    python -m extras.pack classes OUT photos/           # a test set of a folder for each class
+    python -m extras.pack classes OUT photos/           # a test set from one folder per class
     python -m extras.pack check 'OUT/*.tar'             # read everything, report errors
 
 `images` takes folders and tables. In a folder, the captions of NAME.jpg are in NAME.txt (one
 caption in any language), in NAME.en.txt and NAME.ko.txt, or in a NAME.json that has a "caption". A
-table (.csv or .tsv) has a header: image, then caption or a language such as en or ko for each
-further column. Train on the result with `python train_clip.py --data OUT`.
+table (.csv or .tsv) has a header: the first column is `image`, each other column is `caption` or a
+language such as `en` or `ko`. Train on the result with `python train_clip.py --data OUT`.
 
-`classes` takes a folder whose folders are named after the classes, and writes CLIP_benchmark's
-layout: OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with
-`python evaluate.py MODEL --test OUT`.
+`classes` takes a folder with one folder of images per class, and writes CLIP_benchmark's layout:
+OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with `python
+evaluate.py MODEL --test OUT`.
 
-The same input gives the same bytes for any number of workers. A folder of shards appears when it
-is complete.
+The same input results in the same bytes for any number of workers. A folder of shards appears when
+it is complete.
 
 Not included: downloading images (img2dataset does that, and writes the same shards).
 """
@@ -29,20 +29,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+import shards
+from extras.search import ImageFolder
 from kelip import ceil_div
-from shards import (
-    BLOCK,
-    IMAGE_SUFFIXES,
-    LANGUAGE,
-    decode,
-    expand_pattern,
-    format_counts,
-    index_tar,
-    map_processes,
-    new_folder,
-    read_pair,
-    write_shard,
-)
+from shards import IMAGE_SUFFIXES, LANGUAGE
 from tokenizer import run_command
 
 SHARD_PAIRS = 10_000
@@ -51,12 +41,12 @@ SHARD_PAIRS = 10_000
 # ---- pairs of images and captions ----
 
 def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
-    """Make shards OUT/000000.tar, ... of folders and tables, in an order shuffled by a fixed seed.
+    """Make shards OUT/000000.tar, ... from folders and tables, shuffled with a fixed seed.
 
     inputs: paths of folders and of .csv and .tsv files, as the top of this file describes. Returns
-    (number of pairs, [a line on each file that could not be read]). Raises ValueError when there
-    are no images or an input is neither, FileExistsError when OUT holds something, OSError when the
-    disk is full.
+    (number of pairs, [a line on each file that could not be read]). Raises ValueError when an input
+    is neither or there are no images, FileExistsError when OUT is not empty, OSError when the disk
+    is full.
     """
     found = []
     for path in inputs:
@@ -67,10 +57,11 @@ def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
         else:
             raise ValueError(f"{path}: neither a folder of images nor a table (.csv, .tsv)")
     if not found:
-        raise ValueError(f"{', '.join(inputs)}: no images there ({_suffixes()})")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{', '.join(inputs)}: no images there ({suffixes})")
     order = np.random.default_rng(0).permutation(len(found))
     items = [(f"{i:09d}", *found[source]) for i, source in enumerate(order.tolist())]
-    with new_folder(out) as temporary:
+    with shards.new_folder(out) as temporary:
         paths = [f"{temporary}/{i:06d}.tar" for i in range(ceil_div(len(items), shard_pairs))]
         return _write_shards(paths, items, shard_pairs, workers)
 
@@ -79,25 +70,21 @@ def _folder_pairs(folder):
     """The images under a folder, sorted, with their captions: [(path, {suffix: Path})]."""
     caption = re.compile(rf"(.+?)\.((?:{LANGUAGE.pattern}\.)?txt|json)")
     found = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()  # os.walk goes through them in this order
-        captions = collections.defaultdict(dict)
+    for parent, folders, files in os.walk(folder):
+        folders.sort()  # os.walk visits them in this order
+        captions = collections.defaultdict(dict)                             # by stem and suffix
         for name in files:
-            match = caption.fullmatch(name)
-            if match:
-                captions[match[1]][match[2]] = pathlib.Path(place, name)
+            if match := caption.fullmatch(name):
+                captions[match[1]][match[2]] = pathlib.Path(parent, name)
         for name in sorted(files):
             stem, _, suffix = name.rpartition(".")
             if suffix.lower() in IMAGE_SUFFIXES:
-                found.append((os.path.join(place, name), dict(sorted(captions[stem].items()))))
+                found.append((os.path.join(parent, name), dict(sorted(captions[stem].items()))))
     return found
 
 
 def _table_pairs(path):
-    """The rows of a .csv or .tsv: [(path of the image, {suffix: caption})].
-
-    Paths of images are relative to the folder of the table.
-    """
+    """The rows of a .csv or .tsv, whose paths are relative to it: [(path, {suffix: caption})]."""
     options = {}
     if path.lower().endswith(".tsv"):
         options = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -105,8 +92,8 @@ def _table_pairs(path):
         header, *rows = list(csv.reader(file, **options)) or [[]]
     known = all(name == "caption" or LANGUAGE.fullmatch(name) for name in header[1:])
     if header[:1] not in (["image"], ["path"]) or not known:
-        raise ValueError(f"{path}: its header is {', '.join(header)!r}: it must be image, then "
-                         "caption or a language such as en or ko for each further column")
+        raise ValueError(f"{path}: its header is {', '.join(header)!r}: the first column must be "
+                         "image, each other one caption or a language such as en or ko")
     suffixes = ["txt" if name == "caption" else f"{name}.txt" for name in header[1:]]
     folder = os.path.dirname(path)
     found = []
@@ -118,72 +105,69 @@ def _table_pairs(path):
 
 
 def _write_shards(paths, items, shard_pairs, workers):
-    """Write (key, path of the image, {suffix: text or Path}) items to shards of shard_pairs each.
+    """Write items (key, path of the image, {suffix: text or Path}), shard_pairs to a shard.
 
     Returns (number of pairs, [a line on each file that could not be read]).
     """
-    jobs = []
-    for i, path in enumerate(paths):
-        jobs.append((path, items[i * shard_pairs:(i + 1) * shard_pairs]))
-    count, unreadable = 0, []
-    for shard_count, shard_unreadable in map_processes(_write_one_shard, jobs, workers, "pack"):
-        count += shard_count
-        unreadable += shard_unreadable
-    return count, unreadable
+    jobs = [(path, items[i * shard_pairs:(i + 1) * shard_pairs]) for i, path in enumerate(paths)]
+    unreadable = []
+    for of_shard in shards.map_processes(_write_one_shard, jobs, workers, "pack"):
+        unreadable += of_shard
+    return len(items) - len(unreadable), unreadable
 
 
 def _write_one_shard(job):
+    """Write one shard; returns a line on each file that could not be read."""
     path, items = job
     unreadable = []
 
     def pairs():
         for key, image, others in items:
+            files = {image.rpartition(".")[2].lower(): pathlib.Path(image), **others}
             try:
-                members = {image.rpartition(".")[2].lower(): pathlib.Path(image).read_bytes()}
-                for suffix, value in others.items():
-                    is_text = isinstance(value, str)
-                    members[suffix] = value.encode() if is_text else value.read_bytes()
+                members = {
+                    suffix: value.encode() if isinstance(value, str) else value.read_bytes()
+                    for suffix, value in files.items()}
             except OSError as error:
                 unreadable.append(f"{error.filename}: {error.strerror}")
                 continue
             yield key, members
 
-    write_shard(path, pairs())
-    return len(items) - len(unreadable), unreadable
-
-
-def _suffixes():
-    return ", ".join(sorted(IMAGE_SUFFIXES))
+    shards.write_shard(path, pairs())
+    return unreadable
 
 
 # ---- folders of classes ----
 
 def pack_classes(out, folder, split="test", workers=1):
-    """Make a set for zero-shot classification of a folder of class folders.
+    """Make a set for zero-shot classification from a folder with one folder of images per class.
 
     Writes CLIP_benchmark's layout: OUT/classnames.txt, OUT/SPLIT/nshards.txt, and OUT/SPLIT/0.tar,
     1.tar, ..., in which each image has a .cls, the number of its class among the sorted names.
-    Call it again with another split of the same classes to add it to OUT. Images may be in folders
+    Another call with another split of the same classes adds it to OUT. Images may be in folders
     inside those of the classes. Hidden files are ignored, links are followed.
 
     Returns (number of images, class names, [a line on each image that was skipped]). Raises
     ValueError when there are no class folders or OUT has other classes, FileExistsError when the
-    split exists, OSError when a folder cannot be read or the disk is full.
+    split exists, OSError when there are no images, a folder cannot be read or the disk is full.
     """
-    found = _class_images(folder)
+    images = ImageFolder(folder)
+    found = []  # (class name or "", path)
+    for key, image in zip(images.keys, images.shards):
+        class_folder, slash, _ = key.partition("/")
+        found.append((class_folder if slash else "", image.path))
     names = sorted({name for name, _ in found if name})
     if not names:
-        raise ValueError(f"{folder}: no folders of images there, one for each class "
-                         f"({_suffixes()})")
+        raise ValueError(f"{folder}: no folders of images there, one for each class")
     text = "".join(f"{name}\n" for name in names)
     names_file = pathlib.Path(out, "classnames.txt")
     if names_file.exists() and names_file.read_text(encoding="utf-8") != text:
         raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
     skipped = [f"{path}: not in the folder of a class" for name, path in found if not name]
     numbers = {name: str(i) for i, name in enumerate(names)}
-    labelled = [(path, {"cls": numbers[name]}) for name, path in found if name]
-    items = [(f"{i:09d}", *item) for i, item in enumerate(labelled)]
-    with new_folder(os.path.join(out, split)) as temporary:
+    labeled = [(path, {"cls": numbers[name]}) for name, path in found if name]
+    items = [(f"{i:09d}", *item) for i, item in enumerate(labeled)]
+    with shards.new_folder(os.path.join(out, split)) as temporary:
         paths = [f"{temporary}/{i}.tar" for i in range(ceil_div(len(items), SHARD_PAIRS))]
         count, unreadable = _write_shards(paths, items, SHARD_PAIRS, workers)
         pathlib.Path(temporary, "nshards.txt").write_text(f"{len(paths)}\n")
@@ -191,42 +175,15 @@ def pack_classes(out, folder, split="test", workers=1):
     return count, names, skipped + unreadable
 
 
-def _class_images(folder):
-    """The images under a folder of class folders, sorted: [(class name, path)].
-
-    The name is "" for an image that is in none of them.
-    """
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it, or to one that was walked before
-            folders.clear()
-            continue
-        seen.add(real)
-        inside = os.path.relpath(place, folder)
-        class_name = "" if inside == "." else inside.split(os.sep)[0]
-        # Names in old archives may not be UTF-8.
-        class_name = os.fsencode(class_name).decode("utf-8", "replace")
-        for name in sorted(files):
-            if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                found.append((class_name, os.path.join(place, name)))
-    return found
-
-
-def _raise(error):
-    raise error
-
-
 # ---- checking shards ----
 
 class ShardReport(NamedTuple):
-    """What check_shard found."""
+    """The result of check_shard."""
     pairs: int
-    good_pairs: int                   # whose image decodes and that have a caption
+    good_pairs: int                   # have a caption and an image that decodes
     captions: collections.Counter     # by language
     errors: collections.Counter       # by reason
-    examples: dict                    # reason -> where it was first
+    examples: dict                    # reason -> the first pair with it
     pixels: list                      # of each image that decodes
     sizes: list                       # bytes, of the same images
 
@@ -242,20 +199,20 @@ def check_shard(path):
         examples.setdefault(reason, f"{path}: {where}")
 
     try:
-        shard, rows = index_tar(path)
+        shard, rows = shards.index_tar(path)
     except OSError as error:
         note("shard unreadable", error.strerror)
         return ShardReport(0, 0, captions, errors, examples, pixels, sizes)
     with open(path, "rb") as file:
         for row in rows:
-            where = f"at byte {int(row[0]) * BLOCK}"
+            where = f"at byte {int(row[0]) * shards.BLOCK}"
             try:
-                pair = read_pair(file, path, row)
+                pair = shards.read_pair(file, path, row)
                 where = pair.key
                 captions.update(pair.captions.keys())
                 if pair.error:
                     note(pair.error, where)
-                image = decode(pair.image)
+                image = shards.decode(pair.image)
             except ValueError as error:
                 note(error, where)
                 continue
@@ -269,8 +226,8 @@ def check_shard(path):
 
 
 def check(paths, workers=1):
-    """Read and decode all pairs of some tars, and print a report. Returns the errors, a Counter."""
-    reports = map_processes(check_shard, paths, workers, "check")
+    """Read and decode all pairs of some tars, print a report, return the errors: a Counter."""
+    reports = shards.map_processes(check_shard, paths, workers, "check")
     captions, errors, examples = collections.Counter(), collections.Counter(), {}
     pixels, sizes = [], []
     for report in reports:
@@ -283,7 +240,7 @@ def check(paths, workers=1):
     good_pairs = sum(report.good_pairs for report in reports)
     print(f"{len(paths):,} shards, {pairs:,} pairs, {good_pairs:,} of them good")
     if captions:
-        print(f"  captions: {format_counts(captions)}")
+        print(f"  captions: {shards.format_counts(captions)}")
     for values, unit in ((pixels, "pixels"), (sizes, "bytes")):
         if values:
             low, median, high = (int(q) for q in np.percentile(values, (5, 50, 95)))
@@ -297,33 +254,33 @@ def check(paths, workers=1):
 # ---- the command ----
 
 def main(argv=None):
-    """The command: images, classes or check."""
+    """Read the command line, then pack or check."""
     parser = argparse.ArgumentParser(
         prog="python -m extras.pack", description=__doc__.split("\n\nThe same input")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("images", help="make shards of folders and tables")
+    images = commands.add_parser("images", help="make shards from folders and tables")
     images.add_argument("out", metavar="OUT", help="a new or empty folder for the shards")
     images.add_argument("inputs", nargs="+", metavar="INPUT",
                         help="a folder of images with their captions, or a .csv or .tsv")
     images.add_argument("--shard-pairs", type=int, default=SHARD_PAIRS,
                         help="pairs in a shard (default: %(default)s)")
-    classes = commands.add_parser("classes", help="make a test set of a folder of class folders")
-    classes.add_argument("out", metavar="OUT", help="folder for the set")
-    classes.add_argument("folder", metavar="FOLDER", help="has one folder of images for each class")
+    classes = commands.add_parser("classes", help="make a test set from class folders")
+    classes.add_argument("out", metavar="OUT", help="the folder for the set")
+    classes.add_argument("folder", metavar="FOLDER", help="has one folder of images per class")
     classes.add_argument("--split", default="test", metavar="NAME",
                          help="the name of these images in the set (default: %(default)s)")
-    check_shards = commands.add_parser("check", help="read and decode everything, report errors")
-    check_shards.add_argument("shards", nargs="+", metavar="SHARDS",
-                              help="tars, folders, globs or brace ranges")
-    for command in (images, classes, check_shards):
+    checks = commands.add_parser("check", help="read and decode everything, report errors")
+    checks.add_argument("shards", nargs="+", metavar="SHARDS",
+                        help="tars, folders, globs or brace ranges")
+    for command in (images, classes, checks):
         command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                              help="processes (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.command == "check":
         paths = []
         for pattern in args.shards:
-            paths += expand_pattern(pattern.partition("::")[0])
+            paths += shards.expand_pattern(pattern.partition("::")[0])
         check(paths, args.workers)
         return
     if args.command == "images":

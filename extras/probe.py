@@ -1,14 +1,14 @@
-"""Linear probe: how much of the classes of images a linear layer can read from a frozen encoder.
+"""Linear probe: how well a linear layer on a frozen image encoder classifies images.
 
-    python -m extras.probe runs/mae                                    the demo's groups of emoji
-    python -m extras.probe runs/clip --train cars --test cars          classes of one's own
+    python -m extras.probe runs/mae                              # the demo's groups of emoji
+    python -m extras.probe runs/clip --train cars --test cars    # your own classes
 
 The probe is a multinomial logistic regression on features before the projection, as in CLIP (arXiv
-2103.00020, appendix A.3). There are two kinds: the class token after ln_post, and the mean of the
-patch tokens. Stage 1 trains no projection, so both stages are compared at the same layer. Features
-are standardised, which corresponds to the BatchNorm without scale of He et al. (arXiv 2111.06377,
-section A.1). The L2 penalty is the best of nine on a fifth of the training images. For comparison
-there is the same probe of an untrained encoder of the same size.
+2103.00020, appendix A.3). Stage 1 trains no projection, so both stages are compared at the same
+layer. There are two kinds of features: the class token after ln_post, and the mean of the patch
+tokens. They are standardized, which corresponds to the BatchNorm without scale of He et al. (arXiv
+2111.06377, section A.1). The L2 penalty is the best of nine on a fifth of the training images, held
+out. The baseline is the same probe on an untrained encoder of the same size.
 
 From top to bottom: the encoders, the regression, the command.
 
@@ -38,7 +38,7 @@ L2_PENALTIES = [10.0 ** n for n in range(2, -7, -1)]
 def open_encoder(name_or_path, device="cpu"):
     """A KELIP with a trained image encoder, and an untrained one of the same size (seed 0).
 
-    name_or_path: a run of either stage, or anything else that kelip.build_model opens.
+    name_or_path: a run of either stage, or released KELIP.
     """
     checkpoint = kelip.open_checkpoint(name_or_path)
     torch.manual_seed(0)
@@ -60,9 +60,9 @@ def encode(model, images):
 def features_of(model, name_or_path, evaluation_set, flag):
     """The features of the images that have a class.
 
-    evaluation_set: of classes.open_set. flag: what named it, for the error. Returns features
-    [N, 2W], labels int64 [N], and a Counter of the errors of images that do not decode. Raises
-    ValueError for fewer than five images.
+    evaluation_set: from classes.open_set. flag: the flag that named it, for the error. Returns
+    features [N, 2W], labels int64 [N], and a Counter of the errors of images that do not decode.
+    Raises ValueError for fewer than five images.
     """
     pairs, classes, _ = evaluation_set
     cache = open_cache(name_or_path, model, "probe")
@@ -83,11 +83,11 @@ def fit(x, y, n_classes, l2_penalty, start=None):
     """Multinomial logistic regression by L-BFGS.
 
     x [N, W], y int64 [N] below n_classes. Returns weights [W + 1, n_classes], the bias in the last
-    row. They minimise
+    row. They minimize
 
         cross_entropy(predict(weights, x), y) + l2_penalty / 2 * weights[:-1].square().sum()
 
-    which is convex. start: weights to start from, by default zeros.
+    which is convex. start: initial weights, by default zeros.
     """
     if start is None:
         start = torch.zeros(x.shape[1] + 1, n_classes, dtype=x.dtype)
@@ -113,7 +113,8 @@ def predict(weights, x):
 def probe(train, test, bar=None):
     """Fit on one set, evaluate on another: {"top1", "mean_per_class", "l2_penalty"}.
 
-    train, test: (features float32 [N, W], labels int64 [N]). bar: is updated after each fit.
+    train, test: (features float32 [N, W], labels int64 [N]). bar: a progress bar, updated after
+    each fit.
     """
     (x, y), (x_test, y_test) = train, test
     n_classes = int(torch.cat([y, y_test]).max()) + 1
@@ -122,21 +123,21 @@ def probe(train, test, bar=None):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[:len(y) // 5], order[len(y) // 5:]
     weights, accuracies = None, []
-    # The strongest penalty first: its fit is quick, and is a good start for the next.
+    # The strongest penalty first: its fit is fast and a good start for the next one.
     for l2_penalty in L2_PENALTIES:
         weights = fit(x[rest], y[rest], n_classes, l2_penalty, weights)
         hits = predict(weights, x[held_out]).argmax(dim=1) == y[held_out]
         accuracies.append((hits.float().mean().item(), l2_penalty))
         if bar is not None:
             bar.update()
-    _, l2_penalty = max(accuracies)  # of equal accuracies the one with the stronger penalty
+    _, l2_penalty = max(accuracies)  # at equal accuracy, the stronger penalty
     weights = fit(x, y, n_classes, l2_penalty)
     top1, mean_per_class = accuracy(predict(weights, x_test).argmax(dim=1), y_test)
     return {"top1": top1, "mean_per_class": mean_per_class, "l2_penalty": l2_penalty}
 
 
 def accuracy(predicted, y):
-    """Accuracy over all images, and its mean over the classes in y. predicted, y: int64 [N]."""
+    """Accuracy over all images, and its mean over the classes of y. predicted, y: int64 [N]."""
     hits = (predicted == y).float()
     per_class = [hits[y == label].mean() for label in y.unique()]
     return hits.mean().item(), torch.stack(per_class).mean().item()
@@ -145,31 +146,32 @@ def accuracy(predicted, y):
 # ---- the command ----
 
 def main(argv=None):
-    """Probe an encoder, and an untrained one of the same size."""
+    """Read the command line, probe the encoder and an untrained one, print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m extras.probe", description=__doc__.partition("\nFrom top")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL",
-        help="a run of train_mae.py or train_clip.py, or what else kelip.build_model opens")
+        help="a run of train_mae.py or train_clip.py, or a folder of released weights")
     add("--train", nargs="+", default=["data/emoji/train-*.tar"], metavar="SET",
-        help="images to fit on: shards, or a folder in CLIP_benchmark's layout, such as `python -m "
-             "extras.pack classes OUT FOLDER --split train` makes of class folders (default: the "
+        help="images to fit on: shards, or a folder in CLIP_benchmark's layout, which `python -m "
+             "extras.pack classes OUT FOLDER --split train` makes from class folders (default: the "
              "demo's, data/emoji/train-*.tar)")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
-        help="images to evaluate on: the same, with --split test (default: the demo's, "
+        help="images to evaluate on, with the same classes (default: the demo's, "
              "data/emoji/test-*.tar)")
     add("--classes", metavar="NAME",
-        help="a set of prompts.json (default: the names in CLIP_benchmark's layout; for the demo, "
-             "\"emoji groups\")")
+        help="a set of classes in prompts.json (default: the names in CLIP_benchmark's layout; for "
+             "the demo, \"emoji groups\")")
     args = parser.parse_args(argv)
     if not args.classes and args.train == parser.get_default("train"):
         args.classes = "emoji groups"
     train_set = open_set(args.train, args.classes, "train")
     test_set = open_set(args.test, args.classes, "test")
-    if not _same_classes(train_set.classes, test_set.classes):
-        raise ValueError("--train and --test have no classes, or not the same; --classes gives a "
-                         "set of prompts.json to both")
+    both_have_classes = train_set.classes and test_set.classes
+    if not both_have_classes or train_set.classes["classnames"] != test_set.classes["classnames"]:
+        raise ValueError("--train and --test have different classes or none; --classes NAME takes "
+                         "those of prompts.json for both")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained, untrained = open_encoder(args.model, device)
@@ -179,7 +181,7 @@ def main(argv=None):
         x_test, y_test, skipped_test = features_of(model, args.model, test_set, "--test")
         if len(y.unique()) < 2:
             raise ValueError("--train: all images are of one class, so there is nothing to learn")
-        halves = zip(FEATURES, x.chunk(2, dim=1), x_test.chunk(2, dim=1))    # [N, W] each
+        halves = zip(FEATURES, x.chunk(2, dim=1), x_test.chunk(2, dim=1))    # [N, W]
         with tqdm(total=2 * len(L2_PENALTIES), desc="fit", leave=False) as bar:
             for name, half, half_test in halves:
                 result = probe((half, y), (half_test, y_test), bar)
@@ -189,19 +191,14 @@ def main(argv=None):
     rows.append(("always the most frequent class", *accuracy(most_frequent, y_test), ""))
 
     print(f"{len(y):,} images to fit on, {len(y_test):,} to evaluate on")
-    for purpose, errors in (("fit", skipped), ("evaluate", skipped_test)):
+    for flag, errors in (("--train", skipped), ("--test", skipped_test)):
         if errors:
-            print(f"skipped, to {purpose} on: {format_counts(errors)}")
+            print(f"skipped in {flag}: {format_counts(errors)}")
     _print_table(rows)
 
 
-def _same_classes(one, other):
-    """Whether both sets have classes, and by the same names."""
-    return bool(one and other and one["classnames"] == other["classnames"])
-
-
 def _print_table(rows):
-    """Print (title, top-1, mean per class, L2 penalty) for each probe."""
+    """Print a line (title, top-1, mean per class, L2 penalty) for each probe."""
     lines = [("linear probe, %", "top-1", "mean per class", "L2 penalty")]
     for title, top1, mean_per_class, l2_penalty in rows:
         lines.append((title, f"{100 * top1:.1f}", f"{100 * mean_per_class:.1f}", l2_penalty))
@@ -212,4 +209,4 @@ def _print_table(rows):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    run_command(main, "embedded images are kept; the same command continues from there")
+    run_command(main, "vectors are cached; the same command continues from there")

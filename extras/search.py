@@ -1,17 +1,17 @@
-"""Search images by words in English or Korean, by an image, or by an image plus and minus words.
+"""Search images by words in English or Korean, by an image, or by both, plus and minus words.
 
     python -m extras.search runs/clip 빨간 사과 --images PHOTOS
     python -m extras.search runs/clip red apple --images 'data/emoji/test-*.tar'
     python -m extras.search runs/clip --images PHOTOS --like apple.png
     python -m extras.search runs/clip --images PHOTOS --like king.png --minus man --plus woman
-    python -m extras.search runs/clip --images PHOTOS                  asks for words, repeatedly
+    python -m extras.search runs/clip --images PHOTOS      # asks for words, again and again
 
-Prints the ten nearest images and writes a page, search.html, with forty. Each image is embedded
-once (extras/features.py): later searches start at once.
+Prints the ten nearest images and writes a page, search.html, with forty. Vectors of images are
+cached (extras/features.py), so later searches start at once.
 
 From top to bottom: a folder of images as a set, the query, the command.
 
-Not included: an approximate index. A search among a million images is one matrix product.
+Not included: an approximate index. Searching a million images is one matrix product.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from shards import IMAGE_SUFFIXES, Pair, Shard
 from tokenizer import run_command
 
 PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
-SIDE = 112               # pixels of the page that an image takes
+SIDE = 112               # of an image on the page, in pixels
 
 
 # ---- a folder of images ----
 
 class ImageFolder:
-    """The images in a folder and all folders in it, sorted by name; read as data.Pairs are.
+    """The images in a folder and its subfolders, sorted by name, with data.Pairs's interface.
 
-    Links are followed; files and folders whose name begins with a dot are ignored. `shards` are the
-    files, each a Shard of one image. Raises FileNotFoundError when there is no image, and OSError
-    when a folder cannot be read.
+    Links are followed, hidden files and folders are ignored. `shards` are the files, each a Shard
+    of one image. `keys` are their paths inside the folder. Raises FileNotFoundError when there is
+    no image, and OSError when a folder cannot be read.
     """
 
     def __init__(self, root):
@@ -50,20 +50,21 @@ class ImageFolder:
         root = str(root)
         seen = set()
         for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
-            if os.path.realpath(folder) in seen:  # a link to a folder that contains it
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above it, or to one that was walked before
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(folder))
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 if name.startswith(".") or name.rpartition(".")[2].lower() not in IMAGE_SUFFIXES:
                     continue
                 path = os.path.join(folder, name)
-                # A link whose target is gone is an image that cannot be read, not an error here.
+                # A link without its target is an unreadable image, not an error here.
                 status = os.stat(path) if os.path.exists(path) else os.lstat(path)
                 self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1, {}, {}))
-                # Names from old archives may not be UTF-8.
                 key = os.path.relpath(path, root).replace(os.sep, "/")
+                # Names from old archives may not be UTF-8.
                 self.keys.append(os.fsencode(key).decode("utf-8", "replace"))
         if not self.keys:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -86,10 +87,7 @@ def _raise(error):
 
 
 def holds_images(source):
-    """Whether a source is a folder of images, rather than shards.
-
-    Raises ValueError when a folder has both.
-    """
+    """Whether a source is a folder of images and not shards. ValueError when it has both."""
     folder = Path(source)
     if not source or not folder.is_dir():
         return False
@@ -109,9 +107,9 @@ def holds_images(source):
 def query_vector(model, tokenizer, plus=(), like=None, minus=()):
     """The unit vector of a query: [D].
 
-    The sum of the unit vectors of the texts `plus` and of the image `like`, a path, minus those of
-    the texts `minus`, scaled to unit length (KELIP's fourth finding). Raises OSError or ValueError
-    when the image cannot be read or the sum is zero.
+    It is the sum of the unit vectors of the texts `plus` and of the image at the path `like`, minus
+    those of the texts `minus`, scaled to unit length (KELIP's fourth finding). Raises OSError or
+    ValueError when the image cannot be read or the sum is zero.
     """
     query = torch.zeros(model.config["embed_dim"])
     if like:
@@ -127,7 +125,7 @@ def query_vector(model, tokenizer, plus=(), like=None, minus=()):
 
 @torch.no_grad()
 def _image_vector(model, path):
-    """The unit vector of the image in a file: float32 [D]."""
+    """The unit vector of an image file: float32 [D]."""
     try:
         image = shards.decode(Path(path).read_bytes())
     except ValueError as error:
@@ -138,7 +136,7 @@ def _image_vector(model, path):
 
 
 def nearest(vectors, query, count=SHOWN):
-    """The images nearest to a query, the nearest first: [(cosine, index)].
+    """The images nearest to a query, nearest first: [(cosine, index)].
 
     vectors [M, D] and query [D] are unit vectors.
     """
@@ -149,23 +147,23 @@ def nearest(vectors, query, count=SHOWN):
 # ---- the command ----
 
 def main(argv=None):
-    """Search, print, and write the page."""
+    """Read the command line, search, print, and write the page."""
     args = parse_arguments(argv)
     words = " ".join(args.words).strip()
     plus = [text for text in [words, *args.plus] if text.strip()]
     minus = [text for text in args.minus if text.strip()]
     if minus and not plus and not args.like:
-        raise ValueError("--minus alone: say what to subtract from, by words or --like IMAGE")
+        raise ValueError("--minus alone: give words or --like IMAGE to subtract from")
     pairs = ImageFolder(args.images) if holds_images(args.images) else data.Pairs(args.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
     folder = Path(args.out or folder_of(args.model))
     folder.mkdir(parents=True, exist_ok=True)
 
-    # The query comes first: it takes no time, and its errors should not wait for the images.
+    # The query comes first: it is fast, and its errors should not wait for the images.
     if plus or minus or args.like:
         query = query_vector(model, tokenizer, plus, args.like, minus)
-        terms = [args.like] * bool(args.like) + plus
+        terms = [args.like, *plus] if args.like else plus
         title = " + ".join(terms) + "".join(f" − {text}" for text in minus)
         queries = [(title, query)]
     else:
@@ -182,8 +180,8 @@ def main(argv=None):
         show(folder, images, nearest(vectors, query), title)
         asked = True
     if not asked:
-        raise ValueError("nothing to search for: give words, --like IMAGE, or a line on standard "
-                         "input for each query")
+        raise ValueError("nothing to search for: give words, --like IMAGE, or one query per line "
+                         "on standard input")
 
 
 def parse_arguments(argv):
@@ -195,9 +193,10 @@ def parse_arguments(argv):
     add("model", metavar="MODEL",
         help="what kelip.build_model opens: the folder of a run or of released weights")
     add("words", nargs="*", metavar="WORDS",
-        help="what to search for, in English or Korean (default: ask, or read a query a line)")
+        help="what to search for, in English or Korean (default: ask, or read one query per line "
+             "from standard input)")
     add("--images", required=True, metavar="FOLDER_OR_SHARDS",
-        help="a folder of images, with all folders in it, or shards")
+        help="a folder of images, searched with its subfolders, or shards")
     add("--like", metavar="IMAGE", help="search for images like this one")
     add("--plus", action="append", default=[], metavar="WORDS",
         help="add these words to the query; may be repeated")
@@ -209,7 +208,7 @@ def parse_arguments(argv):
 
 
 def ask():
-    """Queries from the terminal until an empty line; or the lines of standard input, if piped."""
+    """Queries from the terminal until an empty line, or all lines of standard input if piped."""
     if sys.stdin is None:
         return
     if not sys.stdin.isatty():
@@ -237,4 +236,4 @@ def show(folder, images, found, title):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    run_command(main, "embedded images are kept; the same command continues from there")
+    run_command(main, "vectors are cached; the same command continues from there")

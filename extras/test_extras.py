@@ -52,9 +52,7 @@ from extras import bench, convert, features, findings, pack, probe, search
 from extras.bench import image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer, run_command
 
-# ---- helpers ----
-
-# ---- extras/convert.py ----
+# ---- helpers for convert.py and pack.py ----
 
 TEXTS = [
     "A red apple on the table, and two more next to it.",
@@ -116,7 +114,7 @@ def assert_same_logits(found, expected):
 
 
 def checkpoint_of(model, tok):
-    """What convert.read gives of a model."""
+    """The Checkpoint that convert.read returns for a model."""
     return kelip.Checkpoint(Path("small"), model.state_dict(), model.config, tok)
 
 
@@ -129,7 +127,7 @@ def export(folder, to, **changes):
 
 
 def open_converted(src, folder, **options):
-    """Convert a foreign checkpoint and open the result: (model, preprocess, tokenizer).
+    """Convert another library's checkpoint and open it: (model, preprocess, tokenizer).
 
     Also asserts that kelip.build_model names the command in one line.
     """
@@ -143,7 +141,7 @@ def open_converted(src, folder, **options):
 
 
 def clip_model(transformers, activation, heads, **text):
-    """A CLIPModel of sizes that are not its defaults."""
+    """A CLIPModel whose sizes are not its defaults."""
     torch.manual_seed(1)
     tok = small_tokenizer()
     text = {"vocab_size": len(tok), "hidden_size": 64, "intermediate_size": 100,
@@ -176,7 +174,7 @@ def open_clip_model(activation="gelu", custom=False, **vision):
 
 
 def open_clip_logits(model, size=48):
-    """The logits of the images and names by a model of open_clip."""
+    """The logits of the images and names from a model of open_clip."""
     images, names = images_and_names()
     pixels = torch.stack([kelip.preprocess(size)(image) for image in images])
     with torch.no_grad():
@@ -184,7 +182,7 @@ def open_clip_logits(model, size=48):
 
 
 def command(*arguments):
-    """The command in a process of its own: (exit status, stdout, lines of stderr)."""
+    """Run extras.convert in a new process: (exit status, stdout, lines of stderr)."""
     done = subprocess.run([sys.executable, "-m", "extras.convert", *map(str, arguments)],
                           cwd=Path(kelip.__file__).parent, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr.splitlines()
@@ -192,7 +190,7 @@ def command(*arguments):
 
 @pytest.fixture
 def pack_command(monkeypatch, capsys):
-    """extras/pack.py as a command, in this process: arguments -> (stdout, error or "")."""
+    """Run extras.pack in this process: arguments -> (stdout, error or "")."""
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", [pack.__file__, *map(str, arguments)])
@@ -206,7 +204,7 @@ def pack_command(monkeypatch, capsys):
     return command
 
 
-# ---- features.py, search.py, probe.py ----
+# ---- helpers for features.py, search.py and probe.py ----
 
 def write_image(path, color="red", shape="circle", seed=0):
     """An image of a shape at a path."""
@@ -215,15 +213,15 @@ def write_image(path, color="red", shape="circle", seed=0):
 
 
 def write_photos(folder):
-    """A folder with 16 images in two folders and one broken file."""
+    """A folder with 16 images in two folders, and one broken file."""
     for i, (color, shape) in enumerate(itertools.product(COLORS, SHAPES)):
         write_image(folder / ("deep" if i % 2 else "") / f"{color} {shape}.jpg", color, shape, i)
     (folder / "broken.png").write_bytes(b"\x89PNG")
     return folder
 
 
-def write_labelled(path, labels):
-    """A shard of images with these numbers in their .cls member."""
+def write_labeled(path, labels):
+    """A shard of images whose .cls members have these numbers."""
     pairs = [(f"{i}", {"jpg": shape_image("red", "circle", i), "cls": str(label).encode()})
              for i, label in enumerate(labels)]
     shards.write_shard(path, pairs)
@@ -237,7 +235,7 @@ def shape_classes(monkeypatch):
     monkeypatch.setattr(classes, "read_classes", lambda name: {"name": name, **own})
 
 
-# ---- findings ----
+# ---- helpers for findings.py and bench.py ----
 
 def emoji_pair(key, en="", ko=""):
     """A pair as data.Pairs returns it, without an image."""
@@ -258,12 +256,12 @@ def counted_flops(function, *arguments):
     return counter.get_total_flops()
 
 
-# ---- extras/convert.py ----
+# ---- convert.py ----
 
 @pytest.mark.parametrize("changes", [{}, GELU])
 @pytest.mark.parametrize("to", ["kelip", "open_clip", "hf"])
 @pytest.mark.filterwarnings("ignore:config.json. the code that KELIP's authors released")
-def test_what_is_written_is_read_back(tmp_path, to, changes):
+def test_exports_are_read_back(tmp_path, to, changes):
     if to != "kelip":
         pytest.importorskip("safetensors", reason="these formats are safetensors files")
     model, folder = export(tmp_path, to, **changes)
@@ -283,7 +281,7 @@ def test_what_is_written_is_read_back(tmp_path, to, changes):
 
     file = next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{file.name}: not a whole checkpoint"):
+    with pytest.raises(ValueError, match=f"{file.name}: not a complete checkpoint"):
         convert.read(folder)
 
 
@@ -305,7 +303,7 @@ def test_released_layout_without_safetensors(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, GELU])
-def test_transformers_opens_what_is_written(tmp_path, changes):
+def test_transformers_opens_exports(tmp_path, changes):
     transformers = pytest.importorskip("transformers")
     model, folder = export(tmp_path, "hf", **changes)
     images, names = images_and_names()
@@ -316,7 +314,7 @@ def test_transformers_opens_what_is_written(tmp_path, changes):
 
     pixels = torch.stack([kelip.preprocess(56)(image) for image in images])
     processor = transformers.CLIPImageProcessor.from_pretrained(folder)
-    # With torchvision it resizes tensors, which rounds in another way.
+    # With torchvision it resizes tensors, which rounds differently.
     found = processor(images=images, return_tensors="pt").pixel_values
     assert (found - pixels).abs().max() < 0.05
     if hasattr(transformers, "CLIPImageProcessorPil"):
@@ -368,7 +366,7 @@ def test_transformers_models_are_read(tmp_path, activation, heads, eos):
     assert (logits(*half) - expected).abs().max() < 0.05
 
 
-def test_transformers_models_that_kelip_does_not_compute_are_refused(tmp_path):
+def test_unsupported_transformers_models_are_refused(tmp_path):
     """Each error is one line that names the key of the file."""
     pytest.importorskip("safetensors")
     _, folder = export(tmp_path, "hf", transformer_heads=1)
@@ -411,7 +409,7 @@ def test_transformers_models_that_kelip_does_not_compute_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, GELU])
-def test_open_clip_opens_what_is_written(tmp_path, changes):
+def test_open_clip_opens_exports(tmp_path, changes):
     open_clip = pytest.importorskip("open_clip")
     model, folder = export(tmp_path, "open_clip", **changes)
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -436,7 +434,7 @@ def test_open_clip_checkpoints_are_read(tmp_path, activation, custom, vision):
     file = folder / "epoch_1.pt"
     weights = {f"module.{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 1, "name": "a run", "state_dict": weights}, file)
-    # Without a configuration, what shapes do not show must be given.
+    # Without a configuration, the activation and the heads must be given.
     with pytest.raises(ValueError, match="epoch_1.pt: its activation is unknown: put its "
                                          "open_clip_config.json in the same folder, or give"):
         convert.read(file)
@@ -455,7 +453,7 @@ def test_open_clip_checkpoints_are_read(tmp_path, activation, custom, vision):
         safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
         assert_same_logits(logits(*open_converted(folder, tmp_path / "safe")), expected)
 
-    # An error has the name that the weight has in the file.
+    # Errors name a weight as the file does.
     key = "module.text.ln_final.weight" if custom else "module.ln_final.weight"
     del weights[key]
     torch.save({"state_dict": weights}, file)
@@ -463,7 +461,7 @@ def test_open_clip_checkpoints_are_read(tmp_path, activation, custom, vision):
         convert.read(file)
 
 
-def test_weights_for_other_pixels_take_clips(tmp_path):
+def test_weights_for_another_mean_and_std_are_rescaled(tmp_path):
     mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)
     model, config = open_clip_model()
     images, names = images_and_names()
@@ -495,7 +493,7 @@ def test_weights_for_other_pixels_take_clips(tmp_path):
 
 
 def test_openai_state_dicts_are_read(tmp_path):
-    """They are float16 and hold three numbers, which tell that they are OpenAI's."""
+    """They are float16 and hold three numbers, which identify them as OpenAI's."""
     tok = small_tokenizer()
     model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1).eval()
     weights = {**model.half().state_dict(), "input_resolution": torch.tensor(56),
@@ -512,7 +510,7 @@ def test_openai_state_dicts_are_read(tmp_path):
     assert torch.equal(logits(*opened), logits(model.float(), kelip.preprocess(56), tok))
 
 
-def test_openai_state_dicts_give_the_features_of_open_clip(tmp_path):
+def test_openai_state_dicts_have_the_logits_of_open_clip(tmp_path):
     model, _ = open_clip_model("quick_gelu")
     for block in model.transformer.resblocks:  # heads 64 wide, as in all of OpenAI's models
         block.attn.num_heads, block.attn.head_dim = 1, 64
@@ -538,7 +536,7 @@ def test_openai_state_dicts_give_the_features_of_open_clip(tmp_path):
      "token_embedding.weight has 400 rows, and the tokenizer 420"),
     ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
 ])
-def test_weights_that_are_not_a_clip_with_a_vit_are_refused(tmp_path, change, message):
+def test_weights_of_other_models_are_refused(tmp_path, change, message):
     tok = small_tokenizer()
     model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
     weights = {**model.state_dict(), **change}
@@ -559,8 +557,8 @@ def test_torchscript_is_refused_and_never_run(tmp_path):
             open_it(tmp_path / "ViT-B-32.pt")
 
 
-def test_the_authors_code_would_read_the_released_layout(tmp_path):
-    """It opens the tokenizer with AutoTokenizer, lower-cases texts, and adds start and end."""
+def test_the_released_code_can_read_an_export(tmp_path):
+    """That code opens AutoTokenizer, lower-cases texts, and adds the start and end token itself."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     model, folder = export(tmp_path, "kelip", transformer_heads=1)
@@ -599,8 +597,8 @@ def test_released_weights_lower_case_and_find_their_start_and_end(tmp_path):
         convert.read(folder)
 
 
-def test_a_tokenizer_that_keeps_upper_case_is_named(tmp_path):
-    """KELIP lower-cases texts, so that a converted model would encode them in another way."""
+def test_a_tokenizer_that_keeps_upper_case_gets_a_warning(tmp_path):
+    """KELIP lower-cases texts, so the converted model encodes upper case differently."""
     tok = small_tokenizer()
     cased = Tokenizer(dict(tok.spec, normalizer={"type": "NFC"}))
     model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
@@ -629,7 +627,7 @@ def test_a_run_is_converted_with_its_own_tokenizer_or_another(small_run, tmp_pat
         convert.read(small_run, tokenizer=tmp_path / "tokenizer.json")
 
 
-def test_clip_merges_give_the_ids_of_clip():
+def test_clip_merges_encode_as_open_clip_does():
     """On clean text: without HTML entities, and without a final sigma."""
     ftfy = pytest.importorskip("ftfy")
     spec = importlib.util.spec_from_file_location(
@@ -650,14 +648,14 @@ def test_clip_merges_give_the_ids_of_clip():
         assert tok.encode_ordinary(text) == peer.encode(text), text
     assert tok(texts[::9]).equal(peer(texts[::9]))
     assert tok.decode(tok.encode_ordinary("Two  cats")) == "two cats"
-    # What a tokenizer.json cannot express: this is what the command says.
+    # A tokenizer.json cannot express this, as the warning of the command says.
     assert tok.encode_ordinary("a &lt; b") != peer.encode("a &lt; b") == peer.encode("a < b")
 
 
 @pytest.mark.parametrize("content", [
     gzip.compress(b"hello"), b"\x1f\x8b\x08", b"not gzip", gzip.compress(b"\xff\xfe"),
     gzip.compress(b"hello\n" * 60_000)])
-def test_another_file_is_not_clip_merges(tmp_path, content):
+def test_files_that_are_not_clip_merges_are_refused(tmp_path, content):
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="merges.txt.gz: not CLIP's list of merges") as caught:
@@ -666,7 +664,7 @@ def test_another_file_is_not_clip_merges(tmp_path, content):
 
 
 @pytest.mark.parametrize("to", ["kelip", "hf"])
-def test_the_vocabulary_of_openai_is_converted(tmp_path, to):
+def test_a_model_with_openais_vocabulary_is_converted(tmp_path, to):
     pytest.importorskip("safetensors")
     path = clip_merges()
     model = small_model(dtype=torch.float32, vocab_size=49408, transformer_heads=1,
@@ -694,7 +692,7 @@ def test_the_vocabulary_of_openai_is_converted(tmp_path, to):
         assert found.equal(batch.input_ids)
 
 
-def test_the_command_says_one_line(tmp_path):
+def test_errors_and_warnings_of_convert_are_one_line(tmp_path):
     status, printed, lines = command(tmp_path / "none", tmp_path / "out")
     assert status == 1 and printed == ""
     assert len(lines) == 1
@@ -711,7 +709,7 @@ def test_the_command_says_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
     status, printed, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
     assert status == 0 and printed.startswith(f"{tmp_path / 'out'}: config.json, ")
-    # Two notes, a line each: 64-wide heads are assumed; the authors' code does not know GELU.
+    # Two warnings: heads are assumed to be 64 wide, and the released code does not know GELU.
     assert [line.startswith("extras.convert: ") for line in lines] == [True, True]
     assert "its number of heads is unknown" in lines[0] and "activation" in lines[1]
     status, _, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
@@ -739,14 +737,14 @@ def test_weights_in_several_files_are_read(tmp_path):
         convert.read(folder)
 
 
-def test_a_run_starts_from_a_converted_model_and_keeps_what_is_frozen(shapes, tmp_path):
+def test_a_run_starts_from_a_converted_model_and_keeps_frozen_weights(shapes, tmp_path):
     model, folder = export(tmp_path, "kelip", transformer_heads=1)
     flags = ["--data", str(shapes / "train-*.tar"), "--out", str(tmp_path / "run"), *TRAIN[:2],
              "--steps", "2", *TRAIN[4:], "--crops", "1x40+1x24", "--freeze", "image",
              "--lr", "0.01"]
     with pytest.raises(ValueError, match="--freeze image: without --init"):
         here(train_clip.main, *flags)
-    with pytest.raises(ValueError, match="--model ViT-B/32: the model of --init has other sizes"):
+    with pytest.raises(ValueError, match="--model ViT-B/32: --init brings a model of other sizes"):
         here(train_clip.main, *flags, "--init", folder, "--model", "ViT-B/32")
     printed = here(train_clip.main, *flags, "--init", folder, "--micro-batch", "12")
     assert f"starts from all weights from {folder}" in printed
@@ -761,11 +759,11 @@ def test_a_run_starts_from_a_converted_model_and_keeps_what_is_frozen(shapes, tm
     same = {key for key, value in tuned.state_dict().items() if torch.equal(value, before[key])}
     assert same == {key for key in before if key.startswith("visual.")}
 
-    here(train_clip.main, *flags, "--resume")  # the run itself keeps what --init gave
+    here(train_clip.main, *flags, "--resume")  # without --init
     unfrozen = [flag for flag in flags if flag not in ("--freeze", "image")]
     with pytest.raises(ValueError, match="freeze was image and is now None"):
         here(train_clip.main, *unfrozen, "--resume")
-    # A run starts from another, here at its own resolution, and all weights change.
+    # Another run starts from this one, at its resolution. All weights change.
     last = tmp_path / "run" / "last.pt"
     flags = [*flags[:2], "--out", str(tmp_path / "next"), *flags[4:10], "--init", str(last),
              "--crops", "1x40"]
@@ -777,7 +775,7 @@ def test_a_run_starts_from_a_converted_model_and_keeps_what_is_frozen(shapes, tm
 
 
 def test_preprocess_equals_torchvision():
-    """Bicubic resize of the short side, centre crop, mean and std, for images of all sizes."""
+    """Bicubic resize of the short side, center crop, mean and std, for images of all sizes."""
     rng = np.random.default_rng(0)
     sizes = [(224, 224), (224, 300), (300, 224), (225, 224), (1, 1), (3, 40), (37, 600),
              (640, 427), (223, 225), (500, 375), (33, 32)]
@@ -793,7 +791,7 @@ def test_preprocess_equals_torchvision():
         np.testing.assert_allclose(found, (pixels - mean) / std, rtol=0, atol=1e-6)
     try:
         from torchvision import transforms
-    except Exception:  # built for another torch, it raises other errors than ImportError
+    except Exception:  # built for another torch, it raises errors other than ImportError
         pytest.skip("compared with the formula; torchvision is not installed, or for another torch")
     resize = transforms.Resize(224, transforms.InterpolationMode.BICUBIC, antialias=True)
     theirs = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(),
@@ -802,7 +800,7 @@ def test_preprocess_equals_torchvision():
         torch.testing.assert_close(kelip.preprocess(224)(image), theirs(image), rtol=0, atol=1e-6)
 
 
-def test_sizes_of_the_usual_vits_are_read_from_their_shapes():
+def test_sizes_of_the_presets_are_read_from_shapes():
     for name, mlp_width in (("ViT-B/16", 3072), ("ViT-L/14", 4096)):
         with torch.device("meta"):
             weights = kelip.KELIP(**kelip.PRESETS[name]).state_dict()
@@ -815,7 +813,7 @@ def test_sizes_of_the_usual_vits_are_read_from_their_shapes():
         assert int(width * convert.mlp_ratio(mlp_width, width)) == mlp_width
 
 
-# ---- images and tables ----
+# ---- pack.py: images and tables ----
 
 def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
     folder = tmp_path / "in"
@@ -848,7 +846,7 @@ def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
     assert "error: 1 not an image" in out and "3 ko" in out
 
 
-def test_errors_of_the_command_are_one_line(tmp_path, pack_command):
+def test_errors_of_pack_are_one_line(tmp_path, pack_command):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jpg").write_bytes(image_bytes())
     (tmp_path / "in/t.csv").write_text("file,label\na.jpg,cat\n")
@@ -895,7 +893,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["in"]
 
 
-# ---- folders of classes ----
+# ---- pack.py: folders of classes ----
 
 def test_a_folder_of_classes_becomes_a_set_in_clip_benchmarks_layout(tmp_path, pack_command):
     folder = tmp_path / "photos"
@@ -944,7 +942,7 @@ def test_splits_of_the_same_classes_go_into_one_set(tmp_path, pack_command):
     assert "name a folder that is new or empty" in error
 
 
-def test_many_classes_take_several_shards_and_any_number_of_workers(tmp_path, monkeypatch):
+def test_classes_in_several_shards_are_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "SHARD_PAIRS", 3)
     for i in range(8):
         (tmp_path / "in" / f"class {i}").mkdir(parents=True)
@@ -976,7 +974,7 @@ def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 16)
     with pytest.raises(KeyboardInterrupt):
         embed()
-    for _ in range(2):  # first what the interruption left, then nothing
+    for _ in range(2):  # the first call computes the rest, the second nothing
         vectors, kept, _ = embed()
         assert counts == [16, 16, 16, 16, 16] and len(kept) == 64
     torch.testing.assert_close(vectors, expected)
@@ -993,16 +991,16 @@ def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes()[:-100])
     embed()
     assert len(counts) == 9  # damaged files are replaced
-    (tmp_path / "empty.npz").write_bytes(b"")  # as a power cut leaves them
+    (tmp_path / "empty.npz").write_bytes(b"")  # as after a power cut
     embed()
     assert len(counts) == 9
     unwritable = features.FeatureCache(tmp_path / "empty.npz" / "deeper")
-    with pytest.warns(UserWarning, match="no vectors are kept there"):
+    with pytest.warns(UserWarning, match="vectors are not cached there"):
         vectors, _, _ = embed(cache=unwritable)
     torch.testing.assert_close(vectors, expected)
 
 
-def test_other_weights_have_a_cache_of_their_own(small_run):
+def test_other_weights_have_another_cache(small_run):
     model, _, _ = kelip.build_model(small_run)
     cache = features.open_cache(small_run, model)
     assert cache.folder.parent == small_run / "features"
@@ -1013,7 +1011,7 @@ def test_other_weights_have_a_cache_of_their_own(small_run):
     assert features.open_cache(small_run, model).folder != cache.folder
 
 
-def test_the_cache_is_at_home_where_the_model_cannot_be_written(small_run, tmp_path, monkeypatch):
+def test_the_cache_of_a_read_only_model_is_in_the_home_folder(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     model, _, _ = kelip.build_model(small_run)
@@ -1023,8 +1021,8 @@ def test_the_cache_is_at_home_where_the_model_cannot_be_written(small_run, tmp_p
 
 # ---- search.py ----
 
-def test_image_folders_as_people_have_them(tmp_path):
-    """Links, hidden files, names from macOS and from old archives."""
+def test_image_folders_with_links_hidden_files_and_odd_names(tmp_path):
+    """Odd names are those of macOS (NFD) and of old archives (not UTF-8)."""
     for form in ("NFC", "NFD"):
         write_image(tmp_path / form / unicodedata.normalize(form, "고양이") / "a.jpg")
     root = tmp_path / "photos"
@@ -1089,7 +1087,7 @@ def test_search_reads_queries_from_standard_input(small_run, tmp_path, monkeypat
     flags = [small_run, "--images", write_photos(tmp_path / "photos"), "--out", tmp_path / "page"]
 
     def results(*words):
-        return here(search.main, *flags, *words).partition("\n")[2]  # without the skipped
+        return here(search.main, *flags, *words).partition("\n")[2]  # without the line "skipped"
     expected = results("red") + results("빨간", "원")
     monkeypatch.setattr("sys.stdin", io.StringIO("red\n\n빨간 원\n"))
     assert results() == expected
@@ -1097,7 +1095,7 @@ def test_search_reads_queries_from_standard_input(small_run, tmp_path, monkeypat
         results()
 
 
-def test_search_says_what_is_wrong_with_a_query(small_run, tmp_path):
+def test_search_explains_what_is_wrong_with_a_query(small_run, tmp_path):
     photos = write_photos(tmp_path / "photos")
     flags = [small_run, "--images", photos, "--out", tmp_path / "page"]
     with pytest.raises(ValueError, match="--minus alone"):
@@ -1122,7 +1120,7 @@ def test_commands_explain_themselves(module, example, capsys):
     ["probe", "gone", "--train", "x.tar", "--test", "x.tar"]])
 def test_commands_fail_in_one_line(command, tmp_path):
     name, *arguments = command
-    write_labelled(tmp_path / "x.tar", [0, 1])
+    write_labeled(tmp_path / "x.tar", [0, 1])
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     done = subprocess.run([sys.executable, "-m", f"extras.{name}", *arguments], cwd=tmp_path,
                           text=True, capture_output=True, env=environment)
@@ -1132,7 +1130,7 @@ def test_commands_fail_in_one_line(command, tmp_path):
 
 # ---- probe.py ----
 
-def test_the_probe_finds_the_optimum_and_reads_what_is_there():
+def test_the_probe_finds_the_optimum_and_learns_classes():
     torch.manual_seed(0)
     centers = 2 * torch.randn(3, 8)
     y = torch.randint(3, (400,))
@@ -1140,7 +1138,7 @@ def test_the_probe_finds_the_optimum_and_reads_what_is_there():
     weights = probe.fit(x.double(), y, 3, 0.1).requires_grad_()
     loss = F.cross_entropy(probe.predict(weights, x.double()), y)
     loss = loss + 0.05 * weights[:-1].square().sum()
-    # The loss is convex: where its gradient is zero is the optimum.
+    # The loss is convex: a zero gradient means the optimum.
     assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-4
     train, test = slice(300), slice(300, 400)
     found = probe.probe((x[train], y[train]), (x[test], y[test]))
@@ -1158,7 +1156,7 @@ def test_the_probe_opens_both_stages(small_run):
         torch.testing.assert_close(features_clip, features_mae)
         class_token = features_clip[:, :192]
         torch.testing.assert_close(class_token @ clip.visual.proj, clip.encode_image(images))
-        # The fixture's run is untrained, and of the same seed.
+        # The fixture's run is untrained and has the same seed.
         torch.testing.assert_close(probe.encode(untrained, images), features_clip)
 
 
@@ -1174,27 +1172,27 @@ def test_the_probe_command(small_run, shapes, shape_classes, monkeypatch):
 def test_the_most_frequent_class_may_be_absent_from_the_test(
         small_run, shape_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "L2_PENALTIES", [1.0, 0.01])
-    train = write_labelled(tmp_path / "train.tar", [3, 3, 3, 3, 0])
-    test = write_labelled(tmp_path / "test.tar", [0, 1, 0, 1, 0])
+    train = write_labeled(tmp_path / "train.tar", [3, 3, 3, 3, 0])
+    test = write_labeled(tmp_path / "test.tar", [0, 1, 0, 1, 0])
     printed = here(probe.main, small_run.parent / "mae", "--train", train, "--test", test,
                    "--classes", "shapes")
     assert re.search("always the most frequent class +0.0 +0.0", printed)
 
 
-def test_the_probe_says_why_it_cannot_fit(small_run, shapes, shape_classes, tmp_path):
+def test_the_probe_explains_why_it_cannot_fit(small_run, shapes, shape_classes, tmp_path):
     flags = [small_run.parent / "mae", "--test", shapes / "test-0.tar", "--train"]
     shards.write_shard(tmp_path / "few.tar", [
         ("1", {"jpg": shape_image("red", "circle", 0)}), ("2", {"jpg": b"no image"})])
     with pytest.raises(ValueError, match="--train: 0 of 1 images.*too few.*1 not an image"):
         here(probe.main, *flags, tmp_path / "few.tar", "--classes", "shapes")
-    one_class = write_labelled(tmp_path / "one.tar", [2] * 6)
+    one_class = write_labeled(tmp_path / "one.tar", [2] * 6)
     with pytest.raises(ValueError, match="--train: all images are of one class"):
         here(probe.main, *flags, one_class, "--classes", "shapes")
-    with pytest.raises(ValueError, match="no classes, or not the same; --classes gives"):
+    with pytest.raises(ValueError, match="different classes or none; --classes NAME"):
         here(probe.main, *flags, one_class)
 
 
-# ---- findings ----
+# ---- findings.py ----
 
 def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path, monkeypatch):
     """A stopped ablation resumes at its step, trains nothing twice; analogy uses its runs."""
@@ -1445,7 +1443,7 @@ def test_jaccard_index_and_rank_correlation():
     assert findings.rank_correlation(x, x) == pytest.approx(1)
 
 
-# ---- bench ----
+# ---- bench.py ----
 
 def test_flops_are_those_that_torch_counts():
     with torch.device("meta"):
@@ -1466,7 +1464,7 @@ def test_flops_are_those_that_torch_counts():
     assert bench.text_flops(model.config, 24) == counted_flops(model.encode_text, tokens) / 2
 
 
-def test_peak_and_utilisation_are_those_of_the_device(monkeypatch):
+def test_peak_and_utilization_are_those_of_the_device(monkeypatch):
     cuda = torch.device("cuda", 0)
     for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12),
                        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12),
