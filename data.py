@@ -626,25 +626,34 @@ def print_captions(sources, languages=None, workers=0):
 def main(argv=None):
     """The command: emoji, index or captions."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n    pairs =")[0],
+        description="Pack the demo's pairs, index shards, or print the captions in shards.\n\n"
+                    + "\n".join(__doc__.splitlines()[2:5]),
         epilog="To make shards from images, or to check shards: python -m extras.pack --help",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    emoji = commands.add_parser("emoji", help="pack the demo's pairs")
+    emoji = commands.add_parser(
+        "emoji", help="pack the demo's pairs",
+        description="Pack the demo's pairs: emoji by seven vendors, with their names in English "
+                    "and Korean. One vendor is the test.")
     emoji.add_argument("--out", default=demo.DEMO, metavar="FOLDER",
                        help="folder for the shards (default: %(default)s)")
     emoji.add_argument("--test", default=demo.TEST, metavar="VENDOR",
                        help="vendor whose drawings are the test (default: %(default)s, which is "
                             "never trained on)")
-    index = commands.add_parser("index", help="index shards, and print what is in them")
+    index = commands.add_parser(
+        "index", help="index shards, and print what is in them",
+        description="Index shards, and print the number of pairs, captions by language, and what "
+                    "is skipped. A run does this itself; for many shards, do it once before.")
     captions = commands.add_parser(
-        "captions", help="print the captions, one a line, for `python tokenizer.py train -`")
+        "captions", help="print the captions, one a line",
+        description="Print the captions, cleaned as in training, one a line: python data.py "
+                    "captions SHARDS | python tokenizer.py train -")
     for command in (index, captions):
         command.add_argument("sources", nargs="+", metavar="SHARDS",
                              help="tars, folders, globs or brace ranges; ::WEIGHT and ::LANGUAGE "
                                   "may follow each")
-        command.add_argument("--workers", type=int, default=os.cpu_count(),
-                             help="processes that index shards (default: %(default)s)")
+        command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+                             help="processes that index shards (default: the number of cores)")
     captions.add_argument("--language", nargs="+", metavar="LANGUAGE",
                           help="print only captions in these languages, such as en ko")
     args = parser.parse_args(argv)

@@ -458,7 +458,7 @@ def _write_page(folder, embedded, numbers):
             page.heading("Predictions for images that were not trained on",
                          "The three nearest captions in each language. The right one is marked."),
             page.cards([_prediction_card(embedded, i) for i in shown])]
-    parts += _curves(folder)
+    parts += curves(folder)
     parts += others
     for language, result in _languages(numbers.get("classification", {})):
         if result["confusions"]:
@@ -490,7 +490,7 @@ def _confusion_card(embedded, wrong):
                      page.lines(f"{wrong['true']} → {wrong['predicted']}", [counts]))
 
 
-def _curves(folder):
+def curves(folder):
     """Charts of the loss and the recall over a run, by language, from its metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():

@@ -2543,9 +2543,9 @@ def test_the_schedule_is_a_warm_up_and_half_a_cosine():
 def make_run(tmp_path):
     """make_run(stage, **flags): a Run of one process in a temporary folder."""
     def make(**flags):
-        defaults = dict(out=str(tmp_path / "run"), batch_size=1, steps=3, epochs=1, warmup=0, lr=0.1,
-                        seed=0, precision="fp32", model="small", resume=False, save_every=100,
-                        keep=1, data=[], workers=0)
+        defaults = dict(out=str(tmp_path / "run"), batch_size=1, steps=3, epochs=1, warmup=0,
+                        lr=0.1, seed=0, precision="fp32", model="small", resume=False,
+                        save_every=100, keep=1, data=[], workers=0)
         return trainer.Run(argparse.Namespace(**{**defaults, **flags}), "test")
     return make
 
@@ -2787,6 +2787,8 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    with pytest.raises(ValueError, match="holds a run of train_clip.py: choose another --out"):
+        train_mae.main(["--out", str(out), "--resume", *TRAIN])
     assert "lr was 0.0004 and is now 0.0005" in error_of_resuming(lr=["5e-4"])
     assert ("--model ViT-S/16: --resume brings a model of other sizes" in
             error_of_resuming(model=["ViT-S/16"], crops=["1x64"]))

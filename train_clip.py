@@ -50,38 +50,41 @@ MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the fir
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Train a Korean-English CLIP on images and captions. Without flags: on emoji "
-                    "and their names in both languages, some minutes on two CPU cores.",
-        epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl "
-               "and index.html. kelip.build_model(FOLDER) opens it.")
+        description=__doc__.partition("\nFrom top")[0],
+        epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
+               "and index.html. kelip.build_model(FOLDER) opens it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json (default: that of --init's model, else train one on the captions)")
     add("--init", metavar="RUN",
         help="initial weights: a run of train_mae.py (its image encoder), or a run of "
-             "train_clip.py or released KELIP (the whole model, with its sizes and tokenizer)")
-    add("--freeze", choices=["image"], help="do not train the image encoder")
+             "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
+             "its sizes and its tokenizer)")
+    add("--freeze", choices=["image"], 
+        help="image: train only the text encoder. Needs --init")
     add("--crops", metavar="SPEC",
-        help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96, "
-             "or 98 for patches of 14)")
+        help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96; "
+             "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
     add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
         help="area of the first group's crops, as a fraction of the image (default: 0.8 1 for "
              "tiny, else 0.4 1)")
     add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
-        help="area of the other groups' crops (default: 0.05 0.4)")
+        help="the same for the other groups (default: 0.05 0.4)")
     add("--augment", action="store_true",
         help="SimCLR's color distortion and blur: helps classification, hurts retrieval (KELIP's "
              "first finding)")
     add("--micro-batch", type=int, metavar="N",
         help="encode N pairs per process at a time (GradCache): the same loss and gradients in "
              "less memory, for one more forward pass (default: all at once)")
-    add("--weight-decay", type=float, default=0.2, help="weight decay of matrices (default: 0.2)")
+    add("--weight-decay", type=float, default=0.2, metavar="X",
+        help="weight decay of matrices (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS",
         help="held-out pairs, for retrieval during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
     add("--evals", type=int, default=4, metavar="N",
-        help="evaluations per run, the end included (default: 4)")
+        help="evaluations per run on --test, the end included (default: 4)")
     args = parser.parse_args(argv)
     if args.model not in (None, *kelip.PRESETS):
         presets = ", ".join(kelip.PRESETS)

@@ -35,20 +35,21 @@ RECONSTRUCTIONS = 4  # times in a run that reconstructions.png is drawn
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Pre-train the image encoder as a masked autoencoder. Without flags: on the "
-                    "demo's emoji.",
-        epilog="The run's folder then holds last.pt for `train_clip.py --init`, config.json, "
-               "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and "
-               "what the decoder made of it.")
+        description=__doc__.partition("\nNot included")[0],
+        epilog="The run's folder then holds last.pt for `train_clip.py --init`, config.json,\n"
+               "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and\n"
+               "what the decoder predicted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/mae", lr=1e-3, batch_size=256, epochs=20)
     add = parser.add_argument
     add("--size", type=int, metavar="PIXELS",
         help="side of the crops (default: the preset's resolution)")
     add("--scale", nargs=2, type=float, default=(0.2, 1.0), metavar=("MIN", "MAX"),
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
-    add("--mask-ratio", type=float, default=0.75,
+    add("--mask-ratio", type=float, default=0.75, metavar="X",
         help="fraction of the patches that is masked (default: 0.75)")
-    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices (default: 0.05)")
+    add("--weight-decay", type=float, default=0.05, metavar="X",
+        help="weight decay of matrices (default: 0.05)")
     args = parser.parse_args(argv)
     args.model = args.model or "tiny"
     if args.model not in kelip.PRESETS:

@@ -59,8 +59,9 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     """Add the flags of both stages to a parser, with this stage's defaults."""
     add = parser.add_argument
     add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
-        help="training pairs: tar files, folders, globs or brace ranges, each optionally followed "
-             "by ::WEIGHT (default: the demo's pairs, which are packed on first use)")
+        help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT and "
+             "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko' "
+             "(default: the demo's pairs, which are packed on first use)")
     add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")
@@ -69,15 +70,15 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help=f"pairs per step, of all processes together (default: {batch_size})")
     add("--epochs", type=float, default=epochs, metavar="N",
         help=f"epochs to train (default: {epochs:g})")
-    add("--steps", type=int, metavar="N", help="steps to train, instead of --epochs")
+    add("--steps", type=int, metavar="N", help="steps to train; overrides --epochs")
     add("--warmup", type=int, metavar="N",
         help="steps of linear warm-up (default: 2,000, at most 10 %% of the run)")
-    add("--lr", type=float, default=lr, help=f"peak learning rate (default: {lr:g})")
+    add("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate (default: {lr:g})")
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
         help="torch.compile the transformer blocks: slower to start, faster on GPUs")
-    add("--seed", type=int, default=0,
+    add("--seed", type=int, default=0, metavar="N",
         help="seed of the initial weights, the order of samples and the crops (default: 0)")
     add("--workers", type=int, metavar="N",
         help="decoding processes per training process (default: 0 on a CPU, 8 on a GPU)")
@@ -139,6 +140,9 @@ class Run:
         elif self.args.resume and not restarted:
             error = FileNotFoundError(
                 f"{last}: no run to resume; start one without --resume")
+        if checkpoint and checkpoint["config"]["stage"] != self.stage:
+            error = ValueError(f"{self.folder} holds a run of train_{checkpoint['config']['stage']}"
+                               f".py: choose another --out")
         self._barrier()  # no rank may look for last.pt after another rank has written it
         if error:
             raise error
@@ -179,8 +183,8 @@ class Run:
             samples_per_epoch = data.Order(pairs, args.seed).samples_per_epoch
             steps = int(args.epochs * samples_per_epoch // args.batch_size)
         if steps < 1:
-            raise ValueError(f"{len(pairs):,} pairs are fewer than one batch: lower --batch-size "
-                             f"{args.batch_size}")
+            raise ValueError(f"{args.epochs:g} epochs of {len(pairs):,} pairs are fewer than one "
+                             f"batch: raise --epochs, or lower --batch-size {args.batch_size}")
         warmup = args.warmup
         if warmup is None:
             warmup = min(2000, max(1, steps // 10))
@@ -543,7 +547,8 @@ def make_optimizer(module, lr, betas, eps, weight_decay):
 
     A scalar, which is logit_scale, learns ten times as fast. AdamW moves a parameter by at most
     about the learning rate per step, and a run of a thousand steps would end before this logarithm
-    rose from 2.7 to 4.
+    rose from 2.7 to 4. An optimizer that is not fused would have to skip non-finite gradients
+    itself (see _skip_step_unless_finite).
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -259,13 +259,20 @@ def main(argv=None):
         prog="python -m extras.pack", description=__doc__.split("\n\nThe same input")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("images", help="make shards from folders and tables")
+    images = commands.add_parser(
+        "images", help="make shards from folders and tables",
+        description="Make shards of pairs. Captions are files of the image's name: cat.jpg with "
+                    "cat.txt, cat.ko.txt, cat.en.txt or cat.json. Or a .csv or .tsv has them, "
+                    "whose first row is image, then a language (ko, en) or caption per column.")
     images.add_argument("out", metavar="OUT", help="a new or empty folder for the shards")
     images.add_argument("inputs", nargs="+", metavar="INPUT",
                         help="a folder of images with their captions, or a .csv or .tsv")
-    images.add_argument("--shard-pairs", type=int, default=SHARD_PAIRS,
+    images.add_argument("--shard-pairs", type=int, default=SHARD_PAIRS, metavar="N",
                         help="pairs in a shard (default: %(default)s)")
-    classes = commands.add_parser("classes", help="make a test set from class folders")
+    classes = commands.add_parser(
+        "classes", help="make a test set from class folders",
+        description="Make a set for evaluate.py and extras.probe of a folder that has one folder "
+                    "of images per class, named as the class.")
     classes.add_argument("out", metavar="OUT", help="the folder for the set")
     classes.add_argument("folder", metavar="FOLDER", help="has one folder of images per class")
     classes.add_argument("--split", default="test", metavar="NAME",
@@ -275,7 +282,7 @@ def main(argv=None):
                         help="tars, folders, globs or brace ranges")
     for command in (images, classes, checks):
         command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
-                             help="processes (default: %(default)s)")
+                             help="processes (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.command == "check":
         paths = []
