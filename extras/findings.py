@@ -236,7 +236,7 @@ def is_finished(study, run):
 
 
 def folder_of(study, run):
-    """The folder of a run. Beside it, a .log with the same name has what the run prints."""
+    """The folder of a run. Next to it, a .log of the same name has what the run prints."""
     return study.args.out / "runs" / f"{run.name}-{run.steps}-seed{run.seed}"
 
 
