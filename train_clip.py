@@ -4,21 +4,22 @@
     python train_clip.py --init runs/mae                   # the same from stage 1's image encoder
     torchrun --nproc-per-node 8 train_clip.py --model ViT-B/32 --data 'pairs/{00000..09999}.tar'
 
-Each step uses one caption per pair, drawn at random from the pair's captions, so a batch mixes the
-languages. No term of the loss ties one language to the other. All crops of an image share its
-caption, which is encoded once: the loss is the mean over k of InfoNCE(k-th crop of every image,
-captions). Up to rounding, results do not depend on how the batch is split, over processes or into
-micro-batches.
+KELIP is a CLIP for Korean and English (Ko and Gu, arXiv 2203.14463). Each step uses one caption per
+pair, drawn at random from the pair's captions, so a batch mixes the languages. They are aligned
+only through the images that they share: no term of the loss compares Korean with English. All crops
+of an image have the same caption, which is encoded once: the loss is the mean over k of
+InfoNCE(k-th crop of every image, captions). Splitting the batch over processes or into
+micro-batches changes the results only by rounding.
 
-From top to bottom: arguments, where a run starts from, its tokenizer, crops, the encoders, the
+From top to bottom: arguments, where a run starts from, the tokenizer, crops, the encoders, the
 micro-batches of GradCache, and in main the training loop.
 
-Not included: hard negatives, distillation, and any second loss.
+Not included: hard negatives, distillation, and auxiliary losses.
 """
 
 import os
 
-# By default, OpenMP threads spin while they wait, which on a busy machine stalls the others. Let
+# Idle OpenMP threads spin by default, which on a busy machine takes CPU time from working ones. Let
 # them sleep after some tenths of a millisecond. libgomp reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
@@ -43,7 +44,7 @@ from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_d
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 DEMO_TEST = f"{demo.DEMO}/test-*.tar"
-DEMO_CLASSES = "skin tone"       # of prompts.json
+DEMO_CLASSES = "skin tone"  # the classes of prompts.json for the demo's zero-shot classification
 MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the first step by hours
 
 
@@ -52,12 +53,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\nFrom top")[0],
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
-               "and index.html. kelip.build_model(FOLDER) opens it.",
+               "and index.html. kelip.build_model(FOLDER) loads the model.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE",
-        help="a tokenizer.json (default: that of --init's model, else train one on the captions)")
+        help="a tokenizer.json (default: that of --init's model, else one trained on the captions)")
     add("--init", metavar="RUN",
         help="initial weights: a run of train_mae.py (its image encoder), or a run of "
              "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
@@ -68,23 +69,23 @@ def parse_arguments(argv=None):
         help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96; "
              "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
     add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
-        help="area of the first group's crops, as a fraction of the image (default: 0.8 1 for "
-             "tiny, else 0.4 1)")
+        help="area of the crops in the first group of --crops, as a fraction of the image "
+             "(default: 0.8 1 for tiny, else 0.4 1)")
     add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
         help="the same for the other groups (default: 0.05 0.4)")
     add("--augment", action="store_true",
-        help="SimCLR's color distortion and blur: helps classification, hurts retrieval (KELIP's "
-             "first finding)")
+        help="SimCLR's color distortion and blur: in the KELIP paper this helps classification "
+             "and hurts retrieval")
     add("--micro-batch", type=int, metavar="N",
         help="encode N pairs per process at a time (GradCache): the same loss and gradients in "
              "less memory, for one more forward pass (default: all at once)")
     add("--weight-decay", type=float, default=0.2, metavar="X",
-        help="weight decay of matrices (default: 0.2)")
+        help="weight decay, of matrices only (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS",
-        help="held-out pairs, for retrieval during the run and after it (default with the demo's "
+        help="held-out pairs for retrieval, during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
     add("--evals", type=int, default=4, metavar="N",
-        help="evaluations per run on --test, the end included (default: 4)")
+        help="evaluations per run on --test, including one at the end (default: 4)")
     args = parser.parse_args(argv)
     if args.model not in (None, *kelip.PRESETS):
         presets = ", ".join(kelip.PRESETS)
@@ -100,13 +101,13 @@ def parse_arguments(argv=None):
 
 class Origin(NamedTuple):
     """What a run starts from."""
-    preset: str    # the name of the model's sizes
-    config: dict   # of kelip.KELIP
+    preset: str    # what to call the sizes: a preset, or the name of --init if none matches
+    config: dict   # the arguments of kelip.KELIP
     init: object   # the kelip.Checkpoint of --init, or None
 
     @property
     def has_whole_model(self):
-        """Whether --init brings a whole model, and not stage 1's image encoder alone."""
+        """Whether --init brings both encoders, and not stage 1's image encoder alone."""
         return self.init is not None and not self.init.is_stage_1
 
 
@@ -132,7 +133,7 @@ def find_origin(args, checkpoint):
 
 
 def _preset_of(config):
-    """The preset that a configuration equals but for its vocabulary, or None."""
+    """The name of the preset that equals config in all but the vocabulary size, or None."""
     for name, preset in kelip.PRESETS.items():
         if {**preset, "vocab_size": config["vocab_size"]} == config:
             return name
@@ -142,8 +143,9 @@ def _preset_of(config):
 def open_tokenizer(args, run, pairs, origin):
     """The tokenizer of the run, which is saved in its folder.
 
-    It is that of the checkpoint to resume, else that of --tokenizer, else that of --init's model,
-    else one trained on the captions. Raises ValueError if --tokenizer differs from the run's.
+    In order of precedence: that of the checkpoint to resume, --tokenizer, that of --init's model,
+    one trained on the captions. Raises ValueError if --tokenizer differs from the run's, or does
+    not fit the token embedding of --init's model.
     """
     path = run.folder / "tokenizer.json"
     with run.rank_zero_first():  # rank zero writes the file, the others read it
@@ -179,8 +181,9 @@ def fill_in_crops(args, origin):
     """Fill in the defaults of --crops and --scale. Returns --crops as a list of (number, size).
 
     The defaults are KELIP's two crops of 224 pixels and six of 96, at the scales of DINO (arXiv
-    2104.14294); for another resolution, of the same proportions. "tiny" gets one large crop: the
-    demo's emoji fill their 72 pixels, and a small crop would lose what the caption names.
+    2104.14294). At another resolution, all sizes scale with it. "tiny" gets one large crop: the
+    demo's emoji fill their 72 pixels, and a small crop would lose what the caption names. Both go
+    into args, so that config.json has them and --resume compares them.
     """
     patch, resolution = origin.config["vision_patch_size"], origin.config["image_resolution"]
     if origin.preset == "tiny":
@@ -201,11 +204,11 @@ def fill_in_crops(args, origin):
 # ---- encoders and micro-batches ----
 
 class Encoders(nn.Module):
-    """The forward pass of a step as one module, since DistributedDataParallel wraps one forward.
+    """Both encoders in one forward, since DistributedDataParallel takes one forward per backward.
 
-    views: a list of K crops [N, 3, size, size]; tokens [N, L], on the CPU. Returns features of unit
-    length, of the views [K, N, D] and of the texts [N, D], and the factor on the cosines, a scalar.
-    The views' features are in the order of their sizes.
+    views: a list of K crops [N, 3, size, size]; tokens [N, L], on the CPU, where their lengths are
+    needed. Returns features of unit length, of the views [K, N, D] and of the texts [N, D], and the
+    logit scale, a scalar. Views of one size are adjacent in the result.
     """
 
     def __init__(self, model):
@@ -253,18 +256,19 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
         is_local = run.group is not None and not is_last
         with encoders.no_sync() if is_local else contextlib.nullcontext():
             outputs = encode(rows)
-            # The gradient of the scale is that of all pairs already, so it is added once.
+            # d_scale is that of the entire batch, so only one micro-batch adds it.
             grads = d_image[:, rows], d_text[rows], d_scale * is_last
             # The output of a frozen encoder has no graph.
             trained = [(out, grad) for out, grad in zip(outputs, grads) if out.requires_grad]
-            torch.autograd.backward(*zip(*trained))  # not run.backward, which has scaled them
+            # Not run.backward: grads have fp16's loss scale already.
+            torch.autograd.backward(*zip(*trained))
     return loss, per_pair_loss
 
 
 # ---- training ----
 
 def main(argv=None):
-    """Set up, train, evaluate, and say where everything is."""
+    """Set up, train, evaluate, and print where the results are."""
     args = parse_arguments(argv)
     run = Run(args, stage="clip")
     origin = find_origin(args, run.checkpoint)
@@ -274,18 +278,19 @@ def main(argv=None):
     pairs = run.open_pairs()
     test = candidates = None
     if args.test:
-        with run.rank_zero_first():
+        with run.rank_zero_first():  # it writes the index of the shards, the others read it
             test = data.Pairs(args.test)
         if not test.languages:
             raise ValueError(f"--test {' '.join(args.test)}: holds no captions to evaluate with")
-        candidates = evaluate.read_candidates(args.test)  # more texts to choose from
+        candidates = evaluate.read_candidates(args.test)  # further texts to choose from
 
     tokenizer = open_tokenizer(args, run, pairs, origin)
     tokenizer_json = json.dumps(tokenizer.spec, ensure_ascii=False)  # for the checkpoint
 
     config = dict(origin.config)
     if origin.has_whole_model:
-        config["image_resolution"] = crop_groups[0][1]  # its positions are interpolated
+        # Fine-tune at the size of the first crops: init_from interpolates the positions to it.
+        config["image_resolution"] = crop_groups[0][1]
     elif not run.checkpoint:
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
@@ -300,11 +305,13 @@ def main(argv=None):
     if args.compile:
         compile_blocks(model)
 
-    # The betas and epsilon of CLIP's ViT models (arXiv 2103.00020, table 19).
+    # Betas and epsilon are those of CLIP's ViTs (arXiv 2103.00020, appendix F).
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
                                weight_decay=args.weight_decay)
+    # Fixes the number of steps, writes config.json, or restores the checkpoint.
     run.start(model, optimizer, pairs, config, evaluations=args.evals if test else 0)
     encoders = run.data_parallel(Encoders(model))
+    # The loader pads images to squares that are large enough for all crops.
     padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
     loader = run.open_loader(pairs, tokenizer, padded_size)
     if run.is_rank_zero:
@@ -314,7 +321,7 @@ def main(argv=None):
               f"{args.crops} crops; {run.world_size} x {run.device.type}, {dtype}", flush=True)
 
     def make_views(batch, rows=slice(None)):
-        """Crops of some rows of a batch, normalised: a list of K tensors [n, 3, size, size]."""
+        """Crops of some rows of a batch, normalized: a list of K tensors [n, 3, size, size]."""
         images = batch.images[rows].to(run.device, non_blocking=True)
         aspect = batch.aspect[rows].to(run.device, non_blocking=True)
         return crops.multi_crop(
@@ -323,6 +330,7 @@ def main(argv=None):
 
     embedded = None  # the test pairs' features at the last evaluation
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
+        # A pair that could not be read is not valid. The loss ignores it.
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
         language = batch.language.to(run.device, non_blocking=True)          # [n]
         if args.micro_batch and args.micro_batch < len(valid):
@@ -333,20 +341,21 @@ def main(argv=None):
             with run.autocast():
                 image_features, text_features, logit_scale = encoders(
                     views, batch.tokens)                                     # [K, n, D], [n, D], []
+            # The loss of the global batch, of all ranks: every image against every text.
             loss, per_pair_loss = kelip.contrastive_loss(
                 image_features, text_features, logit_scale, run.group, valid, per_pair=True)
             run.backward(loss)
-        scale = model.logit_scale.detach().exp()  # that of this step's loss, for the log
+        scale = model.logit_scale.detach().exp()  # the one that this loss used, for the log
         grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
-        # A metric is a scalar, or (values, where): the mean over the pairs of one language.
+        # (values, where) logs the mean of values where `where` holds: the loss of each language.
         by_language = {f"loss_{name or 'text'}": (per_pair_loss, valid & (language == i))
                        for i, name in enumerate(loader.languages)}
         run.log(step, loss, grad_norm, logit_scale=scale, **by_language)
 
         if run.evaluates_at(step):
-            with run.paused():
+            with run.paused():  # the other ranks wait
                 if run.is_rank_zero:
                     embedded = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
                     recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)

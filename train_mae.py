@@ -3,17 +3,17 @@
     python train_mae.py
     python train_clip.py --init runs/mae
 
-Three quarters of the patches of every image are masked. The image encoder sees the others, a small
-decoder predicts the masked ones, and the loss is the squared error on these. The encoder then
-starts stage 2.
+Three quarters of the patches of every image are masked. The image encoder sees only the others, a
+small decoder predicts the masked ones, and the loss is their squared error. Stage 2 then starts
+from the encoder.
 
-Not included: what the authors' own masked autoencoder adds to He et al.'s (README, "From the paper,
-and ours").
+Not included: what KELIP's released autoencoder changes in He et al.'s (README, "From the paper, and
+ours").
 """
 
 import os
 
-# By default, OpenMP threads spin while they wait, which on a busy machine stalls the others. Let
+# Idle OpenMP threads spin by default, which on a busy machine takes CPU time from working ones. Let
 # them sleep after some tenths of a millisecond. libgomp reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
@@ -29,7 +29,7 @@ import kelip
 from tokenizer import run_command
 from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_dtype
 
-RECONSTRUCTIONS = 4  # times in a run that reconstructions.png is drawn
+RECONSTRUCTIONS = 4  # how many times a run draws reconstructions.png
 
 
 def parse_arguments(argv=None):
@@ -47,9 +47,9 @@ def parse_arguments(argv=None):
     add("--scale", nargs=2, type=float, default=(0.2, 1.0), metavar=("MIN", "MAX"),
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
     add("--mask-ratio", type=float, default=0.75, metavar="X",
-        help="fraction of the patches that is masked (default: 0.75)")
+        help="fraction of the patches to mask (default: 0.75)")
     add("--weight-decay", type=float, default=0.05, metavar="X",
-        help="weight decay of matrices (default: 0.05)")
+        help="weight decay, of matrices only (default: 0.05)")
     args = parser.parse_args(argv)
     args.model = args.model or "tiny"
     if args.model not in kelip.PRESETS:
@@ -66,22 +66,24 @@ def parse_arguments(argv=None):
 
 
 def prepare(batch, args, mae, device):
-    """A batch -> (images [N, 3, size, size], noise [N, L]).
+    """Crop a batch, and draw the noise that decides what is masked.
 
-    Both the crops and the noise, which decides what is masked, are functions of the seed and the
-    sample index.
+    Returns images [N, 3, size, size] and noise [N, L] for L patches. Both depend on the seed and
+    the sample index alone.
     """
     images = batch.images.to(device, non_blocking=True)
-    [images] = crops.multi_crop(images, [(1, args.size)], args.seed, batch.sample_index,
-                                batch.aspect, scale=args.scale, flip=True)
-    n_patches = len(mae.decoder_positions) - 1
-    noise = crops.uniform(args.seed, batch.sample_index, 0, crops.MASK, n_patches).float()
+    aspect = batch.aspect.to(device, non_blocking=True)
+    [images] = crops.multi_crop(images, [(1, args.size)], args.seed, batch.sample_index, aspect,
+                                scale=args.scale, flip=True)
+    n_patches = len(mae.decoder_positions) - 1  # without the class token
+    noise = crops.uniform(args.seed, batch.sample_index, crop=0, purpose=crops.MASK,
+                          draws=n_patches).float()
     return images.to(mae.mask_token.dtype), noise.to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def draw_reconstructions(path, mae, images, noise):
-    """Write a row of three for each image: itself, what the encoder saw, the prediction.
+    """Write one row for each image: the image, what the encoder saw, the prediction.
 
     Visible patches are copied into the prediction, as in He et al.'s figures.
     """
@@ -103,7 +105,7 @@ def draw_reconstructions(path, mae, images, noise):
 
 
 def main(argv=None):
-    """Set up, train, and draw."""
+    """Set up, train, and draw reconstructions."""
     args = parse_arguments(argv)
     run = Run(args, stage="mae")
     pairs = run.open_pairs()
@@ -118,19 +120,22 @@ def main(argv=None):
     # The betas of He et al. (arXiv 2111.06377, table 8).
     optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
                                weight_decay=args.weight_decay)
+    # Fixes the number of steps, writes config.json, or restores the checkpoint.
     run.start(mae, optimizer, pairs, config, evaluations=RECONSTRUCTIONS)
     model = run.data_parallel(mae)
     padded_size = crops.padded_size([(1, args.size)], args.scale)
     loader = run.open_loader(pairs, tokenizer=None, padded_size=padded_size)
-    few_pairs = next(iter(data.Loader(pairs, None, 8, loader.padded_size, args.seed, steps=1)))
+    # Eight images to draw, the same each time.
+    shown = next(iter(data.Loader(pairs, tokenizer=None, batch_size=8, seed=args.seed, steps=1,
+                                  padded_size=loader.padded_size)))
 
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
         images, noise = prepare(batch, args, mae, run.device)
         with run.autocast():
             loss, _, _ = model(images, noise, valid)
-        # Ranks may have different numbers of valid images. DistributedDataParallel takes the mean
-        # of the gradients over ranks. With this weight it is the mean over all images:
+        # DistributedDataParallel takes the mean of the gradients over ranks, which may have
+        # different numbers of valid images. This weight makes it the mean over all images:
         #     mean over ranks of (loss * count * world_size / total) = sum over images / total
         count = valid.sum().float()
         total = run.sum_over_ranks(count).clamp(min=1)
@@ -139,10 +144,10 @@ def main(argv=None):
         grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
         run.log(step, loss, grad_norm)
         if run.evaluates_at(step):
-            with run.paused():
+            with run.paused():  # the other ranks wait
                 if run.is_rank_zero:
                     draw_reconstructions(run.folder / "reconstructions.png", mae,
-                                         *prepare(few_pairs, args, mae, run.device))
+                                         *prepare(shown, args, mae, run.device))
         run.save_if_due(step)
 
     if run.is_rank_zero:
