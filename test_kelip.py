@@ -1460,7 +1460,7 @@ def test_invalid_pairs_count_on_no_rank(tmp_path):
 
 # ---- kelip.py: preprocessing and weights ----
 
-def test_preprocess_resizes_crops_and_normalises():
+def test_preprocess_resizes_crops_and_normalizes():
     image = Image.effect_noise((90, 61), 60).convert("RGB")
     found = kelip.preprocess(32)(image)
     resized = image.resize((int(32 * 90 / 61), 32), Image.BICUBIC)
