@@ -526,14 +526,15 @@ class Loader:
         """This process's part of one batch: (Batch, [(reason, example) of each skipped pair])."""
         n, size = self.local_batch_size, self.padded_size
         first = self.first + step * self.batch_size + self.rank * n
-        sample_index = torch.arange(first, first + n)
+        sample_index = np.arange(first, first + n)
+        # numpy: writing single elements of tensors is slow.
         images = np.zeros((n, size, size, 3), np.uint8)
-        aspect = torch.ones(n)
-        valid = torch.zeros(n, dtype=torch.bool)
-        tokens = language = None
+        aspect = np.ones(n, np.float32)
+        valid = np.zeros(n, bool)
+        language = np.full(n, -1)
+        tokens = None
         if self.tokenizer is not None:
             tokens = self.tokenizer.encode([""], self.context_length).repeat(n, 1)
-            language = torch.full((n,), -1)
         fraction = random_fraction(self.seed, sample_index)
         numbers = self.order(first, min(n, max(0, self.end - first)))
         skipped = []
@@ -550,7 +551,11 @@ class Loader:
             valid[i] = True
             if self.tokenizer is not None:
                 language[i], tokens[i] = captions[int(fraction[i] * len(captions))]
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)                # [n, 3, S, S]
+        images, aspect, language, valid, sample_index = (
+            torch.from_numpy(x) for x in (images, aspect, language, valid, sample_index))
+        images = images.permute(0, 3, 1, 2)                                  # [n, 3, S, S]
+        if self.tokenizer is None:
+            language = None
         return Batch(images, aspect, tokens, language, valid, sample_index), skipped
 
     def _prepare(self, number):
