@@ -156,20 +156,28 @@ def run(command, folder, processes=1, check=True, **environment):
     return done
 
 
+@contextlib.contextmanager
+def signal_handlers_restored():
+    """Restore the handlers that a run installs, which processes forked later would inherit."""
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def here(main, *arguments):
     """What main() of a script prints, run in this process, on one thread."""
     printed = io.StringIO()
     threads = torch.get_num_threads()
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = {number: signal.getsignal(number) for number in signals}
     torch.set_num_threads(1)
     try:
-        with contextlib.redirect_stdout(printed):
+        with signal_handlers_restored(), contextlib.redirect_stdout(printed):
             main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return printed.getvalue()
 
 

@@ -70,6 +70,7 @@ from conftest import (
     reader,
     run,
     shape_image,
+    signal_handlers_restored,
     small_model,
     some_tokens,
     weights_of,
@@ -2547,7 +2548,8 @@ def make_run(tmp_path):
                         lr=0.1, seed=0, precision="fp32", model="small", resume=False,
                         save_every=100, keep=1, data=[], workers=0)
         return trainer.Run(argparse.Namespace(**{**defaults, **flags}), "test")
-    return make
+    with signal_handlers_restored():
+        yield make
 
 
 def train_linear(run, module, values):

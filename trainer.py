@@ -261,6 +261,7 @@ class Run:
                 group["lr"] = group["lr_factor"] * lr
             yield step, batch
         self._log.bar.close()
+        self._stop_signal.restore_handlers()
 
     def autocast(self):
         """The context of the forward pass: --precision's dtype for matrix products."""
@@ -476,8 +477,13 @@ class _StopSignal:
     def __init__(self):
         self.name = ""
         self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle)
+                          for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def restore_handlers(self):
+        """After the loop, signals end the process as usual."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if self.name and number == signal.SIGINT:
