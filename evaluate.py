@@ -542,6 +542,7 @@ def main(argv=None):
     pairs, classes, caption_per_line = open_set(args.test, args.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
+    print(f"{args.model} on {' '.join(args.test)}, {len(pairs):,} images")
     report(out, model, pairs, tokenizer, candidates, classes, caption_per_line=caption_per_line)
     print(f"{out}/index.html")
 

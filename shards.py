@@ -156,7 +156,7 @@ def new_folder(out, replaceable=""):
     """
     for name in os.listdir(out) if os.path.isdir(out) else []:
         if not re.fullmatch(replaceable, name):
-            raise FileExistsError(f"{out} holds {name}: name a folder that is new or empty")
+            raise FileExistsError(f"{out} is not empty, it holds {name}: name a new folder")
     temporary = f"{out.rstrip('/')}.{os.getpid()}.part"
     os.makedirs(temporary)
     try:

@@ -298,7 +298,7 @@ def test_released_layout_without_safetensors(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["kelip"]  # nothing half-written
     opened = kelip.build_model(folder)
     assert torch.equal(logits(*opened), logits(model, kelip.preprocess(56), small_tokenizer()))
-    with pytest.raises(FileExistsError, match="kelip holds .* new or empty"):
+    with pytest.raises(FileExistsError, match="kelip is not empty, it holds .*: name a new folder"):
         export(tmp_path, "kelip")
 
 
@@ -713,7 +713,7 @@ def test_errors_and_warnings_of_convert_are_one_line(tmp_path):
     assert [line.startswith("extras.convert: ") for line in lines] == [True, True]
     assert "its number of heads is unknown" in lines[0] and "activation" in lines[1]
     status, _, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
-    assert status == 1 and "new or empty" in lines[-1]
+    assert status == 1 and "name a new folder" in lines[-1]
 
 
 def test_weights_in_several_files_are_read(tmp_path):
@@ -852,7 +852,7 @@ def test_errors_of_pack_are_one_line(tmp_path, pack_command):
     (tmp_path / "in/t.csv").write_text("file,label\na.jpg,cat\n")
     (tmp_path / "empty").mkdir()
     for arguments, line in (
-        (("images", tmp_path / "in", tmp_path / "in"), "name a folder that is new or empty"),
+        (("images", tmp_path / "in", tmp_path / "in"), "name a new folder"),
         (("images", tmp_path / "n", tmp_path / "no.tsv"), "no.tsv"),
         (("images", tmp_path / "n", tmp_path / "in/a.jpg"), "neither a folder"),
         (("images", tmp_path / "n", tmp_path / "in/t.csv"), "its header is 'file, label'"),
@@ -939,7 +939,7 @@ def test_splits_of_the_same_classes_go_into_one_set(tmp_path, pack_command):
     assert pack_command("classes", out, tmp_path / "other", "--split", "more")[1].startswith(
         f"extras.pack: {out}/classnames.txt: lists other classes")
     error = pack_command("classes", out, tmp_path / "train", "--split", "train")[1]
-    assert "name a folder that is new or empty" in error
+    assert "name a new folder" in error
 
 
 def test_classes_in_several_shards_are_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
