@@ -353,8 +353,7 @@ class Run:
                 _link(last, self.folder / f"step-{self.saved_step}.pt")
             save_checkpoint(last, {
                 "model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": step,
-                "samples": step * self.args.batch_size, "config": self.config,
+                "scaler": self.scaler.state_dict(), "step": step, "config": self.config,
                 "data": self._log.loader.pairs.state(), **extra})
             older = _older_checkpoints(self.folder)
             for path in older[:max(0, len(older) - keep + 1)]:
