@@ -2,7 +2,7 @@
 
     classes = read_classes("cifar10")          # names and prompt templates, from prompts.json
     format_prompt("{}{을/를} 찍은 사진", "사과")   # '사과를 찍은 사진', "a photo of an apple"
-    pairs, classes, caption_per_line = open_set(["wds_vtab-cifar10"], "cifar10")
+    pairs, classes = open_set(["wds_vtab-cifar10"], "cifar10")
     labels = labels_of(pairs, classes)         # [6, 9, 9, ...], None for a pair without a class
 
 From top to bottom: prompts and their Korean particles, the class of a pair, class names on disk,
@@ -133,7 +133,7 @@ def label_of(pair, classes):
         return _class_of_codepoint(int(emoji[1], 16), tuple(classes["codepoints"]))
     classnames = classes["classnames"]
     language = "en" if "en" in classnames else next(iter(classnames))
-    caption = f" {pair.captions.get(language, '')}".lower()
+    caption = f" {pair.captions.get(language, [''])[0]}".lower()
     named, at_end = set(), set()
     for label, name in enumerate(classnames[language]):
         for spelling in spellings(name):
@@ -220,12 +220,10 @@ class EvaluationSet(NamedTuple):
     """A set to evaluate on.
 
     classes: as read_classes returns them, or None. They may also have "order", the class of each
-    number on disk. caption_per_line: whether each line of a .txt is a caption of its own, as in
-    CLIP_benchmark's retrieval sets.
+    number on disk. In CLIP_benchmark's retrieval sets, each line of a .txt is a caption of its own.
     """
     pairs: data.Pairs
     classes: dict
-    caption_per_line: bool
 
 
 OTHER_SETS = (
@@ -246,11 +244,13 @@ def open_set(sources, name=None, split="test"):
     classes = read_classes(name) if name else None
     shards, layouts = [], []
     for source in sources:
-        folder, colons, language = source.partition("::")
+        folder, colons, options = source.partition("::")
         count = _count_tars(Path(folder), split)
         if count:
-            shards += [f"{folder}/{split}/{i}.tar{colons}{language}" for i in range(count)]
             layouts.append(_read_layout(Path(folder)))
+            if layouts[-1].kind == "retrieval":
+                options += "::lines"
+            shards += [f"{folder}/{split}/{i}.tar{colons}{options}" for i in range(count)]
         else:
             shards.append(source)
             layouts.append(None)
@@ -265,7 +265,7 @@ def open_set(sources, name=None, split="test"):
     layout, folder = layouts[0], Path(sources[0].partition("::")[0])
     if layout and layout.names:
         classes = _classes_on_disk(folder, layout, classes)
-    return EvaluationSet(pairs, classes, bool(layout and layout.kind == "retrieval"))
+    return EvaluationSet(pairs, classes)
 
 
 def _classes_on_disk(folder, layout, classes):

@@ -303,7 +303,7 @@ def write_bad_corpus(folder):
     shards.write_shard(f"{folder}/nothing.tar", [])
     shards.write_shard(f"{folder}/cut.tar", [make_pair(f"cut-{j}", j) for j in range(9)])
     content = Path(folder, "cut.tar").read_bytes()
-    starts = [header for name, header, _, _ in shards.walk_tar(reader(content), 0, len(content))
+    starts = [header for name, header, *_ in shards.walk_tar(reader(content), 0, len(content))
               if name.endswith("jpg")]
     Path(folder, "cut.tar").write_bytes(content[:starts[6] + 900])
     # Names change and checksums do not, so that nothing in this shard can be trusted.

@@ -21,6 +21,7 @@ Not included: shards on other machines, random crops (crops.py), and making shar
 import argparse
 import collections
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,12 +35,15 @@ from tqdm import tqdm
 import demo
 from kelip import ceil_div
 from shards import (
-    LANGUAGE,
+    APART,
+    COUNTRIES,
+    CaptionRule,
     Shard,
     decode,
     expand_pattern,
     format_counts,
     index_shards,
+    is_language,
     read_pair,
     shard_rows,
 )
@@ -51,7 +55,6 @@ GROUP_PAIRS = 1 << 20            # a group ends with the shard that reaches this
 BUFFER_PAIRS = 1 << 16           # pairs of a shuffle buffer, whose order is uniformly random
 OPEN_SHARDS = 2 * GROUP_SHARDS   # files that a process keeps open
 CACHE_BYTES = 512 << 20          # decoded images are kept in memory if all of them fit into this
-COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh"}  # country codes are not languages
 
 
 # ---- sources and pairs ----
@@ -60,31 +63,39 @@ class Source(NamedTuple):
     """One argument of `--data`."""
     name: str
     weight: float     # epochs of this source in one epoch of the run
-    language: str     # the language of captions whose name has none
+    rule: CaptionRule
     first_shard: int  # index in Pairs.shards
     shards: int       # number of shards
     pairs: int        # number of pairs
 
 
-def _parse_source(text):
-    """'ko-*.tar::2::ko' -> ('ko-*.tar', 2.0, 'ko')."""
+def parse_source(text):
+    """'ko-*.tar::2::ko' -> ('ko-*.tar', 2.0, CaptionRule("ko")).
+
+    Any number of options may follow the pattern, each after two colons: a weight, the language of
+    captions whose name has none, `lines` if each line of a .txt is a caption, and LANGUAGE=NAME for
+    further captions, which are in KEY.NAME.txt or under NAME in KEY.json. Raises ValueError for
+    other options.
+    """
     pattern, *options = text.split("::")
-    weight, language = 1.0, ""
+    weight, rule = 1.0, CaptionRule()
     for option in options:
-        if option in COUNTRIES:
-            raise ValueError(f"--data {text}: {option} is a country; write ::{COUNTRIES[option]}, "
-                             "the language")
-        if LANGUAGE.fullmatch(option):
-            language = option
-            continue
-        try:
-            weight = float(option)
-        except ValueError:
-            weight = 0.0
-        if not 0 < weight < 1e6:
-            raise ValueError(f"--data {text}: after :: write a weight above 0, or a language such "
-                             "as ko")
-    return pattern, weight, language
+        language, equals, name = option.partition("=")
+        if language in COUNTRIES:
+            raise ValueError(f"{text}: {language} is a country; the language is "
+                             f"{COUNTRIES[language]}")
+        if option == "lines":
+            rule = rule._replace(lines=True)
+        elif re.fullmatch("[a-zA-Z][-_a-zA-Z0-9]*", language) and name:
+            rule = rule._replace(fields=(*rule.fields, (language, name)))
+        elif is_language(option):
+            rule = rule._replace(language=option)
+        else:
+            weight = float(option) if re.fullmatch(r"\d+\.?\d*|\.\d+", option) else 0.0
+            if not 0 < weight < 1e6:
+                raise ValueError(f"{text}: {option or 'nothing'} after ::, where a weight above 0, "
+                                 "a language such as ko, lines, or LANGUAGE=NAME may stand")
+    return pattern, weight, rule
 
 
 class Pairs:
@@ -92,15 +103,14 @@ class Pairs:
 
     Args:
         sources: a string or a list of strings. Each is a tar, a folder of tars, a glob or a brace
-            range, with an optional weight and an optional language (for captions whose name has
-            none), as in "ko-{00000..07079}.tar::2::ko".
+            range, with options as parse_source takes them: "ko-{00000..07079}.tar::2::ko".
         state: what state() returned when the run began. Every pair then keeps its number, even if
             shards are missing now.
         workers: processes that index shards.
 
     Attributes: sources, a list of Source; shards, a list of Shard; starts, int64 [shards + 1], the
-    number of each shard's first pair; languages, a Counter of captions; skipped, a Counter of what
-    the index skipped, by reason.
+    number of each shard's first pair; languages, a Counter of captions; fields, a Counter of what
+    else may be a caption (shards.Shard); skipped, a Counter of what the index skipped, by reason.
 
     Raises FileNotFoundError when a source names no shards, ValueError when they hold no pairs.
     """
@@ -111,26 +121,32 @@ class Pairs:
             raise ValueError(f"--data: {len(sources)} sources, but the run began with "
                              f"{len(state['shards'])}")
         self.sources, self.shards = [], []
-        self.languages, self.skipped = collections.Counter(), collections.Counter()
+        self.languages, self.skipped, self.fields = (collections.Counter() for _ in range(3))
         for i, text in enumerate(sources):
-            pattern, weight, language = _parse_source(text)
+            pattern, weight, rule = parse_source(text)
             shards = index_shards(expand_pattern(pattern, partial=bool(state)), workers)
             if state:
                 shards = _match_shards(state["shards"][i], shards)
             count = sum(shard.count for shard in shards)
             self.sources.append(
-                Source(pattern, weight, language, len(self.shards), len(shards), count))
+                Source(pattern, weight, rule, len(self.shards), len(shards), count))
             self.shards += shards
             for shard in shards:
                 self.skipped.update(shard.skipped)
-                for own_language, captions in shard.languages.items():
-                    self.languages[own_language or language] += captions
+                for language, captions in shard.languages.items():
+                    self.languages[language or rule.language] += captions
+                fields = dict(shard.fields)
+                for language, name in rule.fields:
+                    self.languages[language] += fields.pop(f"{name.lower()}.txt", 0)
+                    self.languages[language] += fields.pop(f"{name}.json", 0)
+                self.fields.update(fields)
+        self.languages = +self.languages  # without counts of zero
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
         self._open = {}  # shard number -> (file, rows), in the order of opening
         if not len(self):
             reasons = format_counts(self.skipped) or "they are empty"
-            raise ValueError(f"{' '.join(sources)}: no pairs there ({reasons}); a pair is KEY.jpg "
-                             "and KEY.txt")
+            raise ValueError(f"{' '.join(sources)}: no pairs there ({reasons}){self._hint()}; a "
+                             "pair is KEY.jpg and KEY.txt")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -144,13 +160,13 @@ class Pairs:
             self._open_shard(number)
         file, rows = self._open[number]
         row = rows[i - int(self.starts[number])]
-        return read_pair(file, self.shards[number].path, row, self._language(number))
+        return read_pair(file, self.shards[number].path, row, self._rule(number))
 
-    def _language(self, number):
-        """The language of the source that a shard belongs to."""
+    def _rule(self, number):
+        """The caption rule of the source that a shard belongs to."""
         for source in self.sources:
             if number < source.first_shard + source.shards:
-                return source.language
+                return source.rule
 
     def _open_shard(self, number):
         """Open a shard. When too many are open, first close the one that was opened first."""
@@ -180,11 +196,11 @@ class Pairs:
         return {**self.__dict__, "_open": {}}
 
     def state(self):
-        """What a checkpoint saves: each source's shards as [file name, bytes, pairs]."""
+        """What a checkpoint saves: each source's shards as [file name, bytes, pairs, digest]."""
         shards = []
         for source in self.sources:
             own = self.shards[source.first_shard:source.first_shard + source.shards]
-            shards.append([[os.path.basename(x.path), x.size, x.count] for x in own])
+            shards.append([[os.path.basename(x.path), x.size, x.count, x.digest] for x in own])
         return {"shards": shards}
 
     def describe(self):
@@ -198,11 +214,32 @@ class Pairs:
             if source.weight != 1:
                 line += f" at weight {source.weight:g}"
             lines.append(line)
-        if self.languages:
-            lines.append(f"captions: {format_counts(self.languages)}")
+        lines.append(f"captions: {format_counts(self.languages) or 'none'}")
+        unread = {name: count for name, count in self.fields.items() if name.endswith(".txt")}
+        if unread:
+            name = next(iter(unread)).removesuffix(".txt")
+            example = f"{COUNTRIES.get(name, 'LANGUAGE')}={name}"
+            lines.append(f"not read as captions: {format_counts(unread)}; to read them, write "
+                         f"::{example} after the shards")
         if self.skipped:
-            lines.append(f"skipped: {format_counts(self.skipped)}")
+            lines.append(f"skipped: {format_counts(self.skipped)}{self._hint()}")
         return "\n".join(lines)
+
+    def require_captions(self, flag):
+        """Raise ValueError if no pair has a caption. flag: that which names the pairs."""
+        if not self.languages:
+            found = format_counts(self.skipped | self.fields) or "images alone"
+            raise ValueError(f"{flag} {' '.join(source.name for source in self.sources)}: no "
+                             f"captions there ({found}){self._hint()}; a caption is in KEY.txt, "
+                             "KEY.ko.txt, or under \"caption\" in KEY.json; others are named as "
+                             "SHARDS::LANGUAGE=NAME")
+
+    def _hint(self):
+        """How to mend shards in which the members of a pair are apart."""
+        if not self.skipped[APART]:
+            return ""
+        return ("; the members of a pair must be next to each other, as `tar --sort=name` packs "
+                "them")
 
 
 def _match_shards(saved, shards):
@@ -214,12 +251,12 @@ def _match_shards(saved, shards):
     for shard in shards:
         by_name[os.path.basename(shard.path)].append(shard)
     matched = []
-    for name, size, count in saved:
+    for name, size, count, digest in saved:
         shard = by_name[name].pop(0) if by_name[name] else None
         if shard is None:
-            shard = Shard(name, size, 0, count, {}, {"shard missing": count})
-        elif (shard.size, shard.count) != (size, count):
-            shard = Shard(name, size, 0, count, {}, {"shard changed": count})
+            shard = Shard(name, size, 0, count, skipped={"shard missing": count}, digest=digest)
+        elif (shard.size, shard.count, shard.digest) != (size, count, digest):
+            shard = Shard(name, size, 0, count, skipped={"shard changed": count}, digest=digest)
         matched.append(shard)
     return matched
 
@@ -446,7 +483,8 @@ class Loader:
             for images alone.
         batch_size: that of all processes together.
         padded_size: the side in pixels of the square that each image is padded to.
-        seed: decides the order, and which caption a pair with several languages gets.
+        seed: decides the order, and which caption a pair with several of them gets: each of its
+            languages is equally likely, and then each of the captions in it.
         first: the sample index to begin at, that is, the number of samples used before.
         steps: the number of batches. By default, they reach to the end of the first epoch, and
             samples of the last batch after that end are invalid.
@@ -550,7 +588,9 @@ class Loader:
             aspect[i] = image_aspect
             valid[i] = True
             if self.tokenizer is not None:
-                language[i], tokens[i] = captions[int(fraction[i] * len(captions))]
+                position = fraction[i] * len(captions)
+                language[i], choices = captions[int(position)]
+                tokens[i] = choices[int(position % 1 * len(choices))]
         images, aspect, language, valid, sample_index = (
             torch.from_numpy(x) for x in (images, aspect, language, valid, sample_index))
         images = images.permute(0, 3, 1, 2)                                  # [n, 3, S, S]
@@ -559,9 +599,10 @@ class Loader:
         return Batch(images, aspect, tokens, language, valid, sample_index), skipped
 
     def _prepare(self, number):
-        """Read and decode a pair: (uint8 [h, w, 3], width / height, [(language, tokens)]).
+        """Read and decode a pair: (uint8 [h, w, 3], width / height, captions).
 
-        Raises ValueError("reason: details").
+        captions: for each language, (its index in self.languages, int64 [captions, L]). Raises
+        ValueError("reason: details").
         """
         if number in self._cache:
             return self._cache[number]
@@ -569,10 +610,10 @@ class Loader:
         captions = []
         if self.tokenizer is not None:
             if not pair.captions:
-                raise ValueError(f"{pair.error}: pair {pair.key}")
-            languages, texts = zip(*sorted(pair.captions.items()))
-            tokens = self.tokenizer.encode(list(texts), self.context_length)
-            captions = list(zip(map(self.languages.index, languages), tokens))
+                raise ValueError(f"{pair.errors[0]}: pair {pair.key}")
+            captions = [(self.languages.index(language),
+                         self.tokenizer.encode(texts, self.context_length))
+                        for language, texts in sorted(pair.captions.items())]
         try:
             image = decode(pair.image, min_side=self.padded_size)
         except ValueError as error:
@@ -619,11 +660,10 @@ def print_captions(sources, languages=None, workers=0):
         except ValueError as error:
             skipped[str(error).partition(": ")[0]] += 1
             continue
-        if pair.error:
-            skipped[pair.error] += 1
-        for language, text in pair.captions.items():
+        skipped.update(pair.errors)
+        for language, texts in pair.captions.items():
             if not languages or language in languages:
-                print(text)
+                print(*texts, sep="\n")
     if skipped:
         print(f"skipped: {format_counts(skipped)}", file=sys.stderr)
 

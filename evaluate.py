@@ -51,7 +51,6 @@ class Embedded:
         pairs: data.Pairs.
         candidates: {language: texts}, further texts for retrieval to choose from. Languages that no
             pair has, and texts that are captions of pairs, are ignored.
-        caption_per_line: each line of a .txt is a caption of its own.
 
     Attributes:
         images: float32 [M, D], unit vectors of the M images that decode.
@@ -64,8 +63,7 @@ class Embedded:
     Raises ValueError when no image decodes.
     """
 
-    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True,
-                 caption_per_line=False):
+    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True):
         self.images, kept, self.skipped = embed_images(model, pairs, progress)
         if not kept:
             raise ValueError(f"none of the {len(pairs):,} images decodes: "
@@ -74,10 +72,9 @@ class Embedded:
         self.captions = collections.defaultdict(list)
         owner = collections.defaultdict(list)
         for i, pair in enumerate(self.pairs):
-            captions = shards.caption_lines(pair) if caption_per_line else pair.captions.items()
-            for language, text in captions:
-                self.captions[language].append(text)
-                owner[language].append(i)
+            for language, texts in pair.captions.items():
+                self.captions[language] += texts
+                owner[language] += [i] * len(texts)
         for language in self.captions.keys() & (candidates or {}).keys():
             own = set(self.captions[language])
             more = [text for text in dict.fromkeys(candidates[language]) if text not in own]
@@ -349,14 +346,14 @@ def _confusions(truth, predicted, indices, classnames):
 # ---- the report ----
 
 def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True,
-           embedded=None, caption_per_line=False):
+           embedded=None):
     """Evaluate, print, and write evaluation.json and index.html into folder. Returns the numbers.
 
     classes: the name of a set of prompts.json, or classes as open_set returns them. embedded: the
-    Embedded of the pairs if it exists already. candidates, caption_per_line: as Embedded takes
-    them. Raises ValueError when the pairs have neither captions nor classes.
+    Embedded of the pairs if it exists already. candidates: as Embedded takes them. Raises
+    ValueError when the pairs have neither captions nor classes.
     """
-    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress, caption_per_line)
+    embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
     owners, n_images = sorted(embedded.owner.items()), len(embedded.images)
     numbers = {
         "images": n_images,
@@ -478,7 +475,7 @@ def _prediction_card(embedded, i):
         nearest = scores.topk(min(3, len(scores))).indices.tolist()
         found = [(embedded.captions[language][j], bool(embedded.owner[language][j] == i))
                  for j in nearest]
-        lists += page.names(pair.captions.get(language, ""), found, language)
+        lists += page.names(", ".join(pair.captions.get(language, [])), found, language)
     return page.card(page.image(shards.decode(pair.image)), lists)
 
 
@@ -539,11 +536,11 @@ def main(argv=None):
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
     candidates = read_candidates(args.test, args.candidates)
-    pairs, classes, caption_per_line = open_set(args.test, args.classes)
+    pairs, classes = open_set(args.test, args.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
     print(f"{args.model} on {' '.join(args.test)}, {len(pairs):,} images")
-    report(out, model, pairs, tokenizer, candidates, classes, caption_per_line=caption_per_line)
+    report(out, model, pairs, tokenizer, candidates, classes)
     print(f"{out}/index.html")
 
 

@@ -4,13 +4,13 @@
     shard = index_shards(paths)[0]                      # walks the tar once, then reads the index
     with open(shard.path, "rb") as file:
         pair = read_pair(file, shard.path, shard_rows(shard)[0])
-    pair.captions                                       # {"en": "red apple", "ko": "빨간 사과"}
+    pair.captions                                       # {"en": ["red apple"], "ko": ["빨간 사과"]}
     decode(pair.image)                                  # a PIL image in RGB
 
 A shard is a tar as img2dataset writes it: `000001.jpg` with `000001.txt`, or with `000001.en.txt`
 and `000001.ko.txt`, or with a `000001.json` that has a "caption". Consecutive members with the same
-key, `000001`, form a pair. The index says where each pair begins and how long it is, so that a
-single read gets any pair.
+key, `000001`, form a pair. CaptionRule says what else may be a caption. The index says where each
+pair begins and how long it is, so that a single read gets any pair.
 
 From top to bottom: tars, the index, patterns that name shards, pairs and their captions, decoding.
 data.py makes one array of all pairs, and the batches of a run. extras/pack.py makes shards from
@@ -32,76 +32,124 @@ import multiprocessing
 import os
 import re
 import shutil
+import stat
+import sys
 import tarfile
 import tempfile
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
 from kelip import atomic_write, ceil_div, to_rgb
 
 BLOCK = 512                      # bytes; the unit of a tar
+SCAN = 1 << 20                   # bytes to read at once where there is no header
 MAX_PAIR = 64 << 20              # bytes; larger pairs are skipped
+MAX_JSON = 1 << 20               # bytes; larger .json members are not read
+MAX_FIELDS = 256                 # names of fields that the index counts, of one shard
+MAX_SHARDS = 10_000_000          # that one pattern may name
 MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
+MAX_SCANS = 100                  # of a progressive JPEG, which usually has about ten
 INDEX_CHUNK = 256                # shards to walk before the index is written
-INDEX_FORMAT = "pairs 1"
-IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
-# The image formats that Pillow may open. Not EPS, for which it would run another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
+INDEX_FORMAT = "pairs 2"
+IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm"}
+# The image formats that Pillow may open. Not EPS, for which it would run another program. Pillow
+# has AVIF since version 11.3.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
+           *(["AVIF"] if "avif" in features.modules else []))
 PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
+APART = "members apart"  # why a member is skipped: others of its key came earlier, not just before
 
 
 # ---- tars ----
 
-def walk_tar(read, start, end):
-    """Walk the regular files of a tar: yields (name, first_header, body, size) for each.
+class Member(NamedTuple):
+    """A regular file in a tar, or a damaged place."""
+    name: str
+    header: int      # offset of its first header, bytes
+    body: int        # offset of its content
+    size: int        # of its content
+    error: str = ""  # of a damaged place, which has no name: "damaged tar" or "truncated tar"
 
-    first_header and body are the offsets of its first header and of its bytes. read(size, offset)
-    returns bytes, like os.pread. Handles the long names of ustar, GNU and pax.
 
-    Raises ValueError("damaged tar: ...") or ValueError("truncated tar: ..."). The files that were
-    yielded before are complete.
+def walk_tar(read, start, end, is_entire=False):
+    """Walk the regular files between two offsets of a tar: yields a Member for each.
+
+    read(size, offset) returns bytes, like os.pread. Handles the long names of ustar, GNU and pax.
+    A damaged place is a Member with an error; the walk goes on at the next header that is found
+    behind it. is_entire: whether the tar ends at `end`; then it is truncated if no block of zeros
+    comes before.
     """
     offset = first_header = start
     long_name = None
     while offset + BLOCK <= end:
         header = read(BLOCK, offset)
-        if not header.strip(b"\0"):  # a block of zeros ends the tar
-            return
-        size = _read_size(header, offset)
-        kind = header[156:157]
+        size = _read_size(header)
         body = offset + BLOCK
-        offset = body + ceil_div(size, BLOCK) * BLOCK
+        if size is None:  # no header
+            following = _find_header(read, offset, end)
+            if following is None:  # only zeros, which end the tar
+                return
+            yield Member("", offset, offset, 0, "damaged tar")
+            if following == end:
+                return
+            offset = first_header = following
+            long_name = None
+            continue
         if body + size > end:
-            raise ValueError(f"truncated tar: it ends inside the file at byte {body}")
+            yield Member("", offset, body, 0, "truncated tar")
+            return
+        offset = body + ceil_div(size, BLOCK) * BLOCK
+        kind = header[156:157]
         if kind in b"Lx" and size <= 64 * BLOCK:  # the name of the file that follows
             long_name = _read_long_name(kind, read(size, body)) or long_name
             continue
         if kind in (b"0", b"\0", b"7"):  # a regular file
-            name = long_name or _read_name(header)
-            yield name.decode("utf-8", "backslashreplace"), first_header, body, size
+            name = (long_name or _read_name(header)).decode("utf-8", "backslashreplace")
+            yield Member(name, first_header, body, size)
         first_header = offset
         long_name = None
+    if is_entire:
+        yield Member("", offset, offset, 0, "truncated tar")
 
 
-def _read_size(header, offset):
-    """The size of a file, from its header. Raises ValueError when the checksum is wrong."""
-    try:
-        checksum = int(header[148:156].split(b"\0")[0], 8)
-        if header[124] & 0x80:  # GNU's way to write sizes of 8 GB and more
-            size = int.from_bytes(header[125:136], "big")
-        else:
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-    except (ValueError, IndexError):
-        checksum, size = -1, 0
+def _read_size(header):
+    """The size of a file, from its header; None if the bytes are not a header."""
+    checksum = _read_octal(header[148:156])
+    if checksum is None:
+        return None
     # The checksum is computed as if its own eight bytes were spaces.
     if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise ValueError(f"damaged tar: no header at byte {offset}")
-    return size
+        return None
+    if header[124] == 0x80:  # GNU's way to write sizes of 8 GB and more
+        return int.from_bytes(header[125:136], "big")
+    return _read_octal(header[124:136])
+
+
+def _read_octal(field):
+    """The number in a field of a header, None if it is not octal digits."""
+    digits = field.strip(b" \0") or b"0"
+    return int(digits, 8) if re.fullmatch(b"[0-7]+", digits) else None
+
+
+def _find_header(read, offset, end):
+    """The offset of the next header, from a block that is none on.
+
+    If there is none, returns None if there are only zeros, and `end` if there is other data.
+    """
+    zeros, result = bytes(SCAN), None
+    for start in range(offset, end, SCAN):
+        chunk = read(min(SCAN, end - start), start)
+        if chunk == zeros[:len(chunk)]:
+            continue
+        result = end
+        for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            if _read_size(chunk[i:i + BLOCK]) is not None:
+                return start + i
+    return result
 
 
 def _read_name(header):
@@ -113,12 +161,17 @@ def _read_name(header):
     return name
 
 
-def _read_long_name(kind, record):
-    """The name in a GNU (L) or pax (x) record, or None."""
+def _read_long_name(kind, content):
+    """The name in a GNU (L) or pax (x) member, or None."""
     if kind == b"L":
-        return record.rstrip(b"\0")
-    match = re.search(rb"\d+ path=([^\n]*)\n", record)
-    return match and match[1]
+        return content.rstrip(b"\0")
+    name = None
+    while match := re.match(rb"(\d{1,9}) ([^=]+)=", content):  # a record: "LENGTH KEY=VALUE\n"
+        length = int(match[1])
+        if match[2] == b"path":
+            name = content[match.end():length - 1]
+        content = content[max(length, match.end()):]
+    return name
 
 
 def split_name(name):
@@ -172,13 +225,15 @@ def new_folder(out, replaceable=""):
 class Shard(NamedTuple):
     """What the index knows of one tar."""
     path: str
-    size: int            # bytes
-    mtime: int           # time of last change, nanoseconds
-    count: int           # pairs
-    languages: dict      # language -> number of captions; "" for those whose name has none
-    skipped: dict        # reason -> number of pairs or members that are not in the index
-    first_row: int = 0   # where its rows begin in rows_file, which several shards share
-    rows_file: str = ""  # "" for a shard that is missing
+    size: int             # bytes
+    mtime: int            # time of last change, nanoseconds
+    count: int            # pairs
+    languages: dict = {}  # language -> number of captions; "" for those whose name has none
+    skipped: dict = {}    # reason -> number of pairs or members that are not in the index
+    fields: dict = {}     # what else may be a caption -> its number: "url.txt", "ko.json"
+    digest: str = ""      # of all headers and .json members; it tells tars of equal size apart
+    first_row: int = 0    # where its rows begin in rows_file, which several shards have in common
+    rows_file: str = ""   # "" for a shard that is missing
 
 
 def index_tar(path):
@@ -187,61 +242,81 @@ def index_tar(path):
     rows: uint32 [count, 2], the first block and the number of bytes of each pair, in order.
 
     A pair is consecutive members with the same key, one of them an image. Keys without an image,
-    keys that occur again and everything after a damaged place are skipped, and counted in
-    Shard.skipped.
+    keys that occur again and damaged places are skipped, and counted in Shard.skipped.
     """
     rows = []
-    languages, skipped = collections.Counter(), collections.Counter()
-    seen = set()
+    languages, skipped, fields = (collections.Counter() for _ in range(3))
+    suffixes_of = {}  # key -> the suffixes of its members
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        read = functools.partial(os.pread, file.fileno())
-        for key, start, end, suffixes in _walk_pairs(read, status.st_size, skipped):
-            if key in seen:
-                skipped["duplicate key"] += 1
+
+        def read(size, offset):
+            content = os.pread(file.fileno(), size, offset)
+            digest.update(content)
+            return content
+
+        for key, start, end, members in _walk_pairs(read, status.st_size, skipped):
+            suffixes = frozenset(members)
+            if key in suffixes_of:
+                is_apart = not suffixes & suffixes_of[key]
+                skipped[APART if is_apart else "duplicate key"] += 1
             elif not IMAGE_SUFFIXES & suffixes:
                 skipped["no image"] += 1
             elif end - start > MAX_PAIR:
                 skipped["pair too large"] += 1
             else:
                 rows.append((start // BLOCK, end - start))
-                named = {caption_language(suffix) for suffix in suffixes} - {None}
-                if not named and "json" in suffixes:
-                    named = {""}  # the caption is in the .json
-                languages.update(named)
-            seen.add(key)
+                _count_captions(members, read, languages, fields)
+            suffixes_of[key] = suffixes | suffixes_of.get(key, frozenset())
     shard = Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages),
-                  dict(skipped))
+                  dict(skipped), dict(fields.most_common(MAX_FIELDS)), digest.hexdigest())
     return shard, np.array(rows, np.uint32).reshape(-1, 2)
 
 
 def _walk_pairs(read, size, skipped):
-    """Walk a tar of `size` bytes: yields (key, start, end, suffixes) for consecutive equal keys.
+    """Walk a tar of `size` bytes: yields (key, start, end, members) for consecutive equal keys.
 
-    Counts in `skipped` what it cannot use, and stops at a damaged place.
+    members: {suffix: Member}. Counts in `skipped` what it cannot use.
     """
-    key, start, end, suffixes = None, 0, 0, set()
-    try:
-        for name, header, body, length in walk_tar(read, 0, size):
-            parts = split_name(name)
-            if parts is None:
-                skipped["member without a key"] += 1
-                continue
-            member_key, suffix = parts
-            if member_key != key:
-                if suffixes:
-                    yield key, start, end, suffixes
-                key, start, suffixes = member_key, header, set()
-            elif suffix in suffixes:
-                skipped["duplicate key"] += 1
-            suffixes.add(suffix)
-            end = body + length
-        if end + BLOCK > size:  # a complete tar ends with blocks of zeros
-            skipped["truncated tar"] += 1
-    except ValueError as error:
-        skipped[str(error).partition(":")[0]] += 1
-    if suffixes:
-        yield key, start, end, suffixes
+    key, start, end, members = None, 0, 0, {}
+    for member in walk_tar(read, 0, size, is_entire=True):
+        member_key, suffix = split_name(member.name) or (None, None)
+        if member_key is None:
+            skipped[member.error or "member without a key"] += 1
+        if member.error or member_key not in (None, key):
+            # A pair does not go on behind a damaged place: it would lack what stood there.
+            if members:
+                yield key, start, end, members
+            key, start, members = member_key, member.header, {}
+        if member_key is None:
+            continue
+        if suffix in members:
+            skipped["duplicate key"] += 1
+        else:
+            members[suffix] = member
+        end = member.body + member.size
+    if members:
+        yield key, start, end, members
+
+
+def _count_captions(members, read, languages, fields):
+    """Add the captions of a pair to two Counters, those of Shard. members: {suffix: Member}."""
+    has_caption = False
+    for suffix in members:
+        language = caption_language(suffix)
+        if language is not None:
+            languages[language] += 1
+            has_caption = True
+        elif suffix.endswith(".txt"):
+            fields[suffix] += 1
+    if "json" in members and members["json"].size <= MAX_JSON:
+        record = _parse_json(read(members["json"].size, members["json"].body)) or {}
+        for name in record:
+            if _texts(record[name]) and len(name) <= 64:
+                fields[f"{name}.json"] += 1
+        if not has_caption and _texts(record.get("caption")):
+            languages[""] += 1
 
 
 def index_shards(paths, workers=0):
@@ -249,7 +324,7 @@ def index_shards(paths, workers=0):
 
     A folder's index is pairs.index in it. If the folder is read-only, the index goes into
     ~/.cache/kelip. If that cannot be written either, it goes into a temporary folder, which is
-    deleted when the process ends. workers: processes that walk tars.
+    deleted when the process ends. A damaged index is made again. workers: processes that walk tars.
     """
     by_folder = collections.defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -296,23 +371,29 @@ def write_index(path, shards, rows):
     folder = os.path.dirname(path)
     os.makedirs(folder or ".", exist_ok=True)
     content = b"".join(one.tobytes() for one in rows.values())
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    rows_file = os.path.splitext(path)[0] + f"-{digest}.rows"
+    rows_file = os.path.splitext(path)[0] + f"-{_digest(content)}.rows"
     written, first_row = {}, 0
     for name, one in rows.items():
         written[name] = shards[name]._replace(first_row=first_row, rows_file=rows_file)
         first_row += len(one)
 
-    table = {"format": INDEX_FORMAT}
+    table = {}
     for shard in sorted({**shards, **written}.values()):
         if os.path.exists(shard.path):
             *fields, shard_rows_file = shard[1:]
             fields.append(os.path.relpath(shard_rows_file, folder))
             table[os.path.basename(shard.path)] = fields
-    for name, data in ((rows_file, content), (path, json.dumps(table).encode())):
+    text = json.dumps(table)
+    head = json.dumps({"format": INDEX_FORMAT, "digest": _digest(text.encode())})
+    for name, data in ((rows_file, content), (path, f"{head}\n{text}".encode())):
         with atomic_write(name) as file:
             file.write(data)
     return written
+
+
+def _digest(content):
+    """Twelve hexadecimal digits that tell whether bytes have changed."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _index_files(folder):
@@ -343,26 +424,48 @@ def _save_rows(folder, known, walked):
 
 
 def _read_index(path, folder):
-    """{path: Shard} of an index file; {} when it does not exist or is damaged.
+    """{path: Shard} of an index file. {} when it does not exist, has another format or is damaged.
 
-    Leaves out shards whose rows are not on disk any more.
+    The digests of the table and of the rows are compared, since a wrong row is a wrong pair. Omits
+    shards whose rows are not on disk any more, or are damaged.
     """
+    if not os.path.isfile(path):
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
-            table = json.load(file)
-        if table.pop("format") != INDEX_FORMAT:
+            head, text = json.loads(file.readline()), file.read()
+        if head["format"] != INDEX_FORMAT:
             return {}
-    except (OSError, ValueError, KeyError, AttributeError):
+        if head["digest"] != _digest(text.encode()):
+            raise ValueError
+        table = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        print(f"{path}: damaged; the shards are indexed again", file=sys.stderr)
         return {}
-    shards = []
+    shards, is_good = {}, {}
     for name, (*fields, rows_file) in table.items():
         rows_file = os.path.join(os.path.dirname(path), rows_file)
-        shards.append(Shard(os.path.join(folder, name), *fields, rows_file))
-    sizes = {}
-    for rows_file in {shard.rows_file for shard in shards}:
-        sizes[rows_file] = os.path.getsize(rows_file) if os.path.exists(rows_file) else -1
-    return {shard.path: shard for shard in shards
-            if sizes[shard.rows_file] >= 8 * (shard.first_row + shard.count)}
+        if rows_file not in is_good:
+            is_good[rows_file] = _check_rows(rows_file)
+        if is_good[rows_file]:
+            shard = Shard(os.path.join(folder, name), *fields, rows_file)
+            shards[shard.path] = shard
+    return shards
+
+
+def _check_rows(path):
+    """Whether a file of rows is what was written: its name ends in its digest."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(SCAN):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return False
+    is_good = path.endswith(f"-{digest.hexdigest()[:12]}.rows")
+    if not is_good:
+        print(f"{path}: damaged; its shards are indexed again", file=sys.stderr)
+    return is_good
 
 
 def map_processes(function, items, workers, title):
@@ -379,26 +482,49 @@ def map_processes(function, items, workers, title):
 def expand_pattern(pattern, partial=False):
     """The tars that a pattern names, in order.
 
-    A pattern is a path, a folder of tars or a glob, and may have braces: {000..012}, {a,b}. Raises
-    FileNotFoundError when there are none or one of a range is missing, unless `partial`.
+    A pattern is a path, a folder of tars or a glob, and may have braces: {000..012}, {a,b}. A path
+    that exists is itself, whatever its name. Raises FileNotFoundError when there are none or one of
+    a range is missing, unless `partial`; ValueError when a file is not a tar.
     """
+    paths = [path for one in _expand_braces(os.path.expanduser(pattern))
+             for path in _expand_path(one, partial)]
+    for path in paths:
+        _check_is_tar(path)
+    return paths
+
+
+def _expand_braces(pattern):
+    """The patterns that a pattern with braces stands for."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if brace:
-        before, after = pattern[:brace.start()], pattern[brace.end():]
-        paths = []
-        for option in _brace_options(brace[1]):
-            paths += expand_pattern(before + option + after, partial)
-        return paths
+    if not brace or os.path.exists(pattern):
+        return [pattern]
+    before, after = pattern[:brace.start()], pattern[brace.end():]
+    return [one for option in _brace_options(brace[1])
+            for one in _expand_braces(before + option + after)]
+
+
+def _brace_options(text):
+    """The texts that braces stand for: '08..10' -> ['08', '09', '10'], 'a,b' -> ['a', 'b']."""
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", text)
+    if not numbers:
+        return text.split(",")
+    first, last = numbers.groups()
+    count = int(last) - int(first) + 1
+    if not 1 <= count <= MAX_SHARDS:
+        raise ValueError(f"{{{text}}}: write a range from the lower to the higher number, of at "
+                         f"most {MAX_SHARDS:,}")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+
+
+def _expand_path(pattern, partial):
+    """The tars that a pattern without braces names."""
     if os.path.isdir(pattern):
         paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
     elif glob.has_magic(pattern) and not os.path.exists(pattern):
         paths = sorted(glob.glob(pattern))
     else:
         paths = [pattern] if os.path.exists(pattern) else []
-    tables = [path for path in paths if path.lower().endswith((".csv", ".tsv"))]
-    if tables:
-        raise FileNotFoundError(
-            f"{tables[0]}: a table, not shards; {PACK.format('its images', tables[0])}")
     if not paths and not partial:
         if _holds_images(pattern):
             raise FileNotFoundError(
@@ -408,14 +534,24 @@ def expand_pattern(pattern, partial=False):
     return paths
 
 
-def _brace_options(text):
-    """The texts that braces stand for: '08..10' -> ['08', '09', '10'], 'a,b' -> ['a', 'b']."""
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if not numbers:
-        return text.split(",")
-    first, last = numbers.groups()
-    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+def _check_is_tar(path):
+    """Raise ValueError if a file is something else than a tar, which may be damaged."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: not a regular file, and so not a shard")
+    suffix = path.rpartition(".")[2].lower()
+    with open(path, "rb") as file:
+        header = file.read(BLOCK)
+    if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:4] in (b"\x28\xb5\x2f\xfd",
+                                                                         b"\xfd7zX"):
+        raise ValueError(f"{path}: compressed, and compressed tars are not read: decompress it")
+    if suffix == "tar" or (len(header) == BLOCK and _read_size(header) is not None):
+        return
+    if suffix in ("csv", "tsv"):
+        raise ValueError(f"{path}: a table, not shards; {PACK.format('its images', path)}")
+    if suffix in IMAGE_SUFFIXES:
+        folder = os.path.dirname(path) or "."
+        raise ValueError(f"{path}: an image, not a shard; {PACK.format('its folder', folder)}")
+    raise ValueError(f"{path}: not a tar")
 
 
 def _holds_images(folder):
@@ -431,18 +567,33 @@ class Pair(NamedTuple):
     """One pair as it is on disk."""
     key: str
     image: bytes
-    captions: dict   # language -> text, cleaned; "" for a caption whose name has no language
+    captions: dict   # language -> texts, cleaned; "" for captions whose name has no language
     members: dict    # suffix -> bytes, all members with this key
-    error: str       # why there is no caption, "" if there is one
+    errors: list     # why captions are missing: ["empty caption"]; [] if none is
 
 
-def read_pair(file, path, row, language=""):
+class CaptionRule(NamedTuple):
+    """Which members of a pair are captions.
+
+    KEY.txt is a caption, and KEY.LANGUAGE.txt for a language of ISO 639-1, such as ko or en-us.
+    Without either, "caption" in KEY.json is: a text or a list of texts.
+    """
+    language: str = ""   # of captions whose name has none
+    fields: tuple = ()   # further captions, as (language, name): KEY.NAME.txt, or NAME in KEY.json
+    lines: bool = False  # whether each line of a .txt is a caption of its own
+
+
+DEFAULT_RULE = CaptionRule()
+
+
+def read_pair(file, path, row, rule=DEFAULT_RULE):
     """Read the pair at a row of the index from an open tar.
 
-    language: the language of captions whose name has none. Raises ValueError("reason: details")
-    when the pair cannot be read or is no longer there.
+    Raises ValueError("reason: details") when the pair cannot be read or is no longer there.
     """
     start, length = int(row[0]) * BLOCK, int(row[1])
+    if length > MAX_PAIR:
+        raise ValueError(f"index damaged: a pair of {length:,} bytes in {path}")
     try:
         data = os.pread(file.fileno(), length, start)
     except OSError as error:
@@ -454,76 +605,119 @@ def read_pair(file, path, row, language=""):
         return data[offset - start:offset - start + size]
 
     key, members = None, {}
-    for name, _, body, size in walk_tar(read, start, start + length):
-        member_key, suffix = split_name(name) or (None, None)
+    for member in walk_tar(read, start, start + length):
+        if member.error:
+            raise ValueError(f"shard changed: {path} is damaged at byte {member.header}")
+        member_key, suffix = split_name(member.name) or (None, None)
         key = key or member_key
         if key and member_key == key:
-            members.setdefault(suffix, read(size, body))
+            members.setdefault(suffix, read(member.size, member.body))
     image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
     if image is None:
         raise ValueError(f"shard changed: {path} no longer has the pair at byte {start}")
-    captions, error = read_captions(members, language)
-    return Pair(key, image, captions, members, error)
+    captions, errors = read_captions(members, rule)
+    return Pair(key, image, captions, members, errors)
+
+
+# The languages of ISO 639-1, without kr (Kanuri), which is mostly written for Korean.
+ISO_639_1 = set((
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
+    "da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu "
+    "hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko ks ku kv kw ky la lb lg "
+    "li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or "
+    "os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta "
+    "te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu").split())
+COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh"}  # country codes that are written for languages
+
+
+def is_language(name):
+    """Whether a name is a language of ISO 639-1, maybe with a script and a region: zh-hant-tw."""
+    code = re.fullmatch(r"([a-z]{2})([-_][a-z]{4})?([-_]([a-z]{2}|\d{3}))?", name.lower())
+    return bool(code) and code[1] in ISO_639_1
 
 
 def caption_language(suffix):
     """The language in a suffix: 'ko.txt' -> 'ko', 'txt' -> '', 'jpg' -> None (not a caption)."""
     if suffix == "txt":
         return ""
-    language, _, extension = suffix.rpartition(".")
-    return language if extension == "txt" and LANGUAGE.fullmatch(language) else None
+    name, _, extension = suffix.rpartition(".")
+    return name if extension == "txt" and is_language(name) else None
 
 
 def clean_caption(text):
-    """Decode HTML entities, collapse white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry"."""
+    """Decode HTML entities, collapse white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry".
+
+    Raises ValueError when an entity is a number of thousands of digits.
+    """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
-def read_captions(members, language=""):
-    """The captions of a pair: ({"ko": "사과"}, ""), or an error, such as ({}, "empty caption").
+def read_captions(members, rule=DEFAULT_RULE):
+    """The captions of a pair, and why others are missing.
 
-    members: suffix -> bytes. Reads txt and LANGUAGE.txt, or the caption in json if there are none.
-    language: the language of captions whose name has none.
+    members: suffix -> bytes. Returns captions, {language: [texts]}, and errors, a list of reasons:
+    ({"ko": ["사과"]}, []) or ({}, ["empty caption"]).
     """
-    texts = {}
-    for suffix, data in members.items():
-        own_language = caption_language(suffix)
-        if own_language is not None:
-            texts[own_language or language] = data
-    if not texts and "json" in members:
-        try:
-            record = json.loads(members["json"])
-        except ValueError:
-            return {}, "bad json"
-        if isinstance(record, dict) and isinstance(record.get("caption"), str):
-            texts[language] = record["caption"].encode("utf-8", "surrogatepass")
-    captions, error = {}, "no caption"
-    for own_language, data in texts.items():
-        try:
-            text = clean_caption(data.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            error = "caption not UTF-8"
-            continue
-        if text:
-            captions[own_language] = text
-        else:
-            error = "empty caption"
-    return captions, "" if captions else error
+    found = []  # (language, content), bytes from a .txt or a text from a .json
+    for suffix, content in members.items():
+        language = caption_language(suffix)
+        if language is not None:
+            found.append((language or rule.language, content))
+    is_named = bool(found)
+    record, errors = {}, []
+    if "json" in members and (rule.fields or not is_named):
+        record = _parse_json(members["json"])
+        if record is None:
+            record = {}
+            errors.append("bad json")
+    if not is_named:
+        found = [(rule.language, text) for text in _texts(record.get("caption"))]
+    for language, name in rule.fields:
+        suffix = f"{name.lower()}.txt"
+        if suffix in members and caption_language(suffix) is None:
+            found.append((language, members[suffix]))
+        found += [(language, text) for text in _texts(record.get(name))]
+
+    captions = {}
+    for language, content in found:
+        lines = [content]
+        if isinstance(content, bytes):
+            try:
+                text = content.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                errors.append("caption not UTF-8")
+                continue
+            lines = text.splitlines() if rule.lines and text else [text]
+        for line in lines:
+            try:
+                line = clean_caption(line)
+            except ValueError:
+                errors.append("bad HTML entity")
+                continue
+            if line:
+                captions.setdefault(language, []).append(line)
+            else:
+                errors.append("empty caption")
+    if not captions and not errors:
+        errors.append("no caption")
+    return captions, errors
 
 
-def caption_lines(pair):
-    """The captions of a pair that has one a line, as in CLIP_benchmark's retrieval sets.
+def _parse_json(content):
+    """The object in a .json member, {} if it is another value, None if it is damaged."""
+    try:
+        record = json.loads(content[:MAX_JSON])
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else {}
 
-    Returns [(language, text)].
-    """
-    found = []
-    for language, caption in pair.captions.items():
-        data = pair.members.get(f"{language}.txt", pair.members.get("txt"))
-        lines = [caption]  # from a json, when there is no .txt
-        if data is not None:
-            lines = data.decode("utf-8-sig").splitlines()
-        found += [(language, clean_caption(line)) for line in lines if line.strip()]
-    return found
+
+def _texts(value):
+    """The captions in a value of a .json: a text or a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    # A .json may escape half of a surrogate pair, which no encoding can write.
+    return [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
 
 
 def format_counts(counts):
@@ -542,6 +736,10 @@ def decode(data, min_side=None):
     """
     if not data:
         raise ValueError("empty image: it has no bytes")
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS:
+        scans = _count_scans(data)
+        if scans > MAX_SCANS:  # each is one more pass over the entire image
+            raise ValueError(f"too many scans: {scans:,} in one JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -561,3 +759,18 @@ def decode(data, min_side=None):
             raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
         except Exception as error:  # on broken bytes, decoders raise errors of many kinds
             raise ValueError(f"not an image: {error}") from None
+
+
+def _count_scans(data):
+    """The number of scans of a JPEG: a progressive one refines the image with each."""
+    scans, offset = 0, 2
+    while data[offset:offset + 1] == b"\xff" and offset + 4 <= len(data):
+        marker = data[offset + 1]
+        if marker == 0xD9:  # the end of the image; other data may follow
+            break
+        offset += 2 + int.from_bytes(data[offset + 2:offset + 4], "big")
+        if marker == 0xDA:  # compressed data follows, in which FF stands before 00 and D0 to D7
+            scans += 1
+            following = re.compile(b"\xff[^\x00\xff\xd0-\xd7]").search(data, offset)
+            offset = following.start() if following else len(data)
+    return scans

@@ -660,6 +660,31 @@ def test_save_load_pickle_and_workers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+def test_digest_is_that_of_vocabulary_merges_and_special_tokens(tmp_path):
+    tok = Tokenizer.train(SENTENCES, 400, progress=False)
+    assert Tokenizer.load(saved(tok, tmp_path)).digest == tok.digest
+    assert re.fullmatch("[0-9a-f]{64}", tok.digest)
+
+    def digest(edit, config=None):
+        spec = json.loads(json.dumps(tok.spec))
+        edit(spec)
+        return Tokenizer(spec, config).digest
+
+    def reorder(spec):
+        vocab = spec["model"]["vocab"]
+        spec["model"]["vocab"] = dict(reversed(vocab.items()))
+
+    def swap_ids(spec):
+        vocab = spec["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    assert digest(reorder) == digest(with_merges_as_lines) == tok.digest
+    others = {digest(swap_ids), digest(lambda spec: spec["model"]["merges"].reverse()),
+              digest(lambda spec: None, {"pad_token": "a"}),
+              digest(lambda spec: None, {"eos_token": "a"})}
+    assert len(others | {tok.digest}) == 5
+
+
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = saved(trained(), tmp_path)
     before = path.read_bytes()
@@ -902,6 +927,47 @@ def test_help_of_the_commands_names_what_they_take(tmp_path):
     assert b"train" in run_tokenizer("--help", cwd=tmp_path).stdout
     shown = run_tokenizer("train", "--help", cwd=tmp_path).stdout.decode()
     assert "python data.py captions SHARDS | python tokenizer.py train -" in shown
+
+
+@pytest.mark.parametrize("limits, text, expected", [
+    ((int, 0, 512), "512", 512), ((int, 0, 512), "0", 0), ((float, 0, 1), "1e-3", 1e-3),
+    ((int,), "-7", -7), ((float, None, None, 0), "2", 2.0),
+    ((int, 1, 512), "513", "must be from 1 to 512, not '513'"),
+    ((int, 1), "0", "must be at least 1, not '0'"),
+    ((int, None, 9), "10", "must be at most 9, not '10'"),
+    ((float, None, None, 0), "0", "must be greater than 0, not '0'"),
+    ((float, None, 1, 0), "1.5", "must be greater than 0 and at most 1, not '1.5'"),
+    ((int, 1, 512), "1_0", "must be a whole number, from 1 to 512, not '1_0'"),
+    ((int, 1), "1.5", "must be a whole number, at least 1, not '1.5'"),
+    ((int, 0), "True", "must be a whole number, at least 0, not 'True'"),
+    ((int,), "nan", "must be a whole number, not 'nan'"),
+    ((float, 0), "nan", "must be a number, at least 0, not 'nan'"),
+    ((float, 0), "inf", "must be a number, at least 0, not 'inf'"),
+    ((float,), "-inf", "must be a number, not '-inf'"),
+])
+def test_number_accepts_its_range_alone(limits, text, expected):
+    parse = tokenizer.number(*limits)
+    if isinstance(expected, str):
+        with pytest.raises(argparse.ArgumentTypeError) as caught:
+            parse(text)
+        assert str(caught.value) == expected
+    else:
+        assert parse(text) == expected and type(parse(text)) is limits[0]
+
+
+def test_errors_of_flags_are_one_line(capsys):
+    parser = tokenizer.ArgumentParser(prog="script.py")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("train")
+    command.add_argument("--workers", type=tokenizer.number(int, 0, 512))
+    for arguments, expected in (
+            (["train", "--workers", "-1"],
+             "script.py train: argument --workers: must be from 0 to 512, not '-1'; see --help\n"),
+            (["train", "a\n\x1b[31m"],
+             "script.py: unrecognized arguments: a\\n\\x1b[31m; see --help\n"),
+            ([], "script.py: the following arguments are required: command; see --help\n")):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(arguments)
+        assert (caught.value.code, capsys.readouterr().err) == (2, expected)
 
 
 @pytest.mark.parametrize("error", ["OSError", "ValueError", "ImportError"])
@@ -1569,7 +1635,8 @@ def test_walk_tar_finds_what_tarfile_finds(tmp_path, kind):
             tar.addfile(folder)
     content = (tmp_path / "x.tar").read_bytes()
     found = [(name, content[body:body + size])
-             for name, _, body, size in shards.walk_tar(reader(content), 0, len(content))]
+             for name, _, body, size, error in
+             shards.walk_tar(reader(content), 0, len(content), is_entire=True)]
     assert found == [(name, bytes([i]) * 300 * i) for i, name in enumerate(names)]
 
 
@@ -1590,11 +1657,10 @@ def test_walk_tar_ends_or_says_why_on_any_bytes(noise, cut):
         member.size = 700
         tar.addfile(member, io.BytesIO(b"x" * 700))
     content = whole.getvalue()[:cut] + noise
-    try:
-        for _, header, body, size in shards.walk_tar(reader(content), 0, len(content)):
-            assert 0 <= header < body <= body + size <= len(content)
-    except ValueError as error:
-        assert str(error).startswith(("damaged tar", "truncated tar"))
+    for member in shards.walk_tar(reader(content), 0, len(content), is_entire=True):
+        assert member.error in ("", "damaged tar", "truncated tar")
+        if not member.error:
+            assert 0 <= member.header < member.body <= member.body + member.size <= len(content)
 
 
 def test_index_lists_pairs_and_counts_what_it_skips(tmp_path):
@@ -1615,8 +1681,8 @@ def test_index_lists_pairs_and_counts_what_it_skips(tmp_path):
     pairs = data.Pairs(path)
     assert np.array_equal(shards.shard_rows(pairs.shards[0]), rows)
     assert [pairs[i].key for i in range(4)] == ["1", "2", "../5", "6"]
-    assert pairs[1].captions == {"en": "x", "ko": "y"} and pairs[1].image == image_bytes()
-    assert pairs[3].captions == {"": "z"}
+    assert pairs[1].captions == {"en": ["x"], "ko": ["y"]} and pairs[1].image == image_bytes()
+    assert pairs[3].captions == {"": ["z"]}
     with pytest.raises(IndexError):
         pairs[4]
 
@@ -1677,18 +1743,20 @@ def test_patterns_expand_and_sources_say_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="--data: 2 sources, but the run began with 1"):
         data.Pairs([folder, folder], state=state)
     pairs = data.Pairs([f"{folder}/s0*.tar::2", f"{folder}/s1*.tar::0.5::ko"])
-    assert [(s.weight, s.language, s.pairs) for s in pairs.sources] == [(2, "", 10), (0.5, "ko", 2)]
+    assert [(s.weight, s.rule.language, s.pairs) for s in pairs.sources] == [
+        (2, "", 10), (0.5, "ko", 2)]
     assert "95.2 % of samples at weight 2" in pairs.describe()
     assert "captions: 12 en, 12 ko" in pairs.describe()
     for bad in (f"{folder}/s{{00..12}}.tar", f"{folder}/t*.tar", f"{folder}/none"):
         with pytest.raises(FileNotFoundError, match="no shards there"):
             data.Pairs(bad)
-    for bad in ("::0", "::-1", "::KO", "::1e9"):
-        with pytest.raises(ValueError, match="--data"):
+    for bad in ("::0", "::-1", "::1e9", "::cat", "::kor", "::", "::ko="):
+        with pytest.raises(ValueError, match=f"{bad[2:]}.* after ::, where a weight"):
             data.Pairs(folder + bad)
     for country, language in (("kr", "ko"), ("jp", "ja"), ("cn", "zh")):
-        with pytest.raises(ValueError, match=f"write ::{language}"):
-            data.Pairs(f"{folder}::{country}")
+        for option in (country, f"{country}=x"):
+            with pytest.raises(ValueError, match=f"a country; the language is {language}"):
+                data.Pairs(f"{folder}::{option}")
     shards.write_shard(f"{tmp_path}/s00.tar", [])
     with pytest.raises(ValueError, match="no pairs"):
         data.Pairs(f"{tmp_path}/s00.tar")
@@ -1702,7 +1770,7 @@ def test_images_and_tables_in_place_of_shards_name_the_packing_command(tmp_path)
     (classes / "cat" / "b.PNG").write_bytes(image_bytes(kind="PNG"))
     (tmp_path / "x.csv").write_text("image,en\n")
     for source in (photos, f"{photos}/", classes, tmp_path / "x.csv"):
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises((FileNotFoundError, ValueError)) as caught:
             data.Pairs(str(source))
         assert f"python -m extras.pack images OUT {source}`" in str(caught.value)
 
@@ -1710,13 +1778,16 @@ def test_images_and_tables_in_place_of_shards_name_the_packing_command(tmp_path)
 # ---- captions ----
 
 def test_captions_are_read_and_cleaned():
-    read = shards.read_captions
-    assert read({"txt": "  Tom &amp;amp;\n Jerry\u3000 ".encode()}) == ({"": "Tom & Jerry"}, "")
-    assert read({"txt": b"x", "json": b'{"caption": "y"}'}) == ({"": "x"}, "")
-    assert read({"json": '{"caption": "사과"}'.encode()}, "ko") == ({"ko": "사과"}, "")
+    read, rule = shards.read_captions, shards.CaptionRule
+    assert read({"txt": "  Tom &amp;amp;\n Jerry\u3000 ".encode()}) == ({"": ["Tom & Jerry"]}, [])
+    assert read({"txt": b"x", "json": b'{"caption": "y"}'}) == ({"": ["x"]}, [])
+    record = {"json": '{"caption": "사과"}'.encode()}
+    assert read(record, rule("ko")) == ({"ko": ["사과"]}, [])
     members = {"en.txt": b"a", "ko.txt": b"\xff\xfe", "orig.seg.txt": b"c"}
-    assert read(members) == ({"en": "a"}, "")
-    assert read({"txt": b"\xef\xbb\xbfbom"}) == ({"": "bom"}, "")
+    assert read(members) == ({"en": ["a"]}, ["caption not UTF-8"])
+    assert read({"txt": b"\xef\xbb\xbfbom"}) == ({"": ["bom"]}, [])
+    assert read({"json": b'{"caption": ["a", 3, "b"]}'}) == ({"": ["a", "b"]}, [])
+    assert read({"json": b'{"caption": "a\\ud800"}'}) == ({"": ["a\ufffd"]}, [])
     for members, error in (
         ({}, "no caption"),
         ({"txt": b" &nbsp;\n"}, "empty caption"),
@@ -1724,22 +1795,62 @@ def test_captions_are_read_and_cleaned():
         ({"json": b'{"caption": 3}'}, "no caption"),
         ({"json": b"[1]"}, "no caption"),
         ({"json": b"\xff"}, "bad json"),
+        ({"json": b'{"caption":' + b"[" * 100_000}, "bad json"),
         ({"txt": b"\xb0\xa1"}, "caption not UTF-8"),
+        ({"txt": b"&#" + b"9" * 5000}, "bad HTML entity"),
     ):
-        assert read(members) == ({}, error)
+        assert read(members) == ({}, [error])
 
 
-def test_caption_lines_are_those_of_txt_members(tmp_path):
-    shards.write_shard(tmp_path / "x.tar", [
+def test_only_languages_are_captions_unless_an_option_names_others():
+    named = {"txt": "", "ko.txt": "ko", "en-us.txt": "en-us", "zh_hant_tw.txt": "zh_hant_tw"}
+    others = ["cat.txt", "url.txt", "ocr.txt", "kr.txt", "xx.txt", "ko.x.txt", "ko-.txt", "jpg"]
+    for suffix in [*named, *others]:
+        assert shards.caption_language(suffix) == named.get(suffix)
+    members = {"ko.txt": b"a", "ocr.txt": b"b", "json": b'{"ko": ["c", "d"], "caption": "e"}'}
+    assert shards.read_captions(members)[0] == {"ko": ["a"]}
+    _, _, rule = data.parse_source("x.tar::en=ocr::ko=ko::en=none")
+    assert shards.read_captions(members, rule) == ({"ko": ["a", "c", "d"], "en": ["b"]}, [])
+    del members["ko.txt"]
+    assert shards.read_captions(members, rule)[0] == {"": ["e"], "ko": ["c", "d"], "en": ["b"]}
+
+
+def test_the_index_counts_the_captions_that_are_read(tmp_path):
+    record = json.dumps({"ko": "사과", "url": "http", "caption": ["a", "b"], "n": 3}).encode()
+    write_tar(tmp_path / "x.tar", [
+        ("1", {"jpg": image_bytes(), "ocr.txt": b"x", "json": record}),
+        ("2", {"jpg": image_bytes(), "txt": b"y", "kr.txt": b"z", "json": record}),
+        ("3", {"jpg": image_bytes(), "json": b'{"caption": 3}'}),
+    ])
+    pairs = data.Pairs(f"{tmp_path}/x.tar::en")
+    assert pairs.languages == {"en": 2}
+    assert "not read as captions: 1 kr.txt, 1 ocr.txt" in pairs.describe()
+    pairs = data.Pairs(f"{tmp_path}/x.tar::en::ko=ko::ko=kr::fil=ocr")
+    assert pairs.languages == {"en": 2, "ko": 3, "fil": 1}
+    assert pairs[0].captions == {"en": ["a", "b"], "ko": ["사과"], "fil": ["x"]}
+    assert pairs[1].captions == {"en": ["y"], "ko": ["사과", "z"]}
+
+
+def test_each_line_is_a_caption_where_the_source_says_so(tmp_path):
+    write_tar(tmp_path / "x.tar", [
         ("1", {"jpg": image_bytes(), "txt": b"a cat\n\n a  &lt;dog&gt;\n"}),
         ("2", {"jpg": image_bytes(), "en.txt": b"one", "ko.txt": "둘\n셋".encode()}),
         ("3", {"jpg": image_bytes(), "json": b'{"caption": "a\\nb"}'}),
     ])
-    pairs = data.Pairs(f"{tmp_path}/x.tar::ko")
-    assert [shards.caption_lines(pairs[i]) for i in range(3)] == [
-        [("ko", "a cat"), ("ko", "a <dog>")],
-        [("en", "one"), ("ko", "둘"), ("ko", "셋")],
-        [("ko", "a b")]]
+    pairs = data.Pairs(f"{tmp_path}/x.tar::ko::lines")
+    assert [pair.captions for pair in pairs] == [
+        {"ko": ["a cat", "a <dog>"]}, {"en": ["one"], "ko": ["둘", "셋"]}, {"ko": ["a b"]}]
+    assert [pair.errors for pair in pairs] == [["empty caption"], [], []]
+    assert data.Pairs(f"{tmp_path}/x.tar::ko")[0].captions == {"ko": ["a cat a <dog>"]}
+
+
+def test_every_caption_of_a_pair_is_drawn(tmp_path):
+    write_tar(tmp_path / "x.tar", [
+        ("1", {"jpg": image_bytes(), "en.txt": b"a", "ko.txt": b"b\nc\nd"})])
+    batches, _ = load_batches(data.Pairs(f"{tmp_path}/x.tar::lines"), batch_size=1, steps=600)
+    drawn = Counter(chr(batch.tokens[0, 0]) for batch in batches)
+    assert drawn.keys() == set("abcd")
+    assert abs(drawn["a"] - 300) < 60 and all(abs(drawn[x] - 100) < 40 for x in "bcd")
 
 
 def test_captions_command_prints_one_a_line(tmp_path, data_command):
@@ -2176,7 +2287,7 @@ def test_every_set_has_the_same_classes_in_each_language_and_prompts_that_fill()
 
 
 def test_labels_come_from_cls_code_points_or_captions():
-    pair = shards.Pair("Joy-U+1F34E", b"", {"en": "a red circle"}, {}, "")
+    pair = shards.Pair("Joy-U+1F34E", b"", {"en": ["a red circle"]}, {}, [])
 
     def label(given, **changes):
         return classes.label_of(pair._replace(**changes), given)
@@ -2188,12 +2299,12 @@ def test_labels_come_from_cls_code_points_or_captions():
     assert label(emoji, key="000001") is None
     two = {"classnames": {"en": ["square", ["disc", "circle"]]}}
     assert label(two) == 1
-    assert label(two, captions={"en": "a square circle"}) is None
-    assert label(two, captions={"en": "a racircle"}) is None
-    assert label(two, captions={"en": "a circle of red"}) is None
+    assert label(two, captions={"en": ["a square circle"]}) is None
+    assert label(two, captions={"en": ["a racircle"]}) is None
+    assert label(two, captions={"en": ["a circle of red"]}) is None
     assert label(two, members={"cls": b"0\n"}) == 0
     korean = {"classnames": {"ko": ["배", "사과"]}}
-    assert label(korean, captions={"ko": "빨간 사과"}) == 1
+    assert label(korean, captions={"ko": ["빨간 사과"]}) == 1
     with pytest.raises(ValueError, match="class '2', but the set has 2"):
         label(two, members={"cls": b"2"})
 
@@ -2225,7 +2336,7 @@ def test_sets_that_differ_are_not_evaluated_as_one(tmp_path):
         (folder / "classnames.txt").write_text(names)
     both = classes.open_set([str(a), str(c)])
     assert both.classes["classnames"] == {"en": ["cat", "dog"]} and len(both.pairs) == 32
-    assert both.caption_per_line
+    assert both.pairs[0].captions == {"": ["one", "two"]}
     for other in (b, f"{a}/test/0.tar"):
         with pytest.raises(ValueError, match="differ in layout, classes or templates"):
             classes.open_set([str(a), str(other)])
@@ -2294,7 +2405,7 @@ def test_clip_benchmark_sets_are_classified(small_run, tmp_path, monkeypatch):
                           "ko": list(reversed(SHAPES.values()))},
            "templates": {"en": ["a {}", "a red {}"], "ko": ["{}"]}}
     monkeypatch.setattr(classes, "read_classes", lambda name: {"name": name, **own})
-    pairs, found, _ = classes.open_set([str(folder)], "own")
+    pairs, found = classes.open_set([str(folder)], "own")
     model, _, tokenizer = kelip.build_model(small_run)
     again = evaluate.classify(model, pairs, tokenizer, found, progress=False)
     assert found["order"] == [3, 2, 1, 0]
@@ -2306,7 +2417,7 @@ def test_clip_benchmark_captions_are_one_per_line(small_run, tmp_path):
         return {"txt": f"a {color} {shape}\n{shape}, {color}\n".encode()}
     folder = write_benchmark(tmp_path / "coco", "retrieval", members)
     found = classes.open_set([f"{folder}::ko"])
-    assert found.classes is None and found.caption_per_line
+    assert found.classes is None and found.pairs.sources[0].rule.lines
     here(evaluate.main, small_run, "--test", f"{folder}::ko", "--out", tmp_path / "out")
     found = evaluation(tmp_path / "out")
     assert found["candidates"] == {"ko": 32}

@@ -24,8 +24,10 @@ expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
 """
 
 import argparse
+import hashlib
 import heapq
 import json
+import math
 import os
 import signal
 import sys
@@ -294,6 +296,14 @@ class Tokenizer:
 
     def __len__(self):
         return self._size  # one more than the highest id
+
+    @cached_property
+    def digest(self):
+        """SHA-256 in hex of what decides the ids: tokens and ids, merges in order, special ids."""
+        tokens = sorted(self._token_to_id.items(), key=lambda item: item[::-1])
+        merges = sorted(self._pair_to_rank, key=self._pair_to_rank.get)
+        content = [tokens, merges, [self.sot_id, self.eot_id, self.pad_id]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
     def train(cls, texts, vocab_size, progress=True, workers=1):
@@ -797,6 +807,48 @@ def train_command(args):
         count = sum(map(len, tok.encode_ordinary_batch(texts)))
         print(f"{language}: {size / max(count, 1):.2f} bytes per token, "
               f"in {len(texts):,} of the captions")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, without the usage. Subparsers inherit this."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {one_line(message)}; see --help\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: an int or a float from `low` to `high`, or greater than `above`.
+
+        parser.add_argument("--workers", type=number(int, 0, 512))
+
+    It accepts what `kind` (int or float) accepts, except nan, inf and "1_000".
+    """
+    noun = "a whole number" if kind is int else "a number"
+    limits = {"at least": low, "greater than": above, "at most": high}
+    limits = [f"{words} {limit}" for words, limit in limits.items() if limit is not None]
+    if low is not None and high is not None:
+        limits = [f"from {low} to {high}"]
+    limits = " and ".join(limits)
+
+    def parse(text):
+        try:
+            value = kind(text)
+            if "_" in text or abs(value) == math.inf or value != value:
+                raise ValueError
+        except ValueError:
+            expected = f"{noun}, {limits}" if limits else noun
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}") from None
+        if (low is not None and value < low or high is not None and value > high
+                or above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text!r}")
+        return value
+
+    return parse
+
+
+def one_line(text):
+    """Show control characters, such as line breaks and a terminal's commands, as Python does."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def run_command(main, on_interrupt=None):

@@ -171,7 +171,8 @@ def _choose_tokenizer(args, checkpoint, pairs, origin):
     if len(pairs) > MAX_PAIRS_FOR_TOKENIZER:
         raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on now: train "
                          "one with `python tokenizer.py train`, and give it as --tokenizer")
-    captions = (text for i in range(len(pairs)) for text in pairs[i].captions.values())
+    captions = (text for i in range(len(pairs))
+                for texts in pairs[i].captions.values() for text in texts)
     return Tokenizer.train(captions, origin.config["vocab_size"], progress=sys.stdout.isatty())
 
 

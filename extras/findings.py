@@ -519,13 +519,13 @@ def alignment(study):
         write_split(study.args.out / "data" / name, name, study.pairs)
     folders = train_seeds(study, ["shared", "apart"])
 
-    names = sorted({tuple(pair.captions[x] for x in LANGUAGES) for pair in study.pairs})
+    names = sorted({tuple(pair.captions[x][0] for x in LANGUAGES) for pair in study.pairs})
     recall, nearest = {}, {}
     for variant in folders:
         trained = set()  # (language, name)
         for pair in study.pairs:
             language = split_language(variant, pair)
-            trained.add((language, pair.captions[language]))
+            trained.add((language, pair.captions[language][0]))
         recall[variant] = []
         for folder in folders[variant]:
             model, tokenizer, embedded = embed(study, folder)
@@ -559,7 +559,7 @@ def alignment(study):
 
 def _translation_cards(names, nearest, pairs):
     """Some English names, an image of each, and the Korean names that each variant finds."""
-    pair_of = {pair.captions["en"]: pair for pair in pairs}
+    pair_of = {pair.captions["en"][0]: pair for pair in pairs}
     cards = []
     for i in range(0, len(names), max(1, len(names) // 24)):
         english, _ = names[i]
@@ -630,7 +630,7 @@ def concept(pair):
     text = " ".join(f"{point:X}" for point in points if point not in ignored)
     if re.fullmatch("(1F9D1 )+1F9D2( 1F9D2)*", text):
         return "1F46A"  # family
-    return SAME_CONCEPT.get(text, text) or pair.captions["en"]
+    return SAME_CONCEPT.get(text, text) or pair.captions["en"][0]
 
 
 # ---- culture ----
@@ -690,7 +690,7 @@ def culture(study):
                 scale=1)]
 
     disagreement = (same - cross).amin(0)                                    # [P], in all pairs
-    names = [embedded.pairs[i].captions["en"] for i in chosen]
+    names = [embedded.pairs[i].captions["en"][0] for i in chosen]
     most = disagreement.argsort(descending=True)[:100].tolist()
     numbers = {"one language": same.mean(1).tolist(), "two languages": cross.mean(1).tolist(),
                "correlation": correlations, "control": controls,
@@ -706,9 +706,9 @@ def culture(study):
 
 def _names_to_compare(study, embedded):
     """The test pairs whose names are compared, indices below M. Raises ValueError without any."""
-    trained = {pair.captions["en"] for pair in study.pairs}
+    trained = {pair.captions["en"][0] for pair in study.pairs}
     chosen = [i for i, pair in enumerate(embedded.pairs)
-              if pair.captions["en"] in trained and not is_flag(pair.key)
+              if pair.captions["en"][0] in trained and not is_flag(pair.key)
               and not SKIN_TONES & set(code_points(pair.key))]
     if not chosen:
         raise ValueError(f"--test {' '.join(study.args.test)}: has none of the names in --data")
@@ -774,13 +774,13 @@ def _culture_cards(pairs, chosen, disagreement, scores, k):
 
     def row(indices):
         found = [pairs[i] for i in indices]
-        return page.row(page.image(shards.decode(pair.image), 44, pair.captions["en"])
+        return page.row(page.image(shards.decode(pair.image), 44, pair.captions["en"][0])
                         for pair in found)
     cards = []
     for i in sorted(strongest.values(), key=lambda i: -disagreement[i])[:16]:
         captions, lists = pairs[chosen[i]].captions, ""
         for language in LANGUAGES:
-            lists += page.names(captions[language], [], language) + row(top[language][i])
+            lists += page.names(captions[language][0], [], language) + row(top[language][i])
         cards.append(page.card(row([chosen[i]]), lists))
     return cards
 
@@ -894,7 +894,7 @@ def analogies(pairs):
     are the attributes.
     """
     keys, names = zip(*((pair.key, pair.captions) for pair in pairs))
-    index_of = {captions["en"]: i for i, captions in enumerate(names)}
+    index_of = {captions["en"][0]: i for i, captions in enumerate(names)}
     found, seen = collections.defaultdict(list), set()
     for kind, groups in ATTRIBUTES.items():
         for (name, a), group in itertools.product(index_of.items(), groups):
@@ -968,7 +968,7 @@ def _analogy_card(model, tokenizer, embedded, example):
         old, new = evaluate.embed_texts(model, tokenizer, list(words))
         scores = embedded.images @ (embedded.images[example.a] - old + new)  # [M]
         nearest = [i for i in scores.topk(min(4, len(scores))).indices.tolist() if i != example.a]
-        found = [(pairs[i].captions[language], i == example.b) for i in nearest[:3]]
+        found = [(pairs[i].captions[language][0], i == example.b) for i in nearest[:3]]
         lists += page.names(f"- {words[0]} + {words[1]}", found, language)
         lists += page.row(page.image(shards.decode(pairs[i].image), 44) for i in nearest[:3])
     return page.card(page.image(shards.decode(pairs[example.a].image), 56), lists)
@@ -1069,7 +1069,7 @@ def open_study(args):
                              "(KEY.en.txt, KEY.ko.txt), which the findings need")
     page.write_text(path, json.dumps(settings, indent=1))
 
-    texts = [text for pair in pairs for text in pair.captions.values()]
+    texts = [text for pair in pairs for own in pair.captions.values() for text in own]
     path = args.out / "tokenizer.json"
     if not path.exists():
         vocab_size = kelip.PRESETS["tiny"]["vocab_size"]

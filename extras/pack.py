@@ -32,7 +32,7 @@ import numpy as np
 import shards
 from extras.search import ImageFolder
 from kelip import ceil_div
-from shards import IMAGE_SUFFIXES, LANGUAGE
+from shards import IMAGE_SUFFIXES, is_language
 from tokenizer import run_command
 
 SHARD_PAIRS = 10_000
@@ -68,7 +68,7 @@ def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
 
 def _folder_pairs(folder):
     """The images under a folder, sorted, with their captions: [(path, {suffix: Path})]."""
-    caption = re.compile(rf"(.+?)\.((?:{LANGUAGE.pattern}\.)?txt|json)")
+    caption = re.compile(r"(.+?)\.((?:[a-z]{2}([-_][A-Za-z0-9]+)*\.)?txt|json)")
     found = []
     for parent, folders, files in os.walk(folder):
         folders.sort()  # os.walk visits them in this order
@@ -90,7 +90,7 @@ def _table_pairs(path):
         options = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
     with open(path, encoding="utf-8-sig", newline="") as file:
         header, *rows = list(csv.reader(file, **options)) or [[]]
-    known = all(name == "caption" or LANGUAGE.fullmatch(name) for name in header[1:])
+    known = all(name == "caption" or is_language(name) for name in header[1:])
     if header[:1] not in (["image"], ["path"]) or not known:
         raise ValueError(f"{path}: its header is {', '.join(header)!r}: the first column must be "
                          "image, each other one caption or a language such as en or ko")
@@ -209,16 +209,16 @@ def check_shard(path):
             try:
                 pair = shards.read_pair(file, path, row)
                 where = pair.key
-                captions.update(pair.captions.keys())
-                if pair.error:
-                    note(pair.error, where)
+                captions.update({x: len(texts) for x, texts in pair.captions.items()})
+                for error in pair.errors:
+                    note(error, where)
                 image = shards.decode(pair.image)
             except ValueError as error:
                 note(error, where)
                 continue
             pixels.append(image.width * image.height)
             sizes.append(len(pair.image))
-            good_pairs += not pair.error
+            good_pairs += not pair.errors
     for reason, count in shard.skipped.items():
         errors[reason] += count
         examples.setdefault(reason, path)

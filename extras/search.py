@@ -16,6 +16,7 @@ Not included: an approximate index. Searching a million images is one matrix pro
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ class ImageFolder:
                 path = os.path.join(folder, name)
                 # A link without its target is an unreadable image, not an error here.
                 status = os.stat(path) if os.path.exists(path) else os.lstat(path)
-                self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1, {}, {}))
+                self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1))
                 key = os.path.relpath(path, root).replace(os.sep, "/")
                 # Names from old archives may not be UTF-8.
                 self.keys.append(os.fsencode(key).decode("utf-8", "replace"))
@@ -79,7 +80,7 @@ class ImageFolder:
             image = Path(self.shards[i].path).read_bytes()
         except OSError as error:
             raise ValueError(f"image unreadable: {error}") from None
-        return Pair(self.keys[i], image, {}, {}, "no caption")
+        return Pair(self.keys[i], image, {}, {}, ["no caption"])
 
 
 def _raise(error):
@@ -224,7 +225,7 @@ def show(folder, images, found, title):
     cards = []
     for rank, (score, i) in enumerate(found):
         pair = images[i]
-        names = [pair.key, *pair.captions.values()]
+        names = [pair.key, *itertools.chain(*pair.captions.values())]
         if rank < PRINTED:
             print(f"{score:6.3f}  {', '.join(names)}")
         image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
