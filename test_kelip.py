@@ -2199,7 +2199,7 @@ def test_emoji_are_packed_with_both_names_and_the_same_bytes(tmp_path):
     vendors = Counter(train[i].key.partition("-")[0] for i in range(0, 18_716, 7))
     assert set(vendors) == {"FB", "Wind", "Sams", "Appl", "Goog", "Twtr"}
     apple = next(pair for pair in test if pair.key == "Joy-U+1F34E")
-    assert apple.captions == {"en": "red apple", "ko": "빨간 사과"}
+    assert apple.captions == {"en": ["red apple"], "ko": ["빨간 사과"]}
     assert shards.decode(apple.image).size == (72, 72)
     with pytest.raises(ValueError, match="vendors"):
         demo.pack_emoji(f"{tmp_path}/c", "None")

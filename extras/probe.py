@@ -64,7 +64,7 @@ def features_of(model, name_or_path, evaluation_set, flag):
     features [N, 2W], labels int64 [N], and a Counter of the errors of images that do not decode.
     Raises ValueError for fewer than five images.
     """
-    pairs, classes, _ = evaluation_set
+    pairs, classes = evaluation_set
     cache = open_cache(name_or_path, model, "probe")
     features, kept, skipped = embed_images(
         model, pairs, cache, encode=functools.partial(encode, model))
