@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_CROPS, MAX_SIDE = 100, 4096  # crops of an image, pixels of a side
 
 
 # ---- multi-crop ----
@@ -36,11 +37,11 @@ def parse_crops(text):
     """
     groups = []
     for part in text.split("+"):
-        match = re.fullmatch(r"(?:(\d+)x)?(\d+)", part.strip())
+        match = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})", part.strip())
         number, size = (int(match[1] or 1), int(match[2])) if match else (0, 0)
-        if number < 1 or size < 1:
-            raise ValueError(f"crops {text!r}: write groups of NUMBERxSIDE joined by +, "
-                             "such as 2x224+6x96")
+        if not 1 <= number <= MAX_CROPS or not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"--crops {text}: write groups of NUMBERxSIDE joined by +, such as "
+                             f"2x224+6x96, of at most {MAX_CROPS} crops and {MAX_SIDE:,} pixels")
         groups.append((number, size))
     return groups
 

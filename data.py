@@ -20,6 +20,7 @@ Not included: shards on other machines, random crops (crops.py), and making shar
 
 import argparse
 import collections
+import contextlib
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ from shards import (
     format_counts,
     index_shards,
     is_language,
+    open_image,
     read_pair,
     shard_rows,
 )
@@ -190,6 +192,13 @@ class Pairs:
             oldest_file, _ = self._open.pop(next(iter(self._open)))
             oldest_file.close()
         self._open[number] = file, rows
+
+    def texts(self):
+        """Yield all captions. Pairs that cannot be read are skipped."""
+        for i in range(len(self)):
+            with contextlib.suppress(ValueError):
+                for texts in self[i].captions.values():
+                    yield from texts
 
     def __getstate__(self):
         """What is pickled to worker processes: everything but the open files."""
@@ -472,6 +481,21 @@ def resize_to_fit(image, padded_size):
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                 # [1, 3, H, W]
     pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()                                # [h, w, 3]
+
+
+def fit_padded_size(padded_size, pairs, samples=256):
+    """A padded size, or less when images are not that large: a larger square holds no more detail.
+
+    pairs: Pairs. Looks at `samples` of their images, evenly spaced, and takes the longer side that
+    99 % of them do not exceed.
+    """
+    sides = []
+    for i in np.linspace(0, len(pairs) - 1, min(samples, len(pairs))).astype(int).tolist():
+        with contextlib.suppress(Exception):  # the loader skips and counts what is broken
+            sides.append(max(open_image(pairs[i].image).size))
+    if not sides:
+        return padded_size
+    return min(padded_size, int(np.quantile(sides, 0.99, method="lower")))
 
 
 class Loader:

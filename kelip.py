@@ -859,17 +859,18 @@ def _released_tokenizer(folder):
     return Tokenizer(spec, special_tokens)
 
 
-def init_from(model, checkpoint):
+def init_from(model, checkpoint, new_text=False):
     """Initialize a KELIP from a Checkpoint. Returns a line that says what was loaded.
 
     From stage 1, only the image encoder is loaded, without visual.proj, which stage 1 does not
-    train. Positions are interpolated to the model's resolution. Raises ValueError when the weights
-    do not fit.
+    train. new_text: load only the image encoder, from other models, too. Positions are interpolated
+    to the model's resolution. Raises ValueError when the weights do not fit.
     """
     weights, what = dict(checkpoint.weights), "all weights"
-    if checkpoint.is_stage_1:
-        encoder = {key: value for key, value in weights.items()
-                   if key.startswith("visual.") and key != "visual.proj"}
+    if checkpoint.is_stage_1 or new_text:
+        encoder = {key: value for key, value in weights.items() if key.startswith("visual.")}
+        if checkpoint.is_stage_1:
+            encoder["visual.proj"] = model.visual.proj
         weights, what = {**model.state_dict(), **encoder}, "the image encoder"
     key = "visual.positional_embedding"
     if key in weights:

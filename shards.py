@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 import tarfile
@@ -169,7 +170,7 @@ def _read_long_name(kind, content):
     while match := re.match(rb"(\d{1,9}) ([^=]+)=", content):  # a record: "LENGTH KEY=VALUE\n"
         length = int(match[1])
         if match[2] == b"path":
-            name = content[match.end():length - 1]
+            name = content[match.end():max(length - 1, match.end())]
         content = content[max(length, match.end()):]
     return name
 
@@ -473,7 +474,9 @@ def map_processes(function, items, workers, title):
     bar = dict(total=len(items), desc=title, delay=2, leave=False)
     if workers < 2 or len(items) < 2:
         return list(tqdm(map(function, items), **bar))
-    with multiprocessing.Pool(min(workers, len(items))) as pool:
+    # Ctrl-C reaches all processes of a terminal. Only this one should say so.
+    ignore_interrupts = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with multiprocessing.Pool(min(workers, len(items)), **ignore_interrupts) as pool:
         return list(tqdm(pool.imap(function, items), **bar))
 
 
@@ -743,7 +746,7 @@ def decode(data, min_side=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             if min_side:
@@ -759,6 +762,12 @@ def decode(data, min_side=None):
             raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
         except Exception as error:  # on broken bytes, decoders raise errors of many kinds
             raise ValueError(f"not an image: {error}") from None
+
+
+def open_image(data):
+    """A PIL image of which the header is read. On broken bytes, Pillow raises errors of many kinds.
+    """
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _count_scans(data):

@@ -1663,6 +1663,111 @@ def test_walk_tar_ends_or_says_why_on_any_bytes(noise, cut):
             assert 0 <= member.header < member.body <= member.body + member.size <= len(content)
 
 
+def tar_of(n_pairs, kind=tarfile.PAX_FORMAT):
+    """A tar of pairs 0.jpg, 0.txt, 1.jpg, ...: its bytes, and the offset of each header."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=kind) as tar:
+        for i in range(n_pairs):
+            for suffix, size in (("jpg", 1500), ("txt", 9)):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = size
+                tar.addfile(member, io.BytesIO(b"x" * size))
+    content.seek(0)
+    with tarfile.open(fileobj=content) as tar:
+        offsets = [member.offset for member in tar]
+    return bytearray(content.getvalue()), offsets
+
+
+def indexed(content, tmp_path):
+    (tmp_path / "x.tar").write_bytes(content)
+    shard, rows = shards.index_tar(str(tmp_path / "x.tar"))
+    return [int(start) * shards.BLOCK for start, _ in rows], shard
+
+
+def test_the_walk_goes_on_behind_a_damaged_place(tmp_path):
+    content, headers = tar_of(6)
+    jpgs = headers[::2]
+    assert indexed(content, tmp_path)[0] == jpgs and not indexed(content, tmp_path)[1].skipped
+
+    def damaged(start, new):
+        return content[:start] + new + content[start + len(new):]
+
+    # A zeroed header, a zeroed page, a wrong byte, and sizes that are no octal numbers.
+    for bad in (damaged(jpgs[2], bytes(512)), damaged(jpgs[2], bytes(1024)),
+                damaged(jpgs[2] + 5, b"?"), damaged(jpgs[2] + 124, b"-0000001000"),
+                damaged(jpgs[2] + 124, b"1_0        "), damaged(jpgs[2] + 124, b"0o17       ")):
+        found, shard = indexed(bad, tmp_path)
+        assert found == jpgs[:2] + jpgs[3:]
+        assert shard.skipped == {"damaged tar": 1, "no image": 1}  # the text of the lost image
+    # A lost text: the pair is its image alone. A caption of another pair is not taken for it.
+    found, shard = indexed(damaged(headers[5], bytes(512)), tmp_path)
+    assert found == jpgs and shard.languages == {"": 5} and shard.skipped == {"damaged tar": 1}
+    # The last header, behind which there is no other.
+    found, shard = indexed(damaged(jpgs[5], bytes(512)), tmp_path)
+    assert found == jpgs[:5] and shard.skipped == {"damaged tar": 1, "no image": 1}
+    found, shard = indexed(damaged(headers[-1], bytes(512)), tmp_path)
+    assert found == jpgs and shard.languages == {"": 5} and shard.skipped == {"damaged tar": 1}
+
+
+def test_tars_that_end_early_or_were_joined_are_counted(tmp_path):
+    content, headers = tar_of(3)
+    end = headers[-1] + 1024
+    assert not indexed(content[:end + 512], tmp_path)[1].skipped  # one block of zeros is an end
+    for cut in (headers[-1] + 300, headers[-1] + 600, end, end + 300, 100, 0):
+        found, shard = indexed(content[:cut], tmp_path)
+        assert shard.skipped == {"truncated tar": 1}
+        assert found == [header for header in headers[::2] if header + 1500 < cut]
+    other, more = tar_of(5)
+    found, shard = indexed(content + other, tmp_path)
+    assert found == headers[::2] + [len(content) + header for header in more[6::2]]
+    assert shard.skipped == {"damaged tar": 1, "duplicate key": 3}
+    found, shard = indexed(content + b"html" * 300, tmp_path)
+    assert found == headers[::2] and shard.skipped == {"damaged tar": 1}
+
+
+def test_a_pax_path_is_a_record_of_its_own():
+    def member(records):
+        return b"".join(b"%d %s\n" % (len(record) + 4, record) for record in records)
+    for records, name in (([b"comment=8 path=x", b"path=a.jpg"], b"a.jpg"),
+                          ([b"comment=13 path=x.jpg"], None), ([b"path=a", b"path=bb"], b"bb")):
+        assert shards._read_long_name(b"x", member(records)) == name
+    assert shards._read_long_name(b"x", b"9999 path=abc") == b"abc"
+    assert shards._read_long_name(b"x", b"0 path=abc") == b""
+
+
+@pytest.mark.slow
+def test_many_damaged_tars_are_walked_as_far_as_they_go(tmp_path):
+    check_damaged_tars(tmp_path, 2000)
+
+
+def test_damaged_tars_are_walked_as_far_as_they_go(tmp_path):
+    check_damaged_tars(tmp_path, 20)
+
+
+def check_damaged_tars(tmp_path, examples):
+    """What is intact is found, and what is damaged is counted."""
+    content, headers = tar_of(8)
+    pairs = [(start, start + 3072) for start in headers[::2]]  # offsets of each pair's bytes
+
+    @given(st.lists(st.tuples(st.integers(0, len(content) - 1), st.binary(max_size=700)),
+                    max_size=3), st.none() | st.integers(0, len(content)))
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    def check(damages, cut):
+        bad = bytearray(content)
+        for start, new in damages:
+            bad[start:start + len(new)] = new[:len(content) - start]
+        bad = bad[:cut]
+        found, shard = indexed(bad, tmp_path)
+        assert sorted(set(found)) == found and shard.count == len(found)
+        for start, end in pairs:
+            if bad[start:end] == content[start:end]:
+                assert start in found
+        if any(bad[start:start + 512] != content[start:start + 512] for start in headers):
+            assert shard.skipped
+
+    check()
+
+
 def test_index_lists_pairs_and_counts_what_it_skips(tmp_path):
     path = f"{tmp_path}/a.tar"
     shards.write_shard(path, [
@@ -1727,6 +1832,93 @@ def test_index_is_kept_on_disk_and_renewed(tmp_path, monkeypatch):
     pairs = pickle.loads(pickle.dumps(data.Pairs(folder)))
     assert pairs[10].key == "t00-1" and not pairs.shards[0].rows_file.startswith(str(tmp_path))
     assert {Path(name).suffix for name in os.listdir(folder)} == {".tar", ".rows", ".index"}
+
+
+@pytest.mark.parametrize("old, new", [
+    (', 3, {"en"', ', 2, {"en"'), (', 3, {"en"', ', "3", {"en"'), ('{"en": 3, "ko": 3}', "{}"),
+    ('{"en": 3', '{"en": -1'), (', 0, "pairs', ', 1, "pairs'), ("{", "[" * 100_000), ("}", ""),
+    (shards.INDEX_FORMAT, "pairs 1"), ('"digest": "', '"digest": "0')])
+def test_an_index_that_was_changed_is_made_again(tmp_path, old, new, capsys):
+    folder = write_some_shards(tmp_path / "x", [3, 4])
+    before = [pair.key for pair in data.Pairs(folder)]
+    index = Path(folder, "pairs.index")
+    text = index.read_text(encoding="utf-8")
+    assert old in text
+    index.write_text(text.replace(old, new), encoding="utf-8")
+    pairs = data.Pairs(folder)
+    assert [pair.key for pair in pairs] == before and pairs.languages == {"en": 7, "ko": 7}
+    error = capsys.readouterr().err
+    assert error == ("" if new == "pairs 1" else
+                     f"{index}: damaged; the shards are indexed again\n")
+
+
+def test_changed_rows_are_made_again(tmp_path, capsys):
+    folder = write_some_shards(tmp_path / "x", [3, 4])
+    before = [pair.key for pair in data.Pairs(folder)]
+    [path] = Path(folder).glob("*.rows")
+    rows = np.fromfile(path, np.uint32)
+    rows[2:4] = rows[:2]  # the first pair twice
+    rows.tofile(path)
+    assert [pair.key for pair in data.Pairs(folder)] == before
+    assert f"{path}: damaged; its shards are indexed again" in capsys.readouterr().err
+    assert shards.index_shards(shards.expand_pattern(folder)) and not capsys.readouterr().err
+    rows[1] = 2 ** 32 - 1  # behind the back of one who has read the index
+    pairs = data.Pairs(folder)
+    [path] = {shard.rows_file for shard in pairs.shards}
+    rows.tofile(path)
+    with pytest.raises(ValueError, match="index damaged: a pair of 4,294,967,295 bytes"):
+        pairs[0]
+
+
+def test_a_shard_with_other_pairs_is_changed(tmp_path):
+    """Even with the same name, size, number of pairs and time. A copy of it is not."""
+    folder = write_some_shards(tmp_path, [3, 4])
+    path = Path(folder, "s00.tar")
+    state, status = data.Pairs(folder).state(), path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content)
+    assert not data.Pairs(folder, state).skipped
+    with tarfile.open(path) as tar:
+        members = [(member.name.partition("."), tar.extractfile(member).read()) for member in tar]
+    write_tar(path, [(f"z{key}"[:len(key)], {suffix: content})
+                     for (key, _, suffix), content in members])
+    os.utime(path, ns=(status.st_atime_ns + 1, status.st_mtime_ns + 1))
+    assert path.stat().st_size == status.st_size
+    assert data.Pairs(folder, state).skipped == {"shard changed": 3}
+
+
+def test_what_is_no_shard_says_what_it_is(tmp_path, monkeypatch):
+    folder = write_some_shards(tmp_path / "{a}", [2])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert shards.expand_pattern("~/{a}") == shards.expand_pattern(folder) == [f"{folder}/s00.tar"]
+    shutil.copy(f"{folder}/s00.tar", tmp_path / "shard")
+    assert len(data.Pairs(str(tmp_path / "shard"))) == 2  # whatever its name
+    os.mkfifo(tmp_path / "pipe.tar")
+    contents = {"x.tar.gz": gzip.compress(b"x" * 9), "x.tar": gzip.compress(b"x" * 9),
+                "x.TSV": b"image\ten\n", "x.jpg": image_bytes(), "x.jsonl": b"{}\n" * 400}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(os.listdir(tmp_path))
+    for name, message in (
+            ("x.tar.gz", "compressed, and compressed tars are not read"),
+            ("x.tar", "compressed, and compressed tars are not read"),
+            ("x.TSV", f"a table, not shards; .*extras.pack images OUT {tmp_path}/x.TSV`"),
+            ("x.jpg", f"an image, not a shard; .*extras.pack images OUT {tmp_path}`"),
+            ("x.jsonl", "not a tar"), ("pipe.tar", "not a regular file"),
+            ("{9..0}.tar", "from the lower to the higher number"),
+            ("{0..999999999}.tar", "of at most 10,000,000")):
+        with pytest.raises(ValueError, match=message):
+            data.Pairs(f"{tmp_path}/{name}")
+    assert sorted(os.listdir(tmp_path)) == before  # no index where there are no shards
+
+
+def test_members_that_lie_apart_are_answered_with_the_command_that_sorts_them(tmp_path):
+    members = [(str(i), {"jpg": image_bytes()}) for i in range(3)]
+    write_tar(tmp_path / "x.tar", members + [(str(i), {"txt": b"x"}) for i in range(3)])
+    pairs = data.Pairs(f"{tmp_path}/x.tar")
+    assert "skipped: 3 members apart; the members of a pair must be next to" in pairs.describe()
+    with pytest.raises(ValueError, match="no captions there .*`tar --sort=name` packs them"):
+        pairs.require_captions("--data")
 
 
 def test_patterns_expand_and_sources_say_what_is_missing(tmp_path):
@@ -1989,6 +2181,19 @@ def test_decode_reads_jpegs_no_larger_than_asked():
     assert shards.decode(big, 300).size == shards.decode(big, 320).size == (320, 240)
     assert shards.decode(big, 321).size == (640, 480)
     assert shards.decode(big, 72).size == (80, 60)
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded():
+    """Each scan is a pass over the entire image. Data behind the image may hold any bytes."""
+    progressive = encoded(photograph(0, 64, 48), "JPEG", progressive=True)
+    assert 5 < shards._count_scans(progressive) < 20
+    assert shards._count_scans(encoded(photograph(0, 64, 48), "JPEG")) == 1
+    start = progressive.rindex(b"\xff\xda")  # repeat the last scan
+    many = progressive[:start] + progressive[start:-2] * 100 + b"\xff\xd9"
+    with pytest.raises(ValueError, match="too many scans: 1[01][0-9] in one JPEG"):
+        shards.decode(many)
+    assert shards.decode(progressive + b"\xff\xda" * 500).size == (64, 48)
+    assert np.array_equal(shards.decode(progressive), Image.open(io.BytesIO(progressive)))
 
 
 def test_decode_says_why_not():
@@ -2663,53 +2868,99 @@ def make_run(tmp_path):
         yield make
 
 
-def train_linear(run, module, values):
-    """A training script of a few lines: a linear layer, and a batch per value."""
+def train_linear(run, module, values, skipped=()):
+    """A training script of a few lines: a linear layer, and a batch per value.
+
+    skipped: the steps whose only pair is skipped.
+    """
     class Batches(list):
-        skipped = {}
+        skipped = Counter()
 
         class pairs:
-            state = staticmethod(dict)
+            state = staticmethod(lambda: {"shards": []})
 
+        def report(self):
+            return "skipped: not an image"
+
+    batches = Batches(values)
     optimizer = trainer.make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
-    run.start(module, optimizer, [], {})
-    for step, batch in run.steps(Batches(values)):
-        loss = module(torch.full((1, 3), batch)).sum()
-        run.backward(loss)
-        per_value = torch.tensor([1.0, 5.0, float("nan")])
-        where = torch.tensor([True, step == 1, False])
-        run.log(step, loss, run.optimizer_step(), chosen=(per_value, where))
-        run.save_if_due(step)
-    run.close()
+    with run:
+        run.start(module, optimizer, [], {}, padded_size=24)
+        for step, batch in run.steps(batches):
+            batches.skipped["not an image"] += step in skipped
+            loss = module(torch.full((1, 3), batch)).sum()
+            run.backward(loss)
+            per_value = torch.tensor([1.0, 5.0, float("nan")])
+            where = torch.tensor([True, step == 1, False])
+            run.log(step, loss, run.optimizer_step(), chosen=(per_value, where))
+            run.save_if_due(step)
 
 
 def test_non_finite_gradients_skip_the_step(make_run):
     module = torch.nn.Linear(3, 1)
     before = module.weight.detach().clone()
-    run = make_run()
-    train_linear(run, module, [float("inf")] * 3)
-    assert torch.equal(module.weight, before) and log_of(run.folder)[0]["skipped"] == 1
-    shutil.rmtree(run.folder)
-    with pytest.raises(ValueError, match="the last 10 steps were not finite: start again, a lower"):
-        train_linear(make_run(steps=12), module, [float("nan")] * 12)
-    assert torch.equal(module.weight, before)
-    train_linear(make_run(), module, [1.0] * 3)
+    for steps, values in ((12, [float("nan")] * 12), (3, [float("inf")] * 3)):
+        with pytest.raises(ValueError, match=r"the last \d+ steps were not finite: start again"):
+            train_linear(make_run(steps=steps), module, values)
+        assert torch.equal(module.weight, before)
+    run = make_run(steps=12)
+    assert not (run.folder / "last.pt").exists()
+    train_linear(run, module, [float("nan")] * 9 + [1.0] * 3)
+    assert log_of(run.folder)[1]["skipped"] == pytest.approx(8 / 9)
     assert not torch.equal(module.weight, before)
+    assert (run.folder / "last.pt").exists()
 
 
-def test_the_log_averages_values_where_they_count(make_run, monkeypatch):
-    run = make_run()
-    train_linear(run, torch.nn.Linear(3, 1), [1.0] * 3)
-    first, rest = log_of(run.folder)
-    assert first["step"] == 1 and first["chosen"] == 3.0  # the mean of 1 and 5
-    assert rest["step"] == 3 and rest["chosen"] == 1.0    # of 1 and 1
+def test_the_log_averages_values_where_they_count(make_run):
+    """Its lines depend on the steps alone, however long they take."""
+    run = make_run(steps=23)
+    train_linear(run, torch.nn.Linear(3, 1), [1.0] * 23)
+    lines = log_of(run.folder)
+    assert [line["step"] for line in lines] == [1, 10, 20, 23]
+    assert [line["chosen"] for line in lines] == [3.0, 1.0, 1.0, 1.0]  # 3 is the mean of 1 and 5
 
 
 def test_a_missing_metric_is_not_in_the_log(make_run):
-    run = make_run(steps=1)
-    train_linear(run, torch.nn.Linear(3, 1), [float("nan")])
-    [line] = log_of(run.folder)
+    run = make_run(steps=12)
+    train_linear(run, torch.nn.Linear(3, 1), [float("nan")] + [1.0] * 11)
+    line, *_ = log_of(run.folder)
     assert line["loss"] is None and "grad_norm" not in line
+
+
+def test_a_run_on_pairs_that_cannot_be_used_ends_with_the_reasons(make_run):
+    module = torch.nn.Linear(3, 1)
+    with pytest.raises(ValueError, match="^1 of 1 pairs could not be used: skipped: not an image"):
+        train_linear(make_run(), module, [1.0] * 3, skipped={1, 2, 3})
+    with pytest.raises(ValueError, match="^10 of 20 pairs could not be used"):
+        train_linear(make_run(steps=30), module, [1.0] * 30, skipped=range(11, 31))
+    run = make_run(steps=210)
+    with pytest.raises(ValueError, match="^101 of 200 pairs could not be used"):
+        train_linear(run, module, [1.0] * 210, skipped={*range(2, 202, 2), 3})
+    shutil.rmtree(run.folder)
+    train_linear(make_run(steps=210), module, [1.0] * 210, skipped=range(2, 202, 2))
+    assert log_of(run.folder)[-1]["skipped_pairs"] == 100
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "exp_avg of parameter 0"),
+    (lambda state: state["state"][1].update(exp_avg_sq=torch.ones(1).int()), "exp_avg_sq of par"),
+    (lambda state: state["state"][0].pop("step"), "step of parameter 0"),
+    (lambda state: state["state"].update({7: {}}), "not that of this model"),
+    (lambda state: state.update(state=3), "not that of this model"),
+])
+def test_a_state_of_another_optimizer_is_refused(damage, message):
+    module = torch.nn.Linear(3, 1)
+    optimizer = trainer.make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.5)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+    saved = {"state": {i: dict(moments) for i, moments in optimizer.state_dict()["state"].items()},
+             "param_groups": [{**group, "weight_decay": 9.0, "lr": 9.0} for group in saved]}
+    trainer.load_optimizer(optimizer, saved, "x.pt")  # its settings stay those of the run
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    damage(saved)
+    with pytest.raises(ValueError, match=f"^x.pt: .*{message}"):
+        trainer.load_optimizer(optimizer, saved, "x.pt")
 
 
 @pytest.mark.slow
@@ -3005,15 +3256,20 @@ def test_the_paper_s_model_trains(shapes, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "ViT-X"], "--model ViT-X: no such preset; choose from tiny"),
     (["--crops", "1x60"], "60 pixels is not a multiple of tiny's patch"),
-    (["--crops", "two"], "crops 'two': write groups"),
+    (["--crops", "two"], "--crops two: write groups"),
+    (["--crops", "99999999x64"], "--crops 99999999x64: write groups"),
+    (["--crops", "1x99999984"], "--crops 1x99999984: write groups"),
+    (["--scale", "0", "0"], "--scale 0 0: must be two fractions"),
+    (["--scale", "2", "3"], "--scale 2 3: must be two fractions"),
+    (["--low-scale", "1", "0.5"], "--low-scale 1 0.5: must be two fractions"),
     (["--data", "nothing-*.tar"], "nothing-*.tar: "),
     (["--tokenizer", "none.json"], "none.json"),
     (["--init", "none.pt"], "none.pt: no checkpoint"),
     (["--resume"], "no run to resume"),
-    (["--batch-size", "100000", "--epochs", "0.1"], "fewer than one batch"),
-    (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-    (["--micro-batch", "-1"], "--micro-batch -1: must be at least 1"),
-    (["--freeze", "image"], "--freeze image: without --init"),
+    (["--batch-size", "100", "--epochs", "0.1"], "fewer than one batch"),
+    (["--batch-size", "129"], "--batch-size 129: there are 128 pairs"),
+    (["--freeze", "image"], "--freeze image: needs --init"),
+    (["--new-text"], "--new-text: needs --init"),
 ])
 def test_a_bad_flag_is_one_line(shapes, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(shapes)
@@ -3024,6 +3280,20 @@ def test_a_bad_flag_is_one_line(shapes, tmp_path, monkeypatch, arguments, messag
     with pytest.raises((ValueError, OSError)) as caught:
         train_clip.main([*flags, *arguments])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("script", [train_clip, train_mae])
+@pytest.mark.parametrize("flag, value", [
+    ("batch-size", "0"), ("batch-size", "1e12"), ("epochs", "nan"), ("epochs", "0"),
+    ("epochs", "-1"), ("steps", "0"), ("warmup", "-5"), ("lr", "-1"), ("lr", "nan"),
+    ("seed", "-1"), ("seed", str(2 ** 64)), ("workers", "-1"), ("workers", "3000"),
+    ("save-every", "0"), ("keep", "0"), ("weight-decay", "-1")])
+def test_a_number_out_of_range_is_one_line(script, flag, value, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments([f"--{flag}", value])
+    error = capsys.readouterr().err
+    assert re.fullmatch(f".*: argument --{flag}: must be .*, not '{value}'; see --help\n", error)
 
 
 def test_pairs_that_cannot_be_read_are_skipped_and_counted(shapes, tmp_path):

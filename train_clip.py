@@ -39,23 +39,32 @@ import data
 import demo
 import evaluate
 import kelip
-from tokenizer import Tokenizer, run_command
-from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_dtype
+from tokenizer import ArgumentParser, Tokenizer, number, run_command
+from trainer import (
+    Run,
+    add_arguments,
+    check_scale,
+    compile_blocks,
+    make_optimizer,
+    weight_dtype,
+)
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 DEMO_TEST = f"{demo.DEMO}/test-*.tar"
 DEMO_CLASSES = "skin tone"  # the classes of prompts.json for the demo's zero-shot classification
+LR, FINE_TUNING_LR = 4e-4, 4e-5  # of random weights, of trained ones
 MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the first step by hours
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\nFrom top")[0],
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html. kelip.build_model(FOLDER) loads the model.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, out="runs/clip", lr=4e-4, batch_size=256, epochs=10)
+    add_arguments(parser, out="runs/clip", lr=f"{LR:g}, or {FINE_TUNING_LR:g} with --init's model",
+                  batch_size=256, epochs=10)
     add = parser.add_argument
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json (default: that of --init's model, else one trained on the captions)")
@@ -63,35 +72,44 @@ def parse_arguments(argv=None):
         help="initial weights: a run of train_mae.py (its image encoder), or a run of "
              "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
              "its sizes and its tokenizer)")
-    add("--freeze", choices=["image"], 
-        help="image: train only the text encoder. Needs --init")
+    add("--new-text", action="store_true",
+        help="with --init's model: keep its image encoder, and start the text encoder from random "
+             "weights, with --tokenizer or one trained on the captions")
+    add("--freeze", choices=["image", "text"],
+        help="an encoder that is not trained. Needs --init")
     add("--crops", metavar="SPEC",
         help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96; "
              "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
-    add("--scale", nargs=2, type=float, metavar=("MIN", "MAX"),
+    add("--scale", nargs=2, type=number(float), metavar=("MIN", "MAX"),
         help="area of the crops in the first group of --crops, as a fraction of the image "
              "(default: 0.8 1 for tiny, else 0.4 1)")
-    add("--low-scale", nargs=2, type=float, default=(0.05, 0.4), metavar=("MIN", "MAX"),
+    add("--low-scale", nargs=2, type=number(float), default=(0.05, 0.4), metavar=("MIN", "MAX"),
         help="the same for the other groups (default: 0.05 0.4)")
     add("--augment", action="store_true",
         help="SimCLR's color distortion and blur: in the KELIP paper this helps classification "
              "and hurts retrieval")
-    add("--micro-batch", type=int, metavar="N",
+    add("--micro-batch", type=number(int, 1), metavar="N",
         help="encode N pairs per process at a time (GradCache): the same loss and gradients in "
              "less memory, for one more forward pass (default: all at once)")
-    add("--weight-decay", type=float, default=0.2, metavar="X",
+    add("--weight-decay", type=number(float, 0), default=0.2, metavar="X",
         help="weight decay, of matrices only (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS",
         help="held-out pairs for retrieval, during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
-    add("--evals", type=int, default=4, metavar="N",
-        help="evaluations per run on --test, including one at the end (default: 4)")
+    add("--evals", type=number(int, 0), default=4, metavar="N",
+        help="evaluations during the run on --test, including one at the end (default: 4)")
     args = parser.parse_args(argv)
     if args.model not in (None, *kelip.PRESETS):
         presets = ", ".join(kelip.PRESETS)
         raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
-    if args.freeze and not args.init and not args.resume:
-        raise ValueError("--freeze image: without --init, the image encoder would stay random")
+    if (args.freeze or args.new_text) and not args.init and not args.resume:
+        flag = f"--freeze {args.freeze}" if args.freeze else "--new-text"
+        raise ValueError(f"{flag}: needs --init, since without it all weights are random")
+    if args.scale:
+        check_scale("--scale", args.scale)
+    check_scale("--low-scale", args.low_scale)
+    if args.crops:
+        crops.parse_crops(args.crops)
     if args.test is None and args.data == parser.get_default("data"):
         args.test = [DEMO_TEST]
     return args
@@ -104,32 +122,47 @@ class Origin(NamedTuple):
     preset: str    # what to call the sizes: a preset, or the name of --init if none matches
     config: dict   # the arguments of kelip.KELIP
     init: object   # the kelip.Checkpoint of --init, or None
+    is_from_stage_1: bool
 
     @property
     def has_whole_model(self):
         """Whether --init brings both encoders, and not stage 1's image encoder alone."""
-        return self.init is not None and not self.init.is_stage_1
+        return self.init is not None and not self.is_from_stage_1
 
 
 def find_origin(args, checkpoint):
     """The Origin of a run. checkpoint: the one to resume, or None.
 
     The sizes are those of the checkpoint, else those of --init's model, else those of --model.
+    Fills in the default of --lr, which depends on the origin.
     """
     if checkpoint:
         preset, config, init = checkpoint["config"]["preset"], checkpoint["config"]["model"], None
+        is_from_stage_1 = checkpoint["config"].get("is_from_stage_1", False)
     else:
         preset = args.model or "tiny"
         config = kelip.PRESETS[preset]
         init = kelip.open_checkpoint(args.init) if args.init else None
-        if init and not init.is_stage_1:
+        is_from_stage_1 = bool(init and init.is_stage_1)
+        if init and not is_from_stage_1:
             config = init.config
             preset = _preset_of(config) or Path(args.init).name
     if args.model not in (None, preset):
         flag = "--resume" if checkpoint else "--init"
         raise ValueError(f"--model {args.model}: {flag} brings a model of other sizes: leave out "
                          "--model")
-    return Origin(preset, config, init)
+    if is_from_stage_1 and (args.freeze == "text" or args.new_text):
+        flag = "--new-text" if args.new_text else "--freeze text"
+        raise ValueError(f"{flag}: --init {args.init} is a run of stage 1, which has no text "
+                         "encoder")
+    origin = Origin(preset, config, init, is_from_stage_1)
+    args.is_from_stage_1 = is_from_stage_1  # for config.json, from which it is resumed
+    if args.lr is None:
+        is_fine_tuning = origin.has_whole_model and not args.new_text
+        args.lr = FINE_TUNING_LR if is_fine_tuning else LR
+        if checkpoint:
+            args.lr = checkpoint["config"]["lr"]
+    return origin
 
 
 def _preset_of(config):
@@ -140,40 +173,51 @@ def _preset_of(config):
     return None
 
 
+def freeze(model, encoder, origin):
+    """Do not train an encoder: "image", "text" or None."""
+    if encoder == "image":
+        model.visual.requires_grad_(False)
+        # Stage 1 leaves the projection random, so it must be trained.
+        model.visual.proj.requires_grad_(origin.is_from_stage_1)
+    elif encoder == "text":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+
+
 def open_tokenizer(args, run, pairs, origin):
-    """The tokenizer of the run, which is saved in its folder.
+    """The tokenizer of the run.
 
     In order of precedence: that of the checkpoint to resume, --tokenizer, that of --init's model,
-    one trained on the captions. Raises ValueError if --tokenizer differs from the run's, or does
-    not fit the token embedding of --init's model.
+    one trained on the captions. Raises ValueError if --tokenizer is another one than the weights
+    were trained with.
     """
-    path = run.folder / "tokenizer.json"
-    with run.rank_zero_first():  # rank zero writes the file, the others read it
+    spec = None
+    with run.rank_zero_first():
         if run.is_rank_zero:
-            _choose_tokenizer(args, run.checkpoint, pairs, origin).save(path)
-        tokenizer = Tokenizer.load(path)
-    if origin.has_whole_model:
-        kelip.check_vocabulary(origin.init._replace(tokenizer=tokenizer))
-    return tokenizer
+            spec = _choose_tokenizer(args, run.checkpoint, pairs, origin).spec
+    return Tokenizer(run.broadcast(spec))
 
 
 def _choose_tokenizer(args, checkpoint, pairs, origin):
+    trained = None  # the tokenizer of trained weights
     if checkpoint:
-        tokenizer = Tokenizer(json.loads(checkpoint["tokenizer"]))
-        if args.tokenizer and Tokenizer.load(args.tokenizer).spec != tokenizer.spec:
-            raise ValueError(f"--tokenizer {args.tokenizer}: not that of the run in {args.out}: "
-                             "resume without --tokenizer")
-        return tokenizer
-    if args.tokenizer:
-        return Tokenizer.load(args.tokenizer)
-    if origin.has_whole_model:
-        return origin.init.tokenizer
+        trained = Tokenizer(json.loads(checkpoint["tokenizer"]))
+    elif origin.has_whole_model and not args.new_text:
+        trained = origin.init.tokenizer
+    given = Tokenizer.load(args.tokenizer) if args.tokenizer else trained
+    if trained and given.digest != trained.digest:
+        mend = "resume without --tokenizer" if checkpoint else "leave it out, or add --new-text"
+        raise ValueError(f"--tokenizer {args.tokenizer}: not the one that the weights were trained "
+                         f"with, so each embedding would stand for another text: {mend}")
+    if trained:
+        return trained
+    if given:
+        return given
     if len(pairs) > MAX_PAIRS_FOR_TOKENIZER:
         raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on now: train "
                          "one with `python tokenizer.py train`, and give it as --tokenizer")
-    captions = (text for i in range(len(pairs))
-                for texts in pairs[i].captions.values() for text in texts)
-    return Tokenizer.train(captions, origin.config["vocab_size"], progress=sys.stdout.isatty())
+    return Tokenizer.train(pairs.texts(), origin.config["vocab_size"],
+                           progress=sys.stdout.isatty())
 
 
 # ---- crops ----
@@ -268,40 +312,35 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
 
 # ---- training ----
 
-def main(argv=None):
+def train(args, run):
     """Set up, train, evaluate, and print where the results are."""
-    args = parse_arguments(argv)
-    run = Run(args, stage="clip")
     origin = find_origin(args, run.checkpoint)
     args.model = origin.preset
     crop_groups = fill_in_crops(args, origin)
 
     pairs = run.open_pairs()
+    pairs.require_captions("--data")
     test = candidates = None
     if args.test:
         with run.rank_zero_first():  # it writes the index of the shards, the others read it
             test = data.Pairs(args.test)
-        if not test.languages:
-            raise ValueError(f"--test {' '.join(args.test)}: holds no captions to evaluate with")
+        test.require_captions("--test")
         candidates = evaluate.read_candidates(args.test)  # further texts to choose from
 
     tokenizer = open_tokenizer(args, run, pairs, origin)
-    tokenizer_json = json.dumps(tokenizer.spec, ensure_ascii=False)  # for the checkpoint
-
     config = dict(origin.config)
     if origin.has_whole_model:
         # Fine-tune at the size of the first crops: init_from interpolates the positions to it.
         config["image_resolution"] = crop_groups[0][1]
-    elif not run.checkpoint:
+    if not run.checkpoint and (args.new_text or not origin.has_whole_model):
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
     model = kelip.KELIP(**config)
     if origin.init:
-        loaded = kelip.init_from(model, origin.init)
+        loaded = kelip.init_from(model, origin.init, args.new_text)
         if run.is_rank_zero:
-            print(f"starts from {loaded}")
-    if args.freeze == "image":
-        model.visual.requires_grad_(False)
+            print(f"starts from {loaded}; --lr {args.lr:g}")
+    freeze(model, args.freeze, origin)
     model.to(run.device, weight_dtype(args.precision))
     if args.compile:
         compile_blocks(model)
@@ -309,17 +348,15 @@ def main(argv=None):
     # Betas and epsilon are those of CLIP's ViTs (arXiv 2103.00020, appendix F).
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
                                weight_decay=args.weight_decay)
-    # Fixes the number of steps, writes config.json, or restores the checkpoint.
-    run.start(model, optimizer, pairs, config, evaluations=args.evals if test else 0)
-    encoders = run.data_parallel(Encoders(model))
     # The loader pads images to squares that are large enough for all crops.
-    padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
-    loader = run.open_loader(pairs, tokenizer, padded_size)
-    if run.is_rank_zero:
-        dtype = str(run.dtype or weight_dtype(args.precision)).removeprefix("torch.")
-        print(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, "
-              f"{len(tokenizer):,} tokens; {run.total_steps:,} steps of {args.batch_size} pairs, "
-              f"{args.crops} crops; {run.world_size} x {run.device.type}, {dtype}", flush=True)
+    padded_size = data.fit_padded_size(
+        crops.padded_size(crop_groups, args.scale, args.low_scale), pairs)
+    # Fixes the number of steps, or restores the checkpoint.
+    run.start(model, optimizer, pairs, config, args.evals if test else 0, tokenizer, padded_size)
+    encoders = run.data_parallel(Encoders(model))
+    loader = run.open_loader(pairs, tokenizer)
+    run.announce(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, "
+                 f"{len(tokenizer):,} tokens, {args.crops} crops")
 
     def make_views(batch, rows=slice(None)):
         """Crops of some rows of a batch, normalized: a list of K tensors [n, 3, size, size]."""
@@ -330,6 +367,18 @@ def main(argv=None):
             low_scale=args.low_scale, augment=args.augment)
 
     embedded = None  # the test pairs' features at the last evaluation
+
+    def evaluate_at(step):
+        """Retrieval on the test pairs, by rank zero, into metrics.jsonl."""
+        nonlocal embedded
+        with run.evaluation(step):  # the other ranks wait
+            if run.is_rank_zero:
+                embedded = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
+                recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)
+                run.log_evaluation(step, recall)
+
+    if run.evaluates_at(run.first_step):  # the run was killed after it had saved, before this
+        evaluate_at(run.first_step)
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         # A pair that could not be read is not valid. The loss ignores it.
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
@@ -354,25 +403,25 @@ def main(argv=None):
         by_language = {f"loss_{name or 'text'}": (per_pair_loss, valid & (language == i))
                        for i, name in enumerate(loader.languages)}
         run.log(step, loss, grad_norm, logit_scale=scale, **by_language)
-
+        run.save_if_due(step)  # exits after a signal
         if run.evaluates_at(step):
-            with run.paused():  # the other ranks wait
-                if run.is_rank_zero:
-                    embedded = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
-                    recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)
-                    run.log_evaluation(step, recall)
-        run.save_if_due(step, tokenizer=tokenizer_json)  # exits after a signal
+            evaluate_at(step)
 
     if run.is_rank_zero:
         print(loader.report())
-        files = f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl"
+        print(f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl")
         if test:
             classes = DEMO_CLASSES if args.test == [DEMO_TEST] else None
             evaluate.report(args.out, model, test, tokenizer, candidates, classes,
                             embedded=embedded)
-            files += f"; open {args.out}/index.html"
-        print(files)
-    run.close()
+            print(f"open {args.out}/index.html")
+
+
+def main(argv=None):
+    """Read the command line, and train in the folder of the run."""
+    args = parse_arguments(argv)
+    with Run(args, stage="clip") as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

@@ -26,29 +26,37 @@ from PIL import Image
 import crops
 import data
 import kelip
-from tokenizer import run_command
-from trainer import Run, add_arguments, compile_blocks, make_optimizer, weight_dtype
+from tokenizer import ArgumentParser, number, run_command
+from trainer import (
+    Run,
+    add_arguments,
+    check_scale,
+    compile_blocks,
+    make_optimizer,
+    weight_dtype,
+)
 
 RECONSTRUCTIONS = 4  # how many times a run draws reconstructions.png
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.partition("\nNot included")[0],
         epilog="The run's folder then holds last.pt for `train_clip.py --init`, config.json,\n"
                "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and\n"
                "what the decoder predicted.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, out="runs/mae", lr=1e-3, batch_size=256, epochs=20)
+    add_arguments(parser, out="runs/mae", lr="0.001", batch_size=256, epochs=20)
+    parser.set_defaults(lr=1e-3)
     add = parser.add_argument
-    add("--size", type=int, metavar="PIXELS",
+    add("--size", type=number(int, 1, crops.MAX_SIDE), metavar="PIXELS",
         help="side of the crops (default: the preset's resolution)")
-    add("--scale", nargs=2, type=float, default=(0.2, 1.0), metavar=("MIN", "MAX"),
+    add("--scale", nargs=2, type=number(float), default=(0.2, 1.0), metavar=("MIN", "MAX"),
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
-    add("--mask-ratio", type=float, default=0.75, metavar="X",
+    add("--mask-ratio", type=number(float, above=0), default=0.75, metavar="X",
         help="fraction of the patches to mask (default: 0.75)")
-    add("--weight-decay", type=float, default=0.05, metavar="X",
+    add("--weight-decay", type=number(float, 0), default=0.05, metavar="X",
         help="weight decay, of matrices only (default: 0.05)")
     args = parser.parse_args(argv)
     args.model = args.model or "tiny"
@@ -60,8 +68,7 @@ def parse_arguments(argv=None):
     if args.size % preset["vision_patch_size"]:
         raise ValueError(f"--size {args.size}: not a multiple of {args.model}'s patch of "
                          f"{preset['vision_patch_size']} pixels")
-    if not 0 < args.mask_ratio < 1:
-        raise ValueError(f"--mask-ratio {args.mask_ratio}: must be between 0 and 1")
+    check_scale("--scale", args.scale)
     return args
 
 
@@ -104,12 +111,9 @@ def draw_reconstructions(path, mae, images, noise):
     image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(path)
 
 
-def main(argv=None):
+def train(args, run):
     """Set up, train, and draw reconstructions."""
-    args = parse_arguments(argv)
-    run = Run(args, stage="mae")
     pairs = run.open_pairs()
-
     torch.manual_seed(args.seed)
     config = dict(kelip.PRESETS[args.model], image_resolution=args.size)
     mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=args.mask_ratio)
@@ -120,14 +124,17 @@ def main(argv=None):
     # The betas of He et al. (arXiv 2111.06377, table 8).
     optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
                                weight_decay=args.weight_decay)
-    # Fixes the number of steps, writes config.json, or restores the checkpoint.
-    run.start(mae, optimizer, pairs, config, evaluations=RECONSTRUCTIONS)
+    # The loader pads images to squares that are large enough for the crops.
+    padded_size = data.fit_padded_size(crops.padded_size([(1, args.size)], args.scale), pairs)
+    # Fixes the number of steps, or restores the checkpoint.
+    run.start(mae, optimizer, pairs, config, RECONSTRUCTIONS, padded_size=padded_size)
     model = run.data_parallel(mae)
-    padded_size = crops.padded_size([(1, args.size)], args.scale)
-    loader = run.open_loader(pairs, tokenizer=None, padded_size=padded_size)
+    loader = run.open_loader(pairs, tokenizer=None)
     # Eight images to draw, the same each time.
     shown = next(iter(data.Loader(pairs, tokenizer=None, batch_size=8, seed=args.seed, steps=1,
                                   padded_size=loader.padded_size)))
+    run.announce(f"{args.model}: {kelip.count_parameters(mae) / 1e6:.1f}M parameters with the "
+                 f"decoder, images of {args.size} pixels")
 
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         valid = batch.valid.to(run.device, non_blocking=True)                # [n]
@@ -143,18 +150,24 @@ def main(argv=None):
         run.backward(loss)
         grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
         run.log(step, loss, grad_norm)
+        run.save_if_due(step)  # exits after a signal
         if run.evaluates_at(step):
-            with run.paused():  # the other ranks wait
+            with run.evaluation(step):  # the other ranks wait
                 if run.is_rank_zero:
                     draw_reconstructions(run.folder / "reconstructions.png", mae,
                                          *prepare(shown, args, mae, run.device))
-        run.save_if_due(step)
 
     if run.is_rank_zero:
         print(loader.report())
         print(f"{args.out}: last.pt for train_clip.py --init, metrics.jsonl; "
               f"open {args.out}/reconstructions.png")
-    run.close()
+
+
+def main(argv=None):
+    """Read the command line, and train in the folder of the run."""
+    args = parse_arguments(argv)
+    with Run(args, stage="mae") as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

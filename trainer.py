@@ -2,23 +2,22 @@
 
 A training script owns its loop and drives a Run:
 
-    run = Run(args, stage="clip")                      # join the processes, open the run folder
-    pairs = run.open_pairs()
-    ...                                                # build the model and the optimizer
-    run.start(model, optimizer, pairs, model.config)   # length of the run; restore a checkpoint
-    loader = run.open_loader(pairs, tokenizer, padded_size)
-    for step, batch in run.steps(loader):
-        ...                                            # forward pass, loss
-        run.backward(loss)
-        grad_norm = run.optimizer_step()
-        run.log(step, loss, grad_norm)
-        run.save_if_due(step)
-    run.close()
+    with Run(args, stage="clip") as run:                   # join the processes, lock the run folder
+        pairs = run.open_pairs()
+        ...                                                # build the model and the optimizer
+        run.start(model, optimizer, pairs, model.config)   # length of the run; restore a checkpoint
+        loader = run.open_loader(pairs, tokenizer)
+        for step, batch in run.steps(loader):
+            ...                                            # forward pass, loss
+            run.backward(loss)
+            grad_norm = run.optimizer_step()
+            run.log(step, loss, grad_norm)
+            run.save_if_due(step)
 
 The same code runs under `python` and under `torchrun`, in one process or in many. After the weights
 are initialized, all randomness is a function of the seed and the sample index (crops.py). So a
 checkpoint needs no state of generators: it is the weights, the optimizer's state and the number of
-steps done.
+steps done. Nothing is written into the run's folder before the first step is done.
 
 From top to bottom: command-line flags, the run, processes, precision and compilation, optimizer
 and schedule, run folders, the log.
@@ -32,9 +31,9 @@ import ctypes
 import json
 import math
 import os
-import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -48,11 +47,14 @@ from tqdm import tqdm
 import data
 import demo
 from kelip import Block, atomic_write, load_checkpoint, load_weights, save_checkpoint
+from tokenizer import number
 
-LOG_EVERY = 10    # steps between lines of the log, or fewer if
-LOG_SECONDS = 5   # they take longer than this: signals are noticed when a line is written
-BAD_STEPS = 10    # steps in a row with non-finite gradients that end a run, checked at log steps
+LOG_EVERY = 10      # steps between lines of the log
+BAD_STEPS = 10      # steps in a row with non-finite gradients that end a run, checked at log steps
+SKIPPED_STEPS = 200  # steps after which a run ends if more than half of its pairs were skipped
+FEW_STEPS = 100     # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
+MAX_WORKERS = 512
 
 
 def add_arguments(parser, out, lr, batch_size, epochs):
@@ -60,37 +62,47 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add = parser.add_argument
     add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
         help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT and "
-             "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko' "
-             "(default: the demo's pairs, which are packed on first use)")
+             "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko'; "
+             "docs/data.md has more options (default: the demo's pairs, which are packed on first "
+             "use)")
     add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--batch-size", type=int, default=batch_size, metavar="N",
+    add("--batch-size", type=number(int, 1, 1 << 24), default=batch_size, metavar="N",
         help=f"pairs per step, of all processes together (default: {batch_size})")
-    add("--epochs", type=float, default=epochs, metavar="N",
+    add("--epochs", type=number(float, above=0), default=epochs, metavar="N",
         help=f"epochs to train (default: {epochs:g})")
-    add("--steps", type=int, metavar="N", help="steps to train; overrides --epochs")
-    add("--warmup", type=int, metavar="N",
+    add("--steps", type=number(int, 1, 1 << 40), metavar="N",
+        help="steps to train; overrides --epochs")
+    add("--warmup", type=number(int, 0, 1 << 40), metavar="N",
         help="steps of linear warm-up (default: 2,000, at most 10 %% of the run)")
-    add("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate (default: {lr:g})")
+    add("--lr", type=number(float, 0), metavar="X", help=f"peak learning rate (default: {lr})")
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
         help="torch.compile the transformer blocks: slower to start, faster on GPUs")
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=number(int, 0, (1 << 63) - 1), default=0, metavar="N",
         help="seed of the initial weights, the order of samples and the crops (default: 0)")
-    add("--workers", type=int, metavar="N",
+    add("--workers", type=number(int, 0, MAX_WORKERS), metavar="N",
         help="decoding processes per training process (default: 0 on a CPU, 8 on a GPU)")
-    add("--save-every", type=int, default=1000, metavar="N",
+    add("--save-every", type=number(int, 1), default=1000, metavar="N",
         help="steps between checkpoints (default: 1000)")
-    add("--keep", type=int, default=2, metavar="N",
+    add("--keep", type=number(int, 1), default=2, metavar="N",
         help="checkpoints to keep: last.pt and the step-*.pt before it (default: 2)")
+
+
+def check_scale(flag, scale):
+    """Raise ValueError unless the values of a flag are a range of fractions of an image's area."""
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"{flag} {low:g} {high:g}: must be two fractions of the image's area, the "
+                         "lower one first, such as 0.4 1")
 
 
 # Flags that may change when a run is resumed. The number of steps may not, whatever --epochs says.
 MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile",
-              "micro_batch", "init", "evals", "test", "tokenizer", "epochs"}
+              "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text"}
 
 
 # ---- the run ----
@@ -103,51 +115,71 @@ class Run:
     folder; checkpoint, the dict to resume from, None for a new run; after start() also total_steps
     and config, what config.json holds.
 
-    Raises ValueError for invalid flags, and for a folder that holds a run already, so that nothing
-    is overwritten; FileNotFoundError when there is nothing to resume.
+    It is a context manager, since it locks its folder. A run that fails before its first step
+    leaves the folder as it was.
+
+    Raises ValueError for a folder that another process writes to, or that holds a run already, so
+    that nothing is overwritten; FileNotFoundError when there is nothing to resume.
     """
 
     def __init__(self, args, stage):
-        for flag in ("batch_size", "micro_batch", "save_every", "keep", "steps"):
-            value = getattr(args, flag, None)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
         self.args, self.stage = args, stage
         self.rank, self.world_size, self.device, self.group = _join_processes()
         self.is_rank_zero = self.rank == 0
         self.folder = Path(args.out)
         self.dtype = choose_precision(args.precision, self.device)
-        self.checkpoint = self._open_folder()
+        self.has_begun = False  # whether a step is done
+        self._log = self._stop_signal = None
+        self._lock = _FolderLock(self.folder) if self.is_rank_zero else None
+        try:
+            self.checkpoint = self._open_checkpoint()
+        except (OSError, ValueError):
+            self._release_folder()
+            raise
 
-    def _open_folder(self):
-        """Make the run folder, or read the checkpoint in it."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        if self._log and self._log.bar:
+            self._log.bar.close()
+        if self._stop_signal:
+            self._stop_signal.restore_handlers()
+        self._release_folder()
+        if self.group is not None and error is None:
+            self._barrier()
+            dist.destroy_process_group()
+
+    def _release_folder(self):
+        if self._lock:
+            self._lock.release(remove_folder=not self.has_begun)
+            self._lock = None
+
+    def _open_checkpoint(self):
+        """The checkpoint in the folder, to resume from; None for a new run."""
         last = self.folder / "last.pt"
         # When a process fails, torchrun restarts all of them, and they resume without --resume.
         # Only the node of the failed process counts this as a restart.
         restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         restarted = self.sum_over_ranks(torch.tensor(restarts, device=self.device)).item() > 0
-        checkpoint, error = None, None
-        if last.exists() and not (self.args.resume or restarted):
-            error = ValueError(f"{self.folder} holds a run already: add --resume to continue it, "
-                               "or choose another --out")
-        elif last.exists():
-            try:
-                checkpoint = load_checkpoint(last)
-            except ValueError as reason:
-                older = [path.name for path in _older_checkpoints(self.folder)][-1:]
-                hint = f"; {older[0]} in the same folder can replace it" if older else ""
-                error = ValueError(f"{reason}{hint}")
-        elif self.args.resume and not restarted:
-            error = FileNotFoundError(
-                f"{last}: no run to resume; start one without --resume")
-        if checkpoint and checkpoint["config"]["stage"] != self.stage:
-            error = ValueError(f"{self.folder} holds a run of train_{checkpoint['config']['stage']}"
-                               f".py: choose another --out")
-        self._barrier()  # no rank may look for last.pt after another rank has written it
-        if error:
-            raise error
+        if not last.exists():
+            if self.args.resume and not restarted:
+                raise FileNotFoundError(f"{last}: no run to resume; start one without --resume")
+            return None
+        if not (self.args.resume or restarted):
+            raise ValueError(f"{self.folder} holds a run already: add --resume to continue it, or "
+                             "choose another --out")
+        try:
+            checkpoint = load_checkpoint(last)
+            _check_checkpoint(checkpoint, last)
+        except ValueError as error:
+            older = [path.name for path in _older_checkpoints(self.folder)][-1:]
+            hint = f"; {older[0]} in the same folder can replace it" if older else ""
+            raise ValueError(f"{error}{hint}") from None
+        if checkpoint["config"]["stage"] != self.stage:
+            raise ValueError(f"{self.folder} holds a run of train_{checkpoint['config']['stage']}"
+                             ".py: choose another --out")
         if self.is_rank_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
                 temporary.unlink()
         return checkpoint
@@ -155,27 +187,33 @@ class Run:
     def open_pairs(self):
         """The training pairs: data.Pairs of --data. The demo's pairs are packed when missing.
 
-        Prints what they are. Raises ValueError when a resumed run's shards have changed, or most of
-        them are missing. The pairs of a few missing shards are skipped.
+        Prints what they are. Raises ValueError when they are fewer than a batch, and when a resumed
+        run's shards have changed, or most of them are missing. The pairs of a few missing shards
+        are skipped.
         """
-        checkpoint = self.checkpoint
+        args, checkpoint = self.args, self.checkpoint
         with self.rank_zero_first():
-            uses_demo = any(source.startswith(demo.DEMO) for source in self.args.data)
+            uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
             if uses_demo and not os.path.exists(demo.DEMO):
                 demo.pack_emoji(demo.DEMO)
-            pairs = data.Pairs(self.args.data, checkpoint and checkpoint["data"])
+            pairs = data.Pairs(args.data, checkpoint and checkpoint["data"])
         if checkpoint:
             _check_shards(pairs)
         if self.is_rank_zero:
             print(pairs.describe(), flush=True)
+        if args.batch_size > len(pairs):
+            raise ValueError(f"--batch-size {args.batch_size}: there are {len(pairs):,} pairs, and "
+                             f"none may be in a batch twice: at most --batch-size {len(pairs)}")
         return pairs
 
-    def start(self, module, optimizer, pairs, model_config, evaluations=0):
+    def start(self, module, optimizer, pairs, model_config, evaluations=0, tokenizer=None,
+              padded_size=None):
         """Fix the length of the run, and restore the checkpoint if there is one.
 
-        module is what checkpoints hold. evaluations: how many times evaluates_at is true, the end
-        included. Raises ValueError when the pairs are too few for a batch, and when a run is
-        resumed with other settings.
+        module is what checkpoints hold, and the tokenizer. evaluations: how many times evaluates_at
+        is true, the end included. padded_size: the side of the square to which the loader pads
+        images. Raises ValueError when the epochs are less than a batch and when a run is resumed
+        with other settings, OSError when the disk has no room for the checkpoints.
         """
         args = self.args
         steps = args.steps
@@ -190,46 +228,54 @@ class Run:
             warmup = min(2000, max(1, steps // 10))
         flags = {key: value for key, value in vars(args).items() if key != "model"}
         self.config = {"stage": self.stage, "preset": args.model, "model": dict(model_config),
-                       "pairs": len(pairs), **flags, "steps": steps, "warmup": warmup}
-        self.module, self.optimizer = module, optimizer
+                       "pairs": len(pairs), **flags, "steps": steps, "warmup": warmup,
+                       "padded_size": padded_size}
+        self.module, self.optimizer, self.tokenizer = module, optimizer, tokenizer
         self.total_steps, self.warmup = steps, warmup
         self.first_step = 0
         self.saved_step = None
+        evaluations = min(evaluations, steps)
         self.evaluation_steps = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
         # Scales the loss under fp16, whose gradients would underflow. Disabled otherwise.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.checkpoint:
+            self.config["padded_size"] = self.checkpoint["config"]["padded_size"]
             self._restore()
-        elif self.is_rank_zero:
-            text = json.dumps(self.config, indent=1, ensure_ascii=False)
-            (self.folder / "config.json").write_text(text, encoding="utf-8")
+        if self.is_rank_zero:
+            _check_free_space(self.folder, module, args.keep)
+            if steps < FEW_STEPS:
+                print(f"{steps} steps are few, and teach a model little: raise --epochs, or lower "
+                      f"--batch-size {args.batch_size}")
+        self._log = _Log(self)
 
     def _restore(self):
         """Load weights, optimizer and step from the checkpoint."""
+        path = self.folder / "last.pt"
         before = self.checkpoint["config"]
         for key, value in self.config.items():
             if key not in MAY_CHANGE and before.get(key) != value:
-                raise ValueError(f"{self.folder}/last.pt: {key} was {before.get(key)} and is now "
-                                 f"{value}: set it back to resume, or choose another --out")
-        load_weights(self.module, self.checkpoint["model"], self.folder / "last.pt")
-        self.optimizer.load_state_dict(self.checkpoint["optimizer"])
-        self.scaler.load_state_dict(self.checkpoint["scaler"])
-        self.first_step = self.saved_step = self.checkpoint["step"]
+                raise ValueError(f"{path}: {key} was {before.get(key)} and is now {value}: set it "
+                                 "back to resume, or choose another --out")
+        step = self.checkpoint["step"]
+        if not 0 <= step <= self.total_steps:
+            raise ValueError(f"{path}: step is {step}, but the run has {self.total_steps} steps")
+        load_weights(self.module, self.checkpoint["model"], path)
+        load_optimizer(self.optimizer, self.checkpoint["optimizer"], path)
+        saved = self.checkpoint["scaler"]
+        if self.scaler.is_enabled() and saved:  # empty if --precision was another
+            if saved.keys() != self.scaler.state_dict().keys():
+                raise ValueError(f"{path}: the state of the gradient scaler is damaged")
+            self.scaler.load_state_dict(saved)
+        self.first_step = self.saved_step = step
 
-    def open_loader(self, pairs, tokenizer, padded_size):
-        """This rank's data.Loader, from the sample at which the run stands.
-
-        padded_size: see crops.padded_size.
-        """
+    def open_loader(self, pairs, tokenizer):
+        """This rank's data.Loader, from the sample at which the run stands."""
         args = self.args
-        if args.model == "tiny":
-            # The demo's images have 72 pixels: a larger square would hold no more detail.
-            padded_size = min(padded_size, 72)
         workers = args.workers
         if workers is None:
             workers = 8 if self.device.type == "cuda" else 0
         return data.Loader(
-            pairs, tokenizer, args.batch_size, padded_size, args.seed,
+            pairs, tokenizer, args.batch_size, self.config["padded_size"], args.seed,
             first=self.first_step * args.batch_size, steps=self.total_steps - self.first_step,
             rank=self.rank, world_size=self.world_size, workers=workers,
             context_length=self.config["model"]["context_length"],
@@ -242,6 +288,16 @@ class Run:
         # Without device_ids, inputs stay where they are: encode_text wants tokens on the CPU.
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
+    def announce(self, what):
+        """Print what is about to be trained, and for how long. what: the model, as text."""
+        if self.is_rank_zero:
+            args = self.args
+            dtype = str(self.dtype or weight_dtype(args.precision)).removeprefix("torch.")
+            epochs = self.total_steps * args.batch_size / self.config["pairs"]
+            print(f"{what}; {self.total_steps:,} steps of {args.batch_size} of "
+                  f"{self.config['pairs']:,} pairs, {epochs:.1f} epochs; "
+                  f"{self.world_size} x {self.device.type}, {dtype}", flush=True)
+
     # -- the loop --
 
     def steps(self, loader):
@@ -249,8 +305,8 @@ class Run:
 
         step counts from 1: it is the number of steps that are done when the loop's body ends.
         """
-        self._stop_signal = _StopSignal()
-        self._log = _Log(self, loader)
+        self._stop_signal = _StopSignal(self)
+        self._log.begin(loader)
         batches = iter(loader)
         for step in range(self.first_step + 1, self.total_steps + 1):
             start = time.perf_counter()
@@ -294,7 +350,7 @@ class Run:
         (values, where) of equal shape, which is averaged over the values where `where` is True, of
         all steps and ranks. Metrics stay on the device until a line is written.
 
-        Raises ValueError when gradients stay non-finite.
+        Raises ValueError when gradients stay non-finite, and when most pairs cannot be read.
         """
         log = self._log
         finite = grad_norm.isfinite()
@@ -310,61 +366,83 @@ class Run:
             values, where = metric if isinstance(metric, tuple) else (metric, None)
             log.add(name, values, where)
         log.end_step()
-        if log.is_due(step):
+        self._stop_signal.agree()
+        if not self.has_begun:
+            self._write_settings()
+        # The line of a step depends on its number alone, so that two runs have the same lines.
+        if (step == 1 or step % LOG_EVERY == 0 or step == self.total_steps
+                or self._stop_signal.agreed):
             log.write(step, self.optimizer.param_groups[0]["lr"])
-            if log.bad_steps >= BAD_STEPS:
-                log.bar.close()
-                again = "start again"
-                if self.saved_step:
-                    again = (f"start from the last good checkpoint, {self.folder}/last.pt of step "
-                             f"{self.saved_step}, with --init")
-                raise ValueError(f"the loss or the gradients of the last {log.bad_steps} steps "
-                                 f"were not finite: {again}, a lower --lr and another --out")
-            self._stop_signal.agree(self)
+            log.check(step)
 
-    def evaluates_at(self, step):
-        """Whether to evaluate after this step. False when a signal is about to end the run."""
-        return step in self.evaluation_steps and not self._stop_signal.agreed
+    def _write_settings(self):
+        """After the first step: write config.json and tokenizer.json."""
+        self.has_begun = True
+        if self.is_rank_zero and not self.checkpoint:
+            text = json.dumps(self.config, indent=1, ensure_ascii=False)
+            with atomic_write(self.folder / "config.json") as file:
+                file.write(text.encode())
+        if self.is_rank_zero and self.tokenizer:
+            self.tokenizer.save(self.folder / "tokenizer.json")
 
-    def log_evaluation(self, step, values):
-        """Write a line of results to metrics.jsonl. Keys of nested dicts are joined by "/"."""
-        self._log.append({"step": step, **_flatten(values)})
+    def save_if_due(self, step):
+        """Save a checkpoint every --save-every steps, before evaluations and at the end.
 
-    def save_if_due(self, step, **extra):
-        """Save a checkpoint every --save-every steps, at evaluations and at the end.
-
-        extra goes into the checkpoint. After a signal, saves and raises SystemExit.
+        After a signal, saves and raises SystemExit.
         """
         stopping = self._stop_signal.agreed
         if (stopping or step % self.args.save_every == 0 or step == self.total_steps
                 or step in self.evaluation_steps):
-            self._save(step, extra)
+            self._save(step)
         if stopping:
-            self._log.bar.close()
             line = (f"{self._stop_signal.name} at step {step} of {self.total_steps}: saved "
                     f"{self.folder}/last.pt; continue with --resume")
+            self._log.bar.close()
             raise SystemExit(line if self.is_rank_zero else 1)
 
-    def _save(self, step, extra):
+    def _save(self, step):
         """Write last.pt. The previous one is kept as step-N.pt; --keep counts both."""
         if self.is_rank_zero and step != self.saved_step:
             last, keep = self.folder / "last.pt", self.args.keep
             if self.saved_step is not None and keep > 1:
                 _link(last, self.folder / f"step-{self.saved_step}.pt")
-            save_checkpoint(last, {
+            state = {
                 "model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "step": step, "config": self.config,
-                "data": self._log.loader.pairs.state(), **extra})
+                "data": self._log.loader.pairs.state()}
+            if self.tokenizer:
+                state["tokenizer"] = json.dumps(self.tokenizer.spec, ensure_ascii=False)
+            save_checkpoint(last, state)
             older = _older_checkpoints(self.folder)
             for path in older[:max(0, len(older) - keep + 1)]:
                 path.unlink()
         self.saved_step = step
 
-    def close(self):
-        """Shut down the process group."""
+    def evaluates_at(self, step):
+        """Whether an evaluation is due after this step, and not in the log yet.
+
+        A run that was killed between its checkpoint and the evaluation has it due when it resumes.
+        """
+        return step in self.evaluation_steps and step not in self._log.evaluated
+
+    @contextlib.contextmanager
+    def evaluation(self, step):
+        """The other ranks wait while rank zero evaluates. The log's rates leave out this time.
+
+        The checkpoint is saved already, so an evaluation that fails is reported, and the run goes
+        on.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._log.say(f"the evaluation at step {step} failed, and training goes on: {error}")
         self._barrier()
-        if self.group is not None:
-            dist.destroy_process_group()
+        self._log.since += time.perf_counter() - start
+
+    def log_evaluation(self, step, values):
+        """Write a line of results to metrics.jsonl. Keys of nested dicts are joined by "/"."""
+        self._log.append({"step": step, **_flatten(values)})
 
     # -- ranks --
 
@@ -379,13 +457,12 @@ class Run:
             if self.is_rank_zero:
                 self._barrier()
 
-    @contextlib.contextmanager
-    def paused(self):
-        """The other ranks wait while rank zero works. The log's rates leave out this time."""
-        start = time.perf_counter()
-        yield
-        self._barrier()  # not in a finally: an error on rank zero ends the run
-        self._log.since += time.perf_counter() - start
+    def broadcast(self, value):
+        """Rank zero's value, on all ranks. Others pass anything."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, 0, self.group, device=self.device)
+        return values[0]
 
     def sum_over_ranks(self, tensor):
         """The sum of a tensor over all ranks."""
@@ -404,6 +481,13 @@ class Run:
 
 def _join_processes():
     """Join the processes that torchrun started: (rank, world_size, device, group)."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and "WORLD_SIZE" in os.environ:
+        raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, "
+                         "or unset WORLD_SIZE and RANK for one process")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -420,6 +504,16 @@ def _join_processes():
     dist.init_process_group(backend, store=_rendezvous(rank, world_size), rank=rank,
                             world_size=world_size, timeout=timedelta(hours=2))
     return rank, world_size, device, dist.group.WORLD
+
+
+def _end_with_parent():
+    """Tell Linux to kill this process when torchrun is gone, which else would train on alone.
+
+    Not for a process without torchrun: a run under nohup must outlive its shell.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        PR_SET_PDEATHSIG = 1  # prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep_freed_memory():
@@ -471,30 +565,39 @@ def _rendezvous(rank, world_size, seconds=600):
 
 
 class _StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C end a run at the next log step, where all ranks agree on it."""
+    """SIGTERM, SIGUSR1 and Ctrl-C end a run after a step on which all ranks agree."""
 
-    def __init__(self):
+    def __init__(self, run):
         self.name = ""
         self.agreed = False
-        self._previous = {number: signal.signal(number, self._handle)
-                          for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        # The ranks exchange a flag at each step, on the CPU and without waiting: it is read one
+        # step later. So a GPU never waits for it.
+        self._group = run.group and dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._pending = None  # (work, flag) of the last step
+        self._previous = {name: signal.signal(name, self._handle)
+                          for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def restore_handlers(self):
         """After the loop, signals end the process as usual."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for name, handler in self._previous.items():
+            signal.signal(name, handler)
 
     def _handle(self, number, frame):
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C ends the run at once
         self.name = signal.Signals(number).name
 
-    def agree(self, run):
+    def agree(self):
         """Set `agreed`, the same on all ranks: whether any of them has had a signal."""
-        signalled = torch.tensor(float(bool(self.name)), device=run.device)
-        if run.group is not None:
-            dist.all_reduce(signalled, op=dist.ReduceOp.MAX, group=run.group)
-        self.agreed = bool(signalled)
+        if self._group is None:
+            self.agreed = bool(self.name)
+            return
+        if self._pending:
+            work, flag = self._pending
+            work.wait()
+            self.agreed = bool(flag)
+        flag = torch.tensor(float(bool(self.name)))
+        self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
         if self.agreed and not self.name:
             self.name = "a signal to another process"
 
@@ -574,6 +677,28 @@ def learning_rate(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def load_optimizer(optimizer, saved, path):
+    """Restore AdamW's state from its state dict, `saved`. The groups stay as they are.
+
+    A fused optimizer writes as many values as a parameter has, whatever the size of its state. So
+    all shapes are compared first. Raises ValueError with the path.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = saved.get("state")
+    if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
+        raise ValueError(f"{path}: the state of the optimizer is not that of this model")
+    for i, moments in state.items():
+        shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+        for name, shape in shapes.items():
+            value = moments.get(name) if isinstance(moments, dict) else None
+            if (not isinstance(value, torch.Tensor) or value.shape != shape
+                    or not value.is_floating_point() or value.layout != torch.strided):
+                raise ValueError(f"{path}: {name} of parameter {i} in the optimizer's state is not "
+                                 f"a tensor of {list(shape)}")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
 def _skip_step_unless_finite(optimizer, grad_norm):
     """Let the next optimizer step do nothing if the norm is infinite or NaN.
 
@@ -585,9 +710,81 @@ def _skip_step_unless_finite(optimizer, grad_norm):
 
 # ---- run folders ----
 
+class _FolderLock:
+    """Makes a folder, and keeps other processes from writing a run into it.
+
+    The lock is on the file .lock in it, and ends with the process. Raises ValueError when another
+    process has it.
+    """
+
+    def __init__(self, folder):
+        import fcntl  # not on Windows
+        self.path = folder / ".lock"
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.file = open(self.path, "a+", encoding="utf-8")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                self.file.seek(0)
+                holder = self.file.read().strip()
+                raise ValueError(f"{folder}: {holder or 'another process'} writes a run there: end "
+                                 "it first, or choose another --out") from None
+            except OSError:  # a file system without locks
+                pass
+            with contextlib.suppress(OSError):  # the file may have been removed by its last holder
+                if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                    break
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self, remove_folder):
+        """Remove the lock and, if `remove_folder` is true, the folders made for it."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+        if remove_folder:
+            with contextlib.suppress(OSError):  # not empty
+                for path in self.made:
+                    path.rmdir()
+
+
 def _older_checkpoints(folder):
     """The checkpoints before last.pt, oldest first."""
-    return sorted(folder.glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    found = [path for path in folder.glob("step-*.pt")
+             if path.stem.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def _check_checkpoint(checkpoint, path):
+    """Raise ValueError unless a file of torch.save has what a run is resumed from."""
+    kinds = {"config": dict, "model": dict, "optimizer": dict, "scaler": dict, "step": int,
+             "data": dict}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"{path}: not a checkpoint of a run: its {key} is missing or damaged")
+    for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int}.items():
+        if not isinstance(checkpoint["config"].get(key), kind):
+            raise ValueError(f"{path}: {key} in its config is missing or damaged")
+    sources = checkpoint["data"].get("shards")
+    kinds = [str, int, int, str]  # see data.Pairs.state
+    if not isinstance(sources, list) or not all(
+            isinstance(shard, list) and [type(x) for x in shard] == kinds
+            for source in sources for shard in source):
+        raise ValueError(f"{path}: its list of shards is damaged")
+
+
+def _check_free_space(folder, module, keep):
+    """Raise OSError when the disk has no room for the checkpoints of a module."""
+    # AdamW keeps two numbers for each weight that is trained.
+    one = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1)
+              for p in module.parameters())
+    needed, free = one * (keep + 1), shutil.disk_usage(folder).free  # one more while it is written
+    if needed > free:
+        raise OSError(f"{folder}: its disk has {free / 1e9:.1f} GB free, and {keep + 1} "
+                      f"checkpoints of {one / 1e9:.1f} GB need {needed / 1e9:.1f} GB: make room, "
+                      "or lower --keep")
 
 
 def _link(path, name):
@@ -616,14 +813,20 @@ def _check_shards(pairs):
 class _Log:
     """The progress bar and metrics.jsonl. Metrics are summed on the device between log steps."""
 
-    def __init__(self, run, loader):
-        self.run, self.loader = run, loader
+    def __init__(self, run):
+        self.run, self.loader = run, None
         self.path = run.folder / "metrics.jsonl"
-        self.next_line = run.first_step + 1
-        self.bad_steps = 0   # steps in a row that were skipped
+        self.bad_steps = 0      # steps in a row that were skipped
+        self.skipped_pairs = 0  # of all ranks, since this process began
         self.one = torch.ones((), device=run.device)
-        if run.is_rank_zero:
-            _drop_lines_after(self.path, run.first_step)
+        evaluated = _drop_lines_after(self.path, run.first_step) if run.is_rank_zero else None
+        self.evaluated = run.broadcast(evaluated)  # steps whose evaluation is in the log
+        self.bar = None
+        self.since = 0.0
+
+    def begin(self, loader):
+        """Show the progress bar, and begin the first line."""
+        run, self.loader = self.run, loader
         self.bar = tqdm(total=run.total_steps, initial=run.first_step, unit="step",
                         disable=not run.is_rank_zero, dynamic_ncols=True, file=sys.stdout)
         self.reset()
@@ -633,6 +836,7 @@ class _Log:
         self.sums = {}       # name -> float32 [2], a sum of values and their number
         self.n_steps = 0
         self.data_wait = 0.0
+        self.skipped_before = sum(self.loader.skipped.values())
         self.since = time.perf_counter()
 
     def add(self, name, values, where=None):
@@ -650,15 +854,12 @@ class _Log:
         self.n_steps += 1
         self.bar.update()
 
-    def is_due(self, step):
-        """Whether a line is written after this step: the same on all ranks."""
-        return step >= self.next_line or step == self.run.total_steps
-
     def write(self, step, lr):
         """Write a line of means since the last one. Between lines, nothing waits for the device."""
         run = self.run
         seconds = time.perf_counter() - self.since
-        self.sums["seconds"] = torch.tensor([seconds, self.n_steps], device=run.device)
+        skipped_pairs = sum(self.loader.skipped.values()) - self.skipped_before
+        self.sums["skipped_pairs"] = torch.tensor([skipped_pairs, 1.0], device=run.device)
         names = sorted(self.sums)
         table = torch.stack([self.sums[name] for name in names])             # [metrics, 2]
         if run.group is not None:
@@ -667,18 +868,43 @@ class _Log:
         for name, (total, count) in zip(names, table.tolist()):
             if count:
                 means[name] = total / count
-        # The mean over ranks decides when the next line is written, so that all ranks agree.
-        seconds_per_step = means.pop("seconds")
-        n_steps = min(LOG_EVERY - step % LOG_EVERY, int(LOG_SECONDS / seconds_per_step))
-        self.next_line = step + max(1, n_steps)
+        # Only this is a sum: of all ranks, since the last line.
+        self.last_skipped = round(means.pop("skipped_pairs") * run.world_size)
+        self.skipped_pairs += self.last_skipped
+        self.last_pairs = run.args.batch_size * self.n_steps
         self.bad_steps = self.bad_steps + self.n_steps if means["skipped"] == 1 else 0
-        rate = run.args.batch_size * self.n_steps / seconds
         self.append({
-            "step": step, "lr": lr, **means, "images_per_second": rate,
+            "step": step, "lr": lr, **means, "images_per_second": self.last_pairs / seconds,
             "data_wait": self.data_wait / seconds, "memory_gb": _peak_memory(run.device) / 1e9,
-            "skipped_pairs": sum(self.loader.skipped.values())})
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s")
+            "skipped_pairs": self.skipped_pairs})
+        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, "
+                                 f"{self.last_pairs / seconds:.0f} images/s")
+        left = run.total_steps - step
+        if left and self.n_steps > 1 and step - run.first_step < 2 * LOG_EVERY:  # the first time
+            self.say(f"{left:,} more steps at {seconds / self.n_steps:.2f} seconds each: about "
+                     f"{seconds / self.n_steps * left / 60:.1f} minutes, without evaluations")
         self.reset()
+
+    def say(self, text):
+        """Print a line above the progress bar."""
+        if self.run.is_rank_zero:
+            tqdm.write(text, file=sys.stdout)
+
+    def check(self, step):
+        """Raise ValueError when training is in vain, at the step of a line."""
+        run, steps_done = self.run, step - self.run.first_step
+        pairs_done = run.args.batch_size * steps_done
+        if self.last_skipped == self.last_pairs or (
+                steps_done >= SKIPPED_STEPS and 2 * self.skipped_pairs > pairs_done):
+            raise ValueError(f"{self.skipped_pairs:,} of {pairs_done:,} pairs could not be used: "
+                             f"{self.loader.report()}")
+        if self.bad_steps >= min(BAD_STEPS, run.total_steps - run.first_step):
+            again = "start again"
+            if run.saved_step:
+                again = (f"start from the last good checkpoint, {run.folder}/last.pt of step "
+                         f"{run.saved_step}, with --init")
+            raise ValueError(f"the loss or the gradients of the last {self.bad_steps} steps were "
+                             f"not finite: {again}, a lower --lr and another --out")
 
     def append(self, line):
         """Add a line to metrics.jsonl. JSON has no NaN and infinity: they become null."""
@@ -687,19 +913,37 @@ class _Log:
         for key, value in line.items():
             if isinstance(value, float):
                 line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-        with open(self.path, "a", encoding="utf-8") as file:
+        # A new run replaces the log of another one that was killed before its first checkpoint.
+        mode = "w" if line["step"] == 1 and "lr" in line else "a"
+        with open(self.path, mode, encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _drop_lines_after(path, step):
-    """Remove the lines of metrics.jsonl that a resumed run will write again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if line.endswith("}")]  # the last one may be cut short
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    """Remove the lines of metrics.jsonl that a resumed run will write again.
+
+    Returns the steps of the evaluations that remain. Damaged lines are removed, too: the last one
+    may be cut short.
+    """
+    if not step or not path.exists():
+        return set()
+    kept, damaged, evaluated = [], 0, set()
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_before = line["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+            continue
+        if is_before:
+            kept.append(text + "\n")
+            if "loss" not in line:
+                evaluated.add(line["step"])
+    if damaged:
+        print(f"{path}: damaged lines removed: {damaged}")
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
+    return evaluated
 
 
 def _flatten(values, prefix=""):
@@ -717,4 +961,6 @@ def _peak_memory(device):
     """The most bytes that this process has held: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
