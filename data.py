@@ -49,7 +49,7 @@ from shards import (
     read_pair,
     shard_rows,
 )
-from tokenizer import run_command
+from tokenizer import ArgumentParser, number, run_command
 
 CHUNK_SAMPLES = 1 << 12          # samples within which every source has its exact proportion
 GROUP_SHARDS = 64                # shards that are read interleaved
@@ -600,9 +600,9 @@ class Loader:
         fraction = random_fraction(self.seed, sample_index)
         numbers = self.order(first, min(n, max(0, self.end - first)))
         skipped = []
-        for i, number in enumerate(numbers.tolist()):
+        for i, pair_number in enumerate(numbers.tolist()):
             try:
-                pixels, image_aspect, captions = self._prepare(number)
+                pixels, image_aspect, captions = self._prepare(pair_number)
             except ValueError as error:
                 reason, _, example = str(error).partition(": ")
                 skipped.append((reason, example))
@@ -694,7 +694,7 @@ def print_captions(sources, languages=None, workers=0):
 
 def main(argv=None):
     """The command: emoji, index or captions."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Pack the demo's pairs, index shards, or print the captions in shards.\n\n"
                     + "\n".join(__doc__.splitlines()[2:5]),
         epilog="To make shards from images, or to check shards: python -m extras.pack --help",
@@ -719,9 +719,10 @@ def main(argv=None):
                     "captions SHARDS | python tokenizer.py train -")
     for command in (index, captions):
         command.add_argument("sources", nargs="+", metavar="SHARDS",
-                             help="tars, folders, globs or brace ranges; ::WEIGHT and ::LANGUAGE "
-                                  "may follow each")
-        command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+                             help="tars, folders, globs or brace ranges; ::WEIGHT, ::LANGUAGE and "
+                                  "the other options of docs/data.md may follow each")
+        command.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(),
+                             metavar="N",
                              help="processes that index shards (default: the number of cores)")
     captions.add_argument("--language", nargs="+", metavar="LANGUAGE",
                           help="print only captions in these languages, such as en ko")

@@ -56,6 +56,7 @@ MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB;
 MAX_SCANS = 100                  # of a progressive JPEG, which usually has about ten
 INDEX_CHUNK = 256                # shards to walk before the index is written
 INDEX_FORMAT = "pairs 2"
+OCTAL = re.compile(b"[0-7]+")
 IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm"}
 # The image formats that Pillow may open. Not EPS, for which it would run another program. Pillow
 # has AVIF since version 11.3.
@@ -133,7 +134,7 @@ def _read_size(header):
 def _read_octal(field):
     """The number in a field of a header, None if it is not octal digits."""
     digits = field.strip(b" \0") or b"0"
-    return int(digits, 8) if re.fullmatch(b"[0-7]+", digits) else None
+    return int(digits, 8) if OCTAL.fullmatch(digits) else None
 
 
 def _find_header(read, offset, end):
@@ -313,9 +314,8 @@ def _count_captions(members, read, languages, fields):
             fields[suffix] += 1
     if "json" in members and members["json"].size <= MAX_JSON:
         record = _parse_json(read(members["json"].size, members["json"].body)) or {}
-        for name in record:
-            if _texts(record[name]) and len(name) <= 64:
-                fields[f"{name}.json"] += 1
+        fields.update([f"{name}.json" for name, value in record.items()
+                       if isinstance(value, (str, list)) and len(name) <= 64])
         if not has_caption and _texts(record.get("caption")):
             languages[""] += 1
 
@@ -639,6 +639,7 @@ def is_language(name):
     return bool(code) and code[1] in ISO_639_1
 
 
+@functools.lru_cache(1024)
 def caption_language(suffix):
     """The language in a suffix: 'ko.txt' -> 'ko', 'txt' -> '', 'jpg' -> None (not a caption)."""
     if suffix == "txt":
@@ -683,8 +684,10 @@ def read_captions(members, rule=DEFAULT_RULE):
 
     captions = {}
     for language, content in found:
-        lines = [content]
-        if isinstance(content, bytes):
+        if isinstance(content, str):
+            # A .json may escape half of a surrogate pair, which no encoding can write.
+            lines = [content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
+        else:
             try:
                 text = content.decode("utf-8-sig")
             except UnicodeDecodeError:
@@ -718,9 +721,7 @@ def _parse_json(content):
 def _texts(value):
     """The captions in a value of a .json: a text or a list of texts."""
     values = value if isinstance(value, list) else [value]
-    texts = [text for text in values if isinstance(text, str)]
-    # A .json may escape half of a surrogate pair, which no encoding can write.
-    return [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+    return [text for text in values if isinstance(text, str)]
 
 
 def format_counts(counts):

@@ -2661,9 +2661,9 @@ def test_a_report_says_what_it_did_not_evaluate(small_run, shapes, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.json"):
         here(evaluate.main, *flags, tmp_path / "gone.json")
     assert (out / "index.html").read_bytes() == before
-    with pytest.raises(ValueError, match="no captions to evaluate with"):
+    with pytest.raises(ValueError, match="--test .*bare.tar: no captions there"):
         here(train_clip.main, "--data", shapes / "train-0.tar", "--test", tmp_path / "bare.tar",
-             "--out", tmp_path / "run")
+             "--batch-size", "32", "--out", tmp_path / "run")
 
 
 def test_the_page_has_the_first_table_examples_curves_and_confusions(
@@ -3031,26 +3031,169 @@ def test_the_log_holds_means_rates_and_evaluations(one_run):
     assert sorted([last["loss_en"], last["loss_ko"], last["loss"]])[1] == last["loss"]
 
 
-class FirstOfTwo:
-    """Stands for the Run of one of two ranks, each of which does its work without waiting."""
+def test_what_fails_before_its_first_step_leaves_nothing(shapes, tmp_path):
+    out = tmp_path / "runs" / "clip"
+    for flags, message in (
+            (["--tokenizer", "none.json"], "none.json"),
+            (["--test", "none.tar"], "none.tar"),
+            (["--steps", "0.5"], None)):
+        with pytest.raises((OSError, ValueError, SystemExit), match=message):
+            clip_here(shapes, out, *flags)
+        assert not list(tmp_path.iterdir())
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OSError):
+        clip_here(shapes, out, "--test", "none.tar")
+    assert os.listdir(out) == ["notes.txt"]
 
-    def __init__(self, rank, folder):
-        self.is_rank_zero, self.folder, self.checkpoint = rank == 0, folder, None
-        self.rank_zero_first = lambda: open(os.devnull)
+
+def test_a_new_run_uses_nothing_that_another_left(shapes, tmp_path):
+    """A tokenizer and a log without a checkpoint are of a run that was killed."""
+    out = tmp_path / "run"
+    out.mkdir()
+    Tokenizer.train(["xyz"], 260, progress=False).save(out / "tokenizer.json")
+    (out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 900}\n')
+    here(train_clip.main, "--data", shapes / "train-*.tar", "--out", out, *TRAIN)
+    rows = len(weights_of(out)["token_embedding.weight"])
+    assert len(Tokenizer.load(out / "tokenizer.json")) == rows > 300
+    assert [line["step"] for line in log_of(out)] == [1, 6]
 
 
-def test_one_process_writes_the_tokenizer(shapes, tmp_path):
-    """Several that replaced one file at the same time would remove it under each other."""
-    args = argparse.Namespace(out=tmp_path, tokenizer=shapes / "tokenizer.json")
-    origin = train_clip.Origin("tiny", {}, None)
-    written = []
-    for rank in (0, 1):
-        found = train_clip.open_tokenizer(args, FirstOfTwo(rank, tmp_path), None, origin)
-        assert found.spec == Tokenizer.load(args.tokenizer).spec
-        written.append((tmp_path / "tokenizer.json").stat())
-    assert written[0].st_ino == written[1].st_ino
-    assert written[0].st_mtime_ns == written[1].st_mtime_ns
-    assert os.listdir(tmp_path) == ["tokenizer.json"]
+def test_a_folder_has_one_writer(shapes, tmp_path):
+    out = tmp_path / "run"
+    process = start_clip(shapes, out, "--steps", "5000")
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    for flags in ([], ["--resume"]):
+        with pytest.raises(ValueError, match=f"{out}: process {process.pid} on .* writes a run"):
+            # Not in this process: a process has its own locks already.
+            raise ValueError(clip(shapes, out, *flags, check=False).stderr)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    text = clip(shapes, out, check=False)  # the lock ends with the process
+    assert text.returncode == 0 and step_of(out / "last.pt") == 6
+    assert not list(out.glob(".*"))
+
+
+def test_workers_of_a_killed_torchrun_end(shapes, tmp_path):
+    out = tmp_path / "run"
+    process = start_clip(shapes, out, "--steps", "5000",
+                         launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)  # ends when the last one closes its output
+    clip(shapes, out, "--resume" if (out / "last.pt").exists() else "--keep=2")
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(shapes, tmp_path):
+    write_tar(tmp_path / "bad.tar", [("1", {"jpg": b"no image", "en.txt": b"a"})])
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="none of the 1 images decodes: 1 not an image"):
+        clip_here(shapes, out, "--test", tmp_path / "bad.tar", "--evals", "2")
+    assert step_of(out / "last.pt") == 6 and step_of(out / "step-3.pt") == 3
+    assert [line["step"] for line in log_of(out)] == [1, 6]
+
+
+def test_an_evaluation_that_is_missing_is_made_when_a_run_resumes(one_run, shapes, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(one_run, out)
+    os.replace(out / "step-3.pt", out / "last.pt")
+    (out / "step-best.pt").write_bytes(b"a file of the user")
+    expected = log_of(one_run)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if "R@1" not in line]
+    (out / "metrics.jsonl").write_text("\n".join([*kept, "damaged", "[]", '{"step": 2, "lo']))
+    text = clip_here(shapes, out, "--crops", "1x64+2x32", "--test", shapes / "test-*.tar",
+                     "--evals", "2", "--resume")
+    assert f"{out}/metrics.jsonl: damaged lines removed: 3" in text
+    found = log_of(out)
+    assert [line["step"] for line in found] == [1, 3, 6, 6]
+    assert found[1] == next(line for line in expected if line["step"] == 3)
+    assert found[3] == expected[-1]
+    assert (out / "step-best.pt").exists()
+
+
+def test_fine_tuning_starts_from_the_model_as_it_is(one_run, shapes, tmp_path):
+    """A lower learning rate, and no tokenizer but its own, unless the text encoder is new."""
+    with pytest.raises(ValueError, match="other.json: not the one that the weights were trained"):
+        Tokenizer.train(["abc abd"], 400, progress=False).save(tmp_path / "other.json")
+        clip_here(shapes, tmp_path / "a", "--init", one_run, "--tokenizer", tmp_path / "other.json")
+    assert "--lr 4e-05" in clip_here(shapes, tmp_path / "a", "--init", one_run)
+    text = clip_here(shapes, tmp_path / "b", "--init", one_run, "--new-text", "--freeze", "image",
+                     "--tokenizer", tmp_path / "other.json")
+    assert "starts from the image encoder" in text and "--lr 0.0004" in text
+    before, after = weights_of(one_run), weights_of(tmp_path / "b")
+    assert len(Tokenizer.load(tmp_path / "b" / "tokenizer.json")) == len(
+        after["token_embedding.weight"]) != len(before["token_embedding.weight"])
+    same = {key for key in before if before[key].shape == after[key].shape
+            and torch.equal(before[key], after[key])}
+    assert {key for key in before if key.startswith("visual.")} <= same
+    assert "transformer.resblocks.0.mlp.c_fc.weight" not in same
+
+    clip_here(shapes, tmp_path / "c", "--init", one_run, "--freeze", "text")
+    after = weights_of(tmp_path / "c")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith(("visual.", "logit_scale")) for key in changed)
+
+
+def test_stage_1_brings_no_projection_to_freeze(small_run, shapes, tmp_path):
+    mae = small_run.parent / "mae"
+    for flags in (["--freeze", "text"], ["--new-text"]):
+        with pytest.raises(ValueError, match=f"{' '.join(flags)}: .* has no text encoder"):
+            clip_here(shapes, tmp_path / "a", "--init", mae, *flags)
+    args = train_clip.parse_arguments(["--init", str(mae), "--freeze", "image"])
+    origin = train_clip.find_origin(args, None)
+    model = small_model()
+    train_clip.freeze(model, "image", origin)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.startswith("visual.")} == {"visual.proj"}
+
+
+def test_images_are_decoded_at_the_size_that_the_crops_need(shapes, tmp_path):
+    """Whatever the preset; but no larger than the images are."""
+    write_tar(tmp_path / "large.tar", [
+        (str(i), {"jpg": encoded(photograph(i, 300, 200), "JPEG"), "txt": b"a"})
+        for i in range(40)])
+    sizes = {}
+    for name, data_flags, more in (
+            ("small", [], ["--crops", "1x128"]), ("large", [tmp_path / "large.tar"], []),
+            ("crops", [tmp_path / "large.tar"], ["--crops", "1x128"])):
+        out = tmp_path / name
+        clip_here(shapes, out, *["--data"] * bool(data_flags), *data_flags, *more, "--steps", "1")
+        sizes[name] = json.loads((out / "config.json").read_text(encoding="utf-8"))["padded_size"]
+    side = Image.open(io.BytesIO(shape_image("red", "circle", 0))).width
+    assert sizes == {"small": side, "large": 128, "crops": 192}
+
+
+def test_pairs_without_captions_or_images_are_refused(shapes, tmp_path):
+    write_tar(tmp_path / "cls.tar", [(str(i), {"jpg": shape_image("red", "circle", i), "cls": b"1"})
+                                     for i in range(40)])
+    write_tar(tmp_path / "html.tar", [(str(i), {"jpg": b"<html>", "txt": b"a"}) for i in range(40)])
+    with pytest.raises(ValueError, match="--data .*cls.tar: no captions there .*KEY.ko.txt"):
+        clip_here(shapes, tmp_path / "a", "--data", tmp_path / "cls.tar")
+    message = "32 of 32 pairs could not be used: skipped 32 pairs: 32 not an image .first: 6 bytes"
+    for main in (train_clip.main, train_mae.main):
+        with pytest.raises(ValueError, match=message):
+            tokenizer_flags = ["--tokenizer", shapes / "tokenizer.json"]
+            here(main, "--data", tmp_path / "html.tar", "--out", tmp_path / "b", *TRAIN,
+                 *tokenizer_flags * (main is train_clip.main))
+        assert not (tmp_path / "b" / "last.pt").exists()
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_a_disk_without_room_for_checkpoints_is_one_line(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(free=10 ** 7))
+    with pytest.raises(OSError, match=f"{tmp_path}/x: its disk has 0.0 GB free, and 3 checkpoints"):
+        clip_here(shapes, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_half_an_environment_of_torchrun_is_one_line(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not MASTER_ADDR, MASTER_PORT"):
+        clip_here(shapes, tmp_path / "x")
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), ("fp32", 1e-5)])
@@ -3157,7 +3300,7 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
     assert ("--model ViT-S/16: --resume brings a model of other sizes" in
             error_of_resuming(model=["ViT-S/16"], crops=["1x64"]))
     assert "crops was 1x64+2x32 and is now 1x64" in error_of_resuming(crops=["1x64"])
-    assert ("other.json: not that of the run" in
+    assert ("other.json: not the one that the weights were trained with" in
             error_of_resuming(tokenizer=[tmp_path / "other.json"]))
     assert ("shard missing: train-0.tar, which had 64 pairs" in
             error_of_resuming(data=[tmp_path / "other.tar"]))
