@@ -49,7 +49,7 @@ from shards import (
     read_pair,
     shard_rows,
 )
-from tokenizer import ArgumentParser, number, run_command
+from tokenizer import ArgumentParser, number, one_line, run_command
 
 CHUNK_SAMPLES = 1 << 12          # samples within which every source has its exact proportion
 GROUP_SHARDS = 64                # shards that are read interleaved
@@ -232,7 +232,7 @@ class Pairs:
                          f"::{example} after the shards")
         if self.skipped:
             lines.append(f"skipped: {format_counts(self.skipped)}{self._hint()}")
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
 
     def require_captions(self, flag):
         """Raise ValueError if no pair has a caption. flag: that which names the pairs."""
@@ -654,7 +654,7 @@ class Loader:
             return "no pair was skipped"
         reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
                             for reason, count in self.skipped.most_common())
-        return f"skipped {sum(self.skipped.values()):,} pairs: {reasons}"
+        return one_line(f"skipped {sum(self.skipped.values()):,} pairs: {reasons}")
 
 
 def _is_worker_death(error):

@@ -399,7 +399,7 @@ def _digest(content):
 
 def _index_files(folder):
     """Where the index of a folder may be: in the folder, or at home if the folder is read-only."""
-    digest = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:16]
     return [os.path.join(folder, "pairs.index"),
             os.path.expanduser(f"~/.cache/kelip/{digest}.index")]
 

@@ -1912,6 +1912,18 @@ def test_what_is_no_shard_says_what_it_is(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == before  # no index where there are no shards
 
 
+def test_names_that_are_no_text_are_shown_as_escapes(shapes, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[31m")
+    os.mkdir(folder)
+    for name in ("train-0.tar", "train-1.tar"):
+        shutil.copy(shapes / name, folder)
+    write_tar(f"{folder}/bad.tar", [("\x1b[31m", {"jpg": b"no image", "txt": b"x"})])
+    text = clip_here(shapes, tmp_path / "run", "--data", folder)
+    assert f"{tmp_path}/\\udcff\\x1b[31m: 129 pairs" in text and "\x1b[31m" not in text
+    assert "1 not an image (first: 8 bytes" in text and "pair \\x1b[31m" in text
+    assert here(data.main, "index", folder).startswith(f"{tmp_path}/\\udcff")
+
+
 def test_members_that_lie_apart_are_answered_with_the_command_that_sorts_them(tmp_path):
     members = [(str(i), {"jpg": image_bytes()}) for i in range(3)]
     write_tar(tmp_path / "x.tar", members + [(str(i), {"txt": b"x"}) for i in range(3)])

@@ -381,7 +381,7 @@ class Run:
         if self.is_rank_zero and not self.checkpoint:
             text = json.dumps(self.config, indent=1, ensure_ascii=False)
             with atomic_write(self.folder / "config.json") as file:
-                file.write(text.encode())
+                file.write(text.encode("utf-8", "backslashreplace"))  # paths may not be UTF-8
         if self.is_rank_zero and self.tokenizer:
             self.tokenizer.save(self.folder / "tokenizer.json")
 
