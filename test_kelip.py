@@ -500,7 +500,7 @@ FLOORS = [
     {"shards"},
     {"demo"},
     {"data"},
-    {"classes"},
+    {"classes", "folder"},
     {"trainer", "evaluate"},
     {"train_mae", "train_clip"},
 ]

@@ -1,4 +1,4 @@
-"""What both stages of training share: processes, precision, optimizer, run folders, log.
+"""What both stages of training share: the run, processes, precision, optimizer, schedule.
 
 A training script owns its loop and drives a Run:
 
@@ -20,10 +20,9 @@ checkpoint needs no state of generators: it is the weights, the optimizer's stat
 steps done. Nothing is written into the run's folder before the first step is done.
 
 From top to bottom: command-line flags, the run, processes, precision and compilation, optimizer
-and schedule, run folders, the log.
+and schedule. folder.py has the pieces of a run's folder: the lock, checkpoints, the log.
 
-Not included: sharded weights and optimizers (these models fit on one GPU), and experiment trackers
-(metrics.jsonl has one line per log step).
+Not included: sharded weights and optimizers (these models fit on one GPU).
 """
 
 import contextlib
@@ -31,10 +30,7 @@ import ctypes
 import json
 import math
 import os
-import shutil
 import signal
-import socket
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -42,17 +38,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import demo
+from folder import (
+    FolderLock,
+    Log,
+    check_checkpoint,
+    check_free_space,
+    flatten,
+    link_or_copy,
+    older_checkpoints,
+)
 from kelip import Block, atomic_write, load_checkpoint, load_weights, save_checkpoint
 from tokenizer import number
 
-LOG_EVERY = 10      # steps between lines of the log
-BAD_STEPS = 10      # steps in a row with non-finite gradients that end a run, checked at log steps
-SKIPPED_STEPS = 200  # steps after which a run ends if more than half of its pairs were skipped
-FEW_STEPS = 100     # a run of fewer steps learns little, and is warned about
+FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
 MAX_WORKERS = 512
 
@@ -130,7 +131,7 @@ class Run:
         self.dtype = choose_precision(args.precision, self.device)
         self.has_begun = False  # whether a step is done
         self._log = self._stop_signal = None
-        self._lock = _FolderLock(self.folder) if self.is_rank_zero else None
+        self._lock = FolderLock(self.folder) if self.is_rank_zero else None
         try:
             self.checkpoint = self._open_checkpoint()
         except (OSError, ValueError):
@@ -171,9 +172,9 @@ class Run:
                              "choose another --out")
         try:
             checkpoint = load_checkpoint(last)
-            _check_checkpoint(checkpoint, last)
+            check_checkpoint(checkpoint, last)
         except ValueError as error:
-            older = [path.name for path in _older_checkpoints(self.folder)][-1:]
+            older = [path.name for path in older_checkpoints(self.folder)][-1:]
             hint = f"; {older[0]} in the same folder can replace it" if older else ""
             raise ValueError(f"{error}{hint}") from None
         if checkpoint["config"]["stage"] != self.stage:
@@ -242,11 +243,11 @@ class Run:
             self.config["padded_size"] = self.checkpoint["config"]["padded_size"]
             self._restore()
         if self.is_rank_zero:
-            _check_free_space(self.folder, module, args.keep)
+            check_free_space(self.folder, module, args.keep)
             if steps < FEW_STEPS:
                 print(f"{steps} steps are few, and teach a model little: raise --epochs, or lower "
                       f"--batch-size {args.batch_size}")
-        self._log = _Log(self)
+        self._log = Log(self)
 
     def _restore(self):
         """Load weights, optimizer and step from the checkpoint."""
@@ -369,9 +370,7 @@ class Run:
         self._stop_signal.agree()
         if not self.has_begun:
             self._write_settings()
-        # The line of a step depends on its number alone, so that two runs have the same lines.
-        if (step == 1 or step % LOG_EVERY == 0 or step == self.total_steps
-                or self._stop_signal.agreed):
+        if log.is_due(step) or self._stop_signal.agreed:
             log.write(step, self.optimizer.param_groups[0]["lr"])
             log.check(step)
 
@@ -405,7 +404,7 @@ class Run:
         if self.is_rank_zero and step != self.saved_step:
             last, keep = self.folder / "last.pt", self.args.keep
             if self.saved_step is not None and keep > 1:
-                _link(last, self.folder / f"step-{self.saved_step}.pt")
+                link_or_copy(last, self.folder / f"step-{self.saved_step}.pt")
             state = {
                 "model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "step": step, "config": self.config,
@@ -413,7 +412,7 @@ class Run:
             if self.tokenizer:
                 state["tokenizer"] = json.dumps(self.tokenizer.spec, ensure_ascii=False)
             save_checkpoint(last, state)
-            older = _older_checkpoints(self.folder)
+            older = older_checkpoints(self.folder)
             for path in older[:max(0, len(older) - keep + 1)]:
                 path.unlink()
         self.saved_step = step
@@ -442,7 +441,7 @@ class Run:
 
     def log_evaluation(self, step, values):
         """Write a line of results to metrics.jsonl. Keys of nested dicts are joined by "/"."""
-        self._log.append({"step": step, **_flatten(values)})
+        self._log.append({"step": step, **flatten(values)})
 
     # -- ranks --
 
@@ -475,6 +474,17 @@ class Run:
         """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def _check_shards(pairs):
+    """Raise ValueError when a resumed run's shards have changed, or most of them are missing."""
+    for error in ("shard changed", "shard missing"):
+        affected = [shard for shard in pairs.shards if error in shard.skipped]
+        if affected and (error == "shard changed" or 2 * pairs.skipped[error] > len(pairs)):
+            shard = affected[0]
+            raise ValueError(
+                f"--data: {error}: {shard.path}, which had {shard.count:,} pairs and "
+                f"{shard.size:,} bytes when the run began; restore it, or choose another --out")
 
 
 # ---- processes ----
@@ -706,261 +716,3 @@ def _skip_step_unless_finite(optimizer, grad_norm):
     for the device at every step.
     """
     optimizer.found_inf = 1 - grad_norm.isfinite().float()
-
-
-# ---- run folders ----
-
-class _FolderLock:
-    """Makes a folder, and keeps other processes from writing a run into it.
-
-    The lock is on the file .lock in it, and ends with the process. Raises ValueError when another
-    process has it.
-    """
-
-    def __init__(self, folder):
-        import fcntl  # not on Windows
-        self.path = folder / ".lock"
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.file = open(self.path, "a+", encoding="utf-8")
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                self.file.seek(0)
-                holder = self.file.read().strip()
-                raise ValueError(f"{folder}: {holder or 'another process'} writes a run there: end "
-                                 "it first, or choose another --out") from None
-            except OSError:  # a file system without locks
-                pass
-            with contextlib.suppress(OSError):  # the file may have been removed by its last holder
-                if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
-                    break
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self, remove_folder):
-        """Remove the lock and, if `remove_folder` is true, the folders made for it."""
-        self.path.unlink(missing_ok=True)
-        self.file.close()
-        if remove_folder:
-            with contextlib.suppress(OSError):  # not empty
-                for path in self.made:
-                    path.rmdir()
-
-
-def _older_checkpoints(folder):
-    """The checkpoints before last.pt, oldest first."""
-    found = [path for path in folder.glob("step-*.pt")
-             if path.stem.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
-
-
-def _check_checkpoint(checkpoint, path):
-    """Raise ValueError unless a file of torch.save has what a run is resumed from."""
-    kinds = {"config": dict, "model": dict, "optimizer": dict, "scaler": dict, "step": int,
-             "data": dict}
-    for key, kind in kinds.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"{path}: not a checkpoint of a run: its {key} is missing or damaged")
-    for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int}.items():
-        if not isinstance(checkpoint["config"].get(key), kind):
-            raise ValueError(f"{path}: {key} in its config is missing or damaged")
-    sources = checkpoint["data"].get("shards")
-    kinds = [str, int, int, str]  # see data.Pairs.state
-    if not isinstance(sources, list) or not all(
-            isinstance(shard, list) and [type(x) for x in shard] == kinds
-            for source in sources for shard in source):
-        raise ValueError(f"{path}: its list of shards is damaged")
-
-
-def _check_free_space(folder, module, keep):
-    """Raise OSError when the disk has no room for the checkpoints of a module."""
-    # AdamW keeps two numbers for each weight that is trained.
-    one = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1)
-              for p in module.parameters())
-    needed, free = one * (keep + 1), shutil.disk_usage(folder).free  # one more while it is written
-    if needed > free:
-        raise OSError(f"{folder}: its disk has {free / 1e9:.1f} GB free, and {keep + 1} "
-                      f"checkpoints of {one / 1e9:.1f} GB need {needed / 1e9:.1f} GB: make room, "
-                      "or lower --keep")
-
-
-def _link(path, name):
-    """Give a file a second name, or copy it where file systems have no hard links."""
-    if name.exists():
-        return
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
-
-
-def _check_shards(pairs):
-    """Raise ValueError when a resumed run's shards have changed, or most of them are missing."""
-    for error in ("shard changed", "shard missing"):
-        affected = [shard for shard in pairs.shards if error in shard.skipped]
-        if affected and (error == "shard changed" or 2 * pairs.skipped[error] > len(pairs)):
-            shard = affected[0]
-            raise ValueError(
-                f"--data: {error}: {shard.path}, which had {shard.count:,} pairs and "
-                f"{shard.size:,} bytes when the run began; restore it, or choose another --out")
-
-
-# ---- the log ----
-
-class _Log:
-    """The progress bar and metrics.jsonl. Metrics are summed on the device between log steps."""
-
-    def __init__(self, run):
-        self.run, self.loader = run, None
-        self.path = run.folder / "metrics.jsonl"
-        self.bad_steps = 0      # steps in a row that were skipped
-        self.skipped_pairs = 0  # of all ranks, since this process began
-        self.one = torch.ones((), device=run.device)
-        evaluated = _drop_lines_after(self.path, run.first_step) if run.is_rank_zero else None
-        self.evaluated = run.broadcast(evaluated)  # steps whose evaluation is in the log
-        self.bar = None
-        self.since = 0.0
-
-    def begin(self, loader):
-        """Show the progress bar, and begin the first line."""
-        run, self.loader = self.run, loader
-        self.bar = tqdm(total=run.total_steps, initial=run.first_step, unit="step",
-                        disable=not run.is_rank_zero, dynamic_ncols=True, file=sys.stdout)
-        self.reset()
-
-    def reset(self):
-        """Begin the next line."""
-        self.sums = {}       # name -> float32 [2], a sum of values and their number
-        self.n_steps = 0
-        self.data_wait = 0.0
-        self.skipped_before = sum(self.loader.skipped.values())
-        self.since = time.perf_counter()
-
-    def add(self, name, values, where=None):
-        """Add a scalar, or the values at which `where` is True."""
-        if where is None:
-            total, count = values, self.one
-        else:
-            total = values.where(where, 0).sum()  # not values * where: 0 * NaN is NaN
-            count = where.sum()
-        pair = torch.stack([total.float(), count.float()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def end_step(self):
-        """Count a step."""
-        self.n_steps += 1
-        self.bar.update()
-
-    def write(self, step, lr):
-        """Write a line of means since the last one. Between lines, nothing waits for the device."""
-        run = self.run
-        seconds = time.perf_counter() - self.since
-        skipped_pairs = sum(self.loader.skipped.values()) - self.skipped_before
-        self.sums["skipped_pairs"] = torch.tensor([skipped_pairs, 1.0], device=run.device)
-        names = sorted(self.sums)
-        table = torch.stack([self.sums[name] for name in names])             # [metrics, 2]
-        if run.group is not None:
-            dist.all_reduce(table, group=run.group)
-        means = {}
-        for name, (total, count) in zip(names, table.tolist()):
-            if count:
-                means[name] = total / count
-        # Only this is a sum: of all ranks, since the last line.
-        self.last_skipped = round(means.pop("skipped_pairs") * run.world_size)
-        self.skipped_pairs += self.last_skipped
-        self.last_pairs = run.args.batch_size * self.n_steps
-        self.bad_steps = self.bad_steps + self.n_steps if means["skipped"] == 1 else 0
-        self.append({
-            "step": step, "lr": lr, **means, "images_per_second": self.last_pairs / seconds,
-            "data_wait": self.data_wait / seconds, "memory_gb": _peak_memory(run.device) / 1e9,
-            "skipped_pairs": self.skipped_pairs})
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, "
-                                 f"{self.last_pairs / seconds:.0f} images/s")
-        left = run.total_steps - step
-        if left and self.n_steps > 1 and step - run.first_step < 2 * LOG_EVERY:  # the first time
-            self.say(f"{left:,} more steps at {seconds / self.n_steps:.2f} seconds each: about "
-                     f"{seconds / self.n_steps * left / 60:.1f} minutes, without evaluations")
-        self.reset()
-
-    def say(self, text):
-        """Print a line above the progress bar."""
-        if self.run.is_rank_zero:
-            tqdm.write(text, file=sys.stdout)
-
-    def check(self, step):
-        """Raise ValueError when training is in vain, at the step of a line."""
-        run, steps_done = self.run, step - self.run.first_step
-        pairs_done = run.args.batch_size * steps_done
-        if self.last_skipped == self.last_pairs or (
-                steps_done >= SKIPPED_STEPS and 2 * self.skipped_pairs > pairs_done):
-            raise ValueError(f"{self.skipped_pairs:,} of {pairs_done:,} pairs could not be used: "
-                             f"{self.loader.report()}")
-        if self.bad_steps >= min(BAD_STEPS, run.total_steps - run.first_step):
-            again = "start again"
-            if run.saved_step:
-                again = (f"start from the last good checkpoint, {run.folder}/last.pt of step "
-                         f"{run.saved_step}, with --init")
-            raise ValueError(f"the loss or the gradients of the last {self.bad_steps} steps were "
-                             f"not finite: {again}, a lower --lr and another --out")
-
-    def append(self, line):
-        """Add a line to metrics.jsonl. JSON has no NaN and infinity: they become null."""
-        if not self.run.is_rank_zero:
-            return
-        for key, value in line.items():
-            if isinstance(value, float):
-                line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-        # A new run replaces the log of another one that was killed before its first checkpoint.
-        mode = "w" if line["step"] == 1 and "lr" in line else "a"
-        with open(self.path, mode, encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _drop_lines_after(path, step):
-    """Remove the lines of metrics.jsonl that a resumed run will write again.
-
-    Returns the steps of the evaluations that remain. Damaged lines are removed, too: the last one
-    may be cut short.
-    """
-    if not step or not path.exists():
-        return set()
-    kept, damaged, evaluated = [], 0, set()
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            is_before = line["step"] <= step
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += 1
-            continue
-        if is_before:
-            kept.append(text + "\n")
-            if "loss" not in line:
-                evaluated.add(line["step"])
-    if damaged:
-        print(f"{path}: damaged lines removed: {damaged}")
-    with atomic_write(path) as file:
-        file.write("".join(kept).encode())
-    return evaluated
-
-
-def _flatten(values, prefix=""):
-    """{"en": {"R@1": 0.5}} -> {"en/R@1": 0.5}."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _peak_memory(device):
-    """The most bytes that this process has held: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes; macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
