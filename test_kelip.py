@@ -1852,6 +1852,41 @@ def test_an_index_that_was_changed_is_made_again(tmp_path, old, new, capsys):
                      f"{index}: damaged; the shards are indexed again\n")
 
 
+@pytest.mark.slow
+def test_pairs_do_not_depend_on_what_happened_to_many_indexes(tmp_path, capsys):
+    check_damaged_indexes(tmp_path, 2000)
+
+
+def test_pairs_do_not_depend_on_what_happened_to_the_index(tmp_path, capsys):
+    check_damaged_indexes(tmp_path, 20)
+
+
+def check_damaged_indexes(tmp_path, examples):
+    folder = write_some_shards(tmp_path / "x", [3, 4])
+    expected = [pair.key for pair in data.Pairs(folder)]
+    contents = {path: path.read_bytes() for path in Path(folder).iterdir()}
+    files = [path for path in contents if path.suffix != ".tar"]
+
+    @given(st.sampled_from(files), st.integers(0, 10_000), st.binary(max_size=40), st.booleans())
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    def check(path, start, new, cut):
+        for other in Path(folder).iterdir():
+            if other not in contents:
+                other.unlink()
+        for other, content in contents.items():
+            if other.suffix != ".tar":
+                other.write_bytes(content)
+        content = contents[path]
+        start %= len(content) + 1
+        path.write_bytes(content[:start] + new if cut else
+                         content[:start] + new + content[start + len(new):])
+        pairs = data.Pairs(folder)
+        assert [pair.key for pair in pairs] == expected
+        assert pairs.languages == {"en": 7, "ko": 7} and not pairs.skipped
+
+    check()
+
+
 def test_changed_rows_are_made_again(tmp_path, capsys):
     folder = write_some_shards(tmp_path / "x", [3, 4])
     before = [pair.key for pair in data.Pairs(folder)]
