@@ -8,7 +8,7 @@
 From top to bottom: prompts and their Korean particles, the class of a pair, class names on disk,
 and opening a set. A set is shards as data.py reads them, or a folder in CLIP_benchmark's layout:
 
-    wds_vtab-cifar10/classnames.txt                          one name a line: airplane, ...
+    wds_vtab-cifar10/classnames.txt                          one a line from class 0: airplane, ...
                      zeroshot_classification_templates.txt   one a line: a photo of a {c}. ...
                      dataset_type.txt                        "retrieval" for a set of captions
                      test/nshards.txt                        the number of tars
@@ -18,16 +18,21 @@ Not included: downloading sets, and images that have several classes.
 """
 
 import functools
-import json
+import os
 import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import data
+from tokenizer import one_line, read_json
 
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
+
+MAX_NAME = 1000      # characters of a class name or of a template
+MAX_FILE = 16 << 20  # bytes of a text file of names
+CODE_POINTS = re.compile("[0-9A-F]{1,6}(-[0-9A-F]{1,6})?")
 
 
 # ---- prompts ----
@@ -50,6 +55,7 @@ def last_sound(word):
     (apple, 애플); -m, -n, -me, -ne, -ng, -ck, and b, c, k, p, t after a vowel end in a consonant
     (cup, 컵); all others end in a vowel (car 카, bus 버스, desk 데스크).
     """
+    word = unicodedata.normalize("NFC", word)  # macOS spells Hangul in parts of a syllable
     letters = "".join(re.findall(r"[^\W_]", word))  # quotes and brackets are silent
     last = letters[-1:]
     if "가" <= last <= "힣":
@@ -79,13 +85,15 @@ def format_prompt(template, name):
         format_prompt("{}{으로/로}", "연필")     -> '연필로', since 로 follows vowels and ㄹ
     """
     text = re.sub(r"\{c?\}", lambda _: name, template)
-    while particle := re.search(r"\{([^{}/]+)/([^{}/]+)\}", text):
-        before, after = text[:particle.start()], text[particle.end():]
+    prompt, end = "", 0
+    for particle in re.finditer(r"\{([^{}/]+)/([^{}/]+)\}", text):
+        prompt += text[end:particle.start()]
         after_consonant, after_vowel = particle.groups()
-        sound = last_sound(before)
+        sound = last_sound(prompt[-100:])  # a bound, since a template may have many particles
         is_vowel = sound == VOWEL or (sound == RIEUL and after_vowel.startswith("로"))
-        text = before + (after_vowel if is_vowel else after_consonant) + after
-    return text
+        prompt += after_vowel if is_vowel else after_consonant
+        end = particle.end()
+    return prompt + text[end:]
 
 
 def spellings(name):
@@ -101,13 +109,50 @@ def read_classes(name):
         templates: {language: [templates for format_prompt]}
         codepoints: only in sets of emoji: the code points of each class, "1F600-1F644 1F910"
 
-    Raises ValueError when there is no such set.
+    Raises ValueError when there is no such set, or when it does not have this form.
     """
     path = Path(__file__).with_name("prompts.json")
-    sets = json.loads(path.read_text(encoding="utf-8"))
+    sets = read_json(path)
     if name not in sets:
-        raise ValueError(f"--classes {name}: prompts.json has {', '.join(sets)}")
-    return {"name": name, **sets[name]}
+        raise ValueError(f"--classes {name}: prompts.json has {one_line(', '.join(sets))}")
+    error = _error_in_set(sets[name])
+    if error:
+        raise ValueError(f"{path}: {name}: {error}")
+    keys = ("classnames", "templates", "codepoints")
+    return {"name": name, **{key: sets[name][key] for key in keys if key in sets[name]}}
+
+
+def _error_in_set(found):
+    """What is wrong with a set of prompts.json, in words; None if nothing is."""
+    for key in ("classnames", "templates"):
+        if not isinstance(found, dict) or not isinstance(found.get(key), dict) or not found[key]:
+            return f'"{key}" is not of the form {{"en": [...], "ko": [...]}}'
+    counts = {}
+    for language, names in found["classnames"].items():
+        if not isinstance(names, list) or not names:
+            return f'"classnames" has no list for {language!r}'
+        for label, spelled in enumerate(names):
+            if not _are_texts(spellings(spelled)):
+                return (f"class {label} in {language!r} is not a name of at most {MAX_NAME:,} "
+                        "characters, or a list of spellings")
+        if not _are_texts(found["templates"].get(language)):
+            return f'"templates" has no list such as ["a photo of a {{}}."] for {language!r}'
+        counts[language] = len(names)
+    if "codepoints" in found:
+        ranges = found["codepoints"]
+        if not _are_texts(ranges) or not all(map(CODE_POINTS.fullmatch, " ".join(ranges).split())):
+            return '"codepoints" is not a list such as ["1F600-1F644 1F910", ...]'
+        counts["codepoints"] = len(ranges)
+    if len(set(counts.values())) > 1:
+        counts = ", ".join(f"{count} in {key!r}" for key, count in counts.items())
+        return f"the numbers of classes differ: {counts}"
+    return None
+
+
+def _are_texts(value):
+    """Whether a value is a list of one or more texts that are not too long."""
+    return isinstance(value, list) and len(value) > 0 and all(
+        isinstance(text, str) and len(text) <= MAX_NAME for text in value)
 
 
 # ---- labels ----
@@ -122,7 +167,7 @@ def label_of(pair, classes):
     - the class whose name ends the caption ("a red apple": apple), if the caption names no other
       class. The English caption is read if the set has English names.
 
-    Raises ValueError when .cls is not the number of a class.
+    Raises ValueError("bad .cls: details") when .cls is not the number of a class.
     """
     if "cls" in pair.members:
         return _label_of_cls(pair, classes)
@@ -136,7 +181,7 @@ def label_of(pair, classes):
     caption = f" {pair.captions.get(language, [''])[0]}".lower()
     named, at_end = set(), set()
     for label, name in enumerate(classnames[language]):
-        for spelling in spellings(name):
+        for spelling in filter(None, spellings(name)):  # a name may be empty
             word = f" {spelling.lower()}"  # the space keeps "cat" from matching "a bobcat"
             if word in caption:
                 named.add(label)
@@ -150,9 +195,9 @@ def _label_of_cls(pair, classes):
     text = pair.members["cls"].strip()
     count = len(next(iter(classes["classnames"].values())))
     order = classes.get("order", range(count))
-    if not text.isdigit() or int(text) >= len(order):
-        raise ValueError(f"{pair.key}.cls: class {text.decode(errors='replace')!r}, but the set "
-                         f"has {count}, from 0 to {count - 1}")
+    if not re.fullmatch(rb"\d{1,18}", text) or int(text) >= len(order):
+        raise ValueError(f"bad .cls: {pair.key}: class {text[:20].decode(errors='replace')!r}, but "
+                         f"the set has {len(order)}, from 0 to {len(order) - 1}")
     return order[int(text)]
 
 
@@ -167,9 +212,20 @@ def _class_of_codepoint(point, classes):
     return None
 
 
-def labels_of(pairs, classes):
-    """label_of for each pair: a list of int and None."""
-    return [label_of(pair, classes) for pair in pairs]
+def labels_of(pairs, classes, skipped=None):
+    """label_of for each pair: a list of int and None.
+
+    It is also None for a bad .cls. skipped: a Counter, to which the number of these is added.
+    """
+    labels = []
+    for pair in pairs:
+        try:
+            labels.append(label_of(pair, classes))
+        except ValueError as error:
+            labels.append(None)
+            if skipped is not None:
+                skipped[str(error).partition(":")[0]] += 1
+    return labels
 
 
 # ---- names on disk ----
@@ -195,16 +251,17 @@ def match_classes(found, names, what):
         return [match[0] for match in matches]
 
     if len(found) != len(names):
-        unmatched = next(name for name, match in zip(found, matches) if len(match) != 1)
+        number = next(number for number, match in enumerate(matches) if len(match) != 1)
+        unmatched = one_line(found[number]) or f"line {number + 1}, which is blank,"
         raise ValueError(f"{what}: {unmatched} names no class of --classes, or several, and there "
                          f"are {len(found)} names for {len(names)} classes")
     matched = [number for number, match in enumerate(matches) if match]
     misplaced = [number for number in matched if number not in matches[number]]
     if 50 * len(misplaced) > len(matched):
         first = misplaced[0]
-        raise ValueError(f"{what}: some names are no classes of --classes, and {found[first]} is "
-                         f"number {first} here but {matches[first][0]} in --classes: the order "
-                         "cannot be trusted")
+        raise ValueError(f"{what}: some names are no classes of --classes, and "
+                         f"{one_line(found[first])} is number {first} here but {matches[first][0]} "
+                         "in --classes: the order cannot be trusted")
     return list(range(len(found)))
 
 
@@ -238,19 +295,24 @@ def open_set(sources, name=None, split="test"):
     layout, with an optional ::LANGUAGE. name: a set of prompts.json, used instead of the names and
     templates on disk. split: the subfolder of CLIP_benchmark's layout that has the tars.
 
-    Raises FileNotFoundError when there are no shards, ValueError when names on disk do not fit the
-    set or sources differ in layout or classes.
+    Raises FileNotFoundError when there are no shards, ValueError when options are unknown, names on
+    disk do not fit the set, or sources differ in layout or classes.
     """
     classes = read_classes(name) if name else None
     shards, layouts = [], []
     for source in sources:
+        try:
+            data.parse_source(source)
+        except ValueError as error:
+            raise ValueError(f"--{split} {error}") from None
         folder, colons, options = source.partition("::")
-        count = _count_tars(Path(folder), split)
-        if count:
+        if is_benchmark(source, split):
+            folder = os.path.expanduser(folder)
             layouts.append(_read_layout(Path(folder)))
             if layouts[-1].kind == "retrieval":
                 options += "::lines"
-            shards += [f"{folder}/{split}/{i}.tar{colons}{options}" for i in range(count)]
+            tars = [f"{folder}/{split}/{i}.tar" for i in _tar_numbers(Path(folder, split))]
+            shards += [f"{tar}{colons}{options}" for tar in tars]
         else:
             shards.append(source)
             layouts.append(None)
@@ -262,10 +324,20 @@ def open_set(sources, name=None, split="test"):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {OTHER_SETS}") from None
 
-    layout, folder = layouts[0], Path(sources[0].partition("::")[0])
+    layout, folder = layouts[0], _folder_of(sources[0])
     if layout and layout.names:
         classes = _classes_on_disk(folder, layout, classes)
     return EvaluationSet(pairs, classes)
+
+
+def is_benchmark(source, split="test"):
+    """Whether a source, as open_set takes it, is a folder in CLIP_benchmark's layout."""
+    return (_folder_of(source) / split / "nshards.txt").is_file()
+
+
+def _folder_of(source):
+    """The path in a source, without ::LANGUAGE."""
+    return Path(os.path.expanduser(source.partition("::")[0]))
 
 
 def _classes_on_disk(folder, layout, classes):
@@ -276,8 +348,8 @@ def _classes_on_disk(folder, layout, classes):
     has_hangul = re.search("[가-힣]", unicodedata.normalize("NFC", "".join(layout.names)))
     language = "ko" if has_hangul else "en"
     if classes is None:
-        return {"name": folder.name,
-                "classnames": {language: [name.replace("_", " ") for name in layout.names]},
+        return {"name": folder.resolve().name,
+                "classnames": {language: layout.names},
                 "templates": {language: layout.templates or DEFAULT_TEMPLATES[language]}}
     if language not in classes["classnames"]:
         language = next(iter(classes["classnames"]))
@@ -286,7 +358,11 @@ def _classes_on_disk(folder, layout, classes):
 
 
 class _Layout(NamedTuple):
-    """The text files of a folder in CLIP_benchmark's layout."""
+    """The text files of a folder in CLIP_benchmark's layout.
+
+    A class's number is that of its line, and the name of a blank line is empty. CLIP_benchmark's
+    own clevr_closest_object_distance has one.
+    """
     kind: str  # "retrieval" for sets of captions
     names: list
     templates: list
@@ -294,7 +370,7 @@ class _Layout(NamedTuple):
 
 def _read_layout(folder):
     """The _Layout of a folder. Raises ValueError when its images have several classes."""
-    kind = " ".join(_read_lines(folder / "dataset_type.txt")).lower()
+    kind = " ".join(_read_lines(folder / "dataset_type.txt")).strip().lower()
     if kind == "multilabel":
         raise ValueError(f"{folder}: images have several classes there, which is not supported")
     names = _read_lines(folder / "classnames.txt")
@@ -302,23 +378,32 @@ def _read_layout(folder):
     return _Layout(kind, names, templates)
 
 
-def _count_tars(folder, split):
-    """The number of tars of a split, None if the folder is not in CLIP_benchmark's layout."""
-    path = folder / split / "nshards.txt"
-    if not path.is_file():
-        return None
-    count = " ".join(_read_lines(path))
-    if not count.isdecimal() or int(count) == 0:
-        raise ValueError(f"{path}: {count!r} instead of the number of tars")
-    return int(count)
+def _tar_numbers(folder):
+    """The numbers of the tars of a split: range(n), where its nshards.txt has n."""
+    path = folder / "nshards.txt"
+    count = " ".join(_read_lines(path)).strip()
+    if not re.fullmatch("[0-9]{1,18}", count) or int(count) == 0:
+        raise ValueError(f"{path}: {count[:100]!r} instead of the number of tars")
+    for number in range(int(count)):
+        if not (folder / f"{number}.tar").is_file():
+            raise FileNotFoundError(f"{folder}/{number}.tar: missing; nshards.txt there says that "
+                                    f"there are {int(count):,} tars")
+    return range(int(count))
 
 
 def _read_lines(path):
-    """The lines of a text file, stripped, without blank ones; [] if there is no file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    """The lines of a text file as CLIP_benchmark reads them, stripped; [] if there is no file."""
+    if not path.exists():
         return []
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    if not path.is_file() or path.stat().st_size > MAX_FILE:
+        raise ValueError(f"{path}: not a text file of at most {MAX_FILE:,} bytes")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8: save it as UTF-8") from None
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_NAME:
+            raise ValueError(f"{path}: line {number} has {len(line):,} characters, and at most "
+                             f"{MAX_NAME:,} are read")
+    return lines

@@ -8,8 +8,9 @@
 Retrieval finds the captions of an image among all captions, and the image of a caption among all
 images. R@k is the fraction of queries whose k nearest candidates include a right one. Zero-shot
 classification predicts the class whose prompts ("a photo of a {}") are nearest to the image (CLIP,
-arXiv 2103.00020, section 3.1). The results are printed, and written to evaluation.json and to a
-page, index.html.
+arXiv 2103.00020, section 3.1). The results are printed, and written to a JSON file and a page:
+evaluation-SET.json and evaluation-SET.html in the model's folder, where evaluations.html lists the
+pages of all sets, or evaluation.json and index.html in --out.
 
 From top to bottom: embedding a set, retrieval, classification, the report, the command.
 
@@ -20,9 +21,12 @@ cache of feature vectors (extras/features.py).
 import argparse
 import collections
 import functools
+import hashlib
 import json
 import os
+import re
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -32,14 +36,15 @@ from tqdm import tqdm
 import kelip
 import page
 import shards
-from classes import format_prompt, labels_of, open_set, read_classes, spellings
-from tokenizer import run_command
+from classes import format_prompt, is_benchmark, labels_of, open_set, read_classes, spellings
+from tokenizer import ArgumentParser, one_line, read_json, run_command
 
 KS = (1, 5, 10)  # R@1, R@5, R@10
 BATCH = 128      # images or texts to encode at a time
 CHUNK = 256      # rows of scores to compute at a time
 LANGUAGE_NAMES = {"en": "English", "ko": "Korean", "": "captions"}
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+LIST = "evaluations.html"  # lists the pages of all sets
 
 
 # ---- embedding ----
@@ -51,19 +56,24 @@ class Embedded:
         pairs: data.Pairs.
         candidates: {language: texts}, further texts for retrieval to choose from. Languages that no
             pair has, and texts that are captions of pairs, are ignored.
+        strict: whether a caption is right for its own image alone, as CLIP_benchmark counts, or
+            also for the images of equal captions.
 
     Attributes:
         images: float32 [M, D], unit vectors of the M images that decode.
         pairs: their M pairs, each read from disk when it is indexed.
-        skipped: {reason: number of images} for the others.
+        skipped: a Counter of reasons why images and captions are missing.
         captions: {language: [P texts]}, the captions of the pairs first, then further candidates.
         texts: {language: float32 [P, D]}, unit vectors of the captions.
         owner: {language: int64 [P]}, the image of each caption, below M; -1 for further candidates.
+        repeated: {language: number of captions that are equal to an earlier one}.
+        equal_to: {language: int64 [P]}, the first caption that is equal to each, for recall_at_k;
+            None if strict, or if none is repeated.
 
     Raises ValueError when no image decodes.
     """
 
-    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True):
+    def __init__(self, model, pairs, tokenizer, candidates=None, progress=True, strict=False):
         self.images, kept, self.skipped = embed_images(model, pairs, progress)
         if not kept:
             raise ValueError(f"none of the {len(pairs):,} images decodes: "
@@ -72,17 +82,33 @@ class Embedded:
         self.captions = collections.defaultdict(list)
         owner = collections.defaultdict(list)
         for i, pair in enumerate(self.pairs):
+            self.skipped.update(pair.errors)
             for language, texts in pair.captions.items():
                 self.captions[language] += texts
                 owner[language] += [i] * len(texts)
+        if not self.captions:  # a set for classification alone
+            del self.skipped["no caption"]
         for language in self.captions.keys() & (candidates or {}).keys():
             own = set(self.captions[language])
             more = [text for text in dict.fromkeys(candidates[language]) if text not in own]
             self.captions[language] += more
             owner[language] += [-1] * len(more)
         self.owner = {language: torch.tensor(indices) for language, indices in owner.items()}
+        self.equal_to, self.repeated = {}, {}
+        for language, texts in self.captions.items():
+            first = _first_equal(texts)
+            self.repeated[language] = int((first != torch.arange(len(texts))).sum())
+            self.equal_to[language] = first if self.repeated[language] and not strict else None
         self.texts = {language: embed_texts(model, tokenizer, texts, progress)
                       for language, texts in self.captions.items()}
+
+
+def _first_equal(texts):
+    """The index of the first text that is equal to each of P texts: int64 [P]."""
+    first = {}
+    # NFC and NFD are two ways to write the same text.
+    return torch.tensor([first.setdefault(unicodedata.normalize("NFC", text), i)
+                         for i, text in enumerate(texts)])
 
 
 def embed_images(model, pairs, progress=True):
@@ -130,8 +156,16 @@ def load_batches(dataset, indices, device, progress=True):
     # evaluation during training would change the rest of the run.
     loader = torch.utils.data.DataLoader(dataset, BATCH, sampler=indices, collate_fn=list,
                                          num_workers=workers, generator=torch.Generator())
-    return tqdm(loader, desc="images", unit="images", unit_scale=BATCH, leave=False, delay=1,
-                disable=not progress)
+    return with_progress(loader, len(indices), "images", progress)
+
+
+def with_progress(batches, total, unit, progress):
+    """Iterate over batches of `total` items. Shows a progress bar of items after a second."""
+    with tqdm(total=total, desc=unit, unit=f" {unit}", leave=False, delay=1,
+              disable=not progress) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def embed_texts(model, tokenizer, texts, progress=False):
@@ -145,8 +179,7 @@ def embed_texts(model, tokenizer, texts, progress=False):
         first.setdefault(key, i)
     distinct = tokens[list(first.values())]                                  # [Q, L]
     encode = functools.partial(model.encode_text, l2norm=True)
-    batches = tqdm(distinct.split(BATCH), desc="texts", unit="texts", unit_scale=BATCH, leave=False,
-                   delay=1, disable=not progress)
+    batches = with_progress(distinct.split(BATCH), len(distinct), "texts", progress)
     vectors = torch.cat([encode_batch(encode, batch) for batch in batches])  # [Q, D]
     position = {key: q for q, key in enumerate(first)}
     return vectors[[position[key] for key in keys]]                          # [P, D]
@@ -160,7 +193,7 @@ def encode_batch(encode, batch):
 
 # ---- retrieval ----
 
-def recall_at_k(image_features, text_features, owner, ks=KS):
+def recall_at_k(image_features, text_features, owner, ks=KS, equal_to=None):
     """Recall@k in both directions, as CLIP_benchmark measures it.
 
     Recall@k is the fraction of queries that have one of their positives among the k candidates with
@@ -174,6 +207,9 @@ def recall_at_k(image_features, text_features, owner, ks=KS):
         owner: int64 [P], the image of each text, -1 for none. The positives of an image are all
             texts that it owns. Texts without an image and images without a text are candidates
             only.
+        equal_to: int64 [P], the first text that is equal to each. A text is then a positive of all
+            images that own an equal one. By default it is one of its own image alone, as in
+            CLIP_benchmark.
 
     Returns {"image_to_text": {"R@1": ...}, "text_to_image": {...}}, in 0..1.
 
@@ -189,35 +225,71 @@ def recall_at_k(image_features, text_features, owner, ks=KS):
     NaN never helps: candidates whose score is NaN rank first, and a query with NaN among the scores
     of its positives is a miss.
     """
+    first, number, repeats, links = _distinct_texts(owner, equal_to)
     owned = (owner >= 0).nonzero()[:, 0]                                     # [Q], texts
-    images, counts = owner[owned].unique(return_counts=True)                 # [N], [N]
-    by_image = owned[owner[owned].argsort(stable=True)].split(counts.tolist())
-    texts_of_image = torch.nn.utils.rnn.pad_sequence(
-        list(by_image), batch_first=True, padding_value=-1)                  # [N, most texts]
-    image_of_text = owner[owned, None]                                       # [Q, 1]
+    images, texts_of_image = _group(links[:, 1], by=links[:, 0])             # [N], N tensors
+    texts, images_of_text = _group(links[:, 0], by=links[:, 1])              # [T], T tensors
+    images_of_owned = [images_of_text[i]
+                       for i in torch.searchsorted(texts, number[owned]).tolist()]
+    candidates = text_features
+    if equal_to is None:
+        repeats = None
+    else:  # equal texts are one candidate, so that rounding cannot tell them apart
+        candidates = text_features[first]                                    # [G, D]
     return {
-        "image_to_text": _recall(image_features, images, text_features, texts_of_image, ks),
-        "text_to_image": _recall(text_features, owned, image_features, image_of_text, ks)}
+        "image_to_text": _recall(image_features, images, candidates, texts_of_image, ks, repeats),
+        "text_to_image": _recall(text_features, owned, image_features, images_of_owned, ks)}
 
 
-def _recall(queries, rows, candidates, positives, ks):
+def _distinct_texts(owner, equal_to=None):
+    """Number the G distinct texts. owner, equal_to: int64 [P], as recall_at_k takes them.
+
+    Returns first, [G], an index of each among the texts; number, [P], that of each text, below G;
+    repeats, [G], how often each occurs; and links, [L, 2], the pairs (image, number) of images and
+    texts that they own, each once and sorted.
+    """
+    if equal_to is None:
+        equal_to = torch.arange(len(owner))
+    first, number, repeats = equal_to.unique(return_inverse=True, return_counts=True)
+    owned = owner >= 0
+    links = torch.stack([owner[owned], number[owned]], dim=1).unique(dim=0)
+    return first, number, repeats, links
+
+
+def _group(values, by):
+    """Group values by key: the different keys, ascending, and a tensor of values for each."""
+    order = by.argsort(stable=True)
+    keys, counts = by[order].unique_consecutive(return_counts=True)
+    return keys, values[order].split(counts.tolist())
+
+
+def _recall(queries, rows, candidates, positives, ks, repeats=None):
     """{"R@k": ...} of queries[rows], [N, D], among candidates [P, D].
 
-    positives: int64 [N, most], the right candidates of each query, padded with -1.
+    positives: N int64 tensors, the right candidates of each query. repeats: int64 [P], how many
+    candidates each stands for, by default one.
     """
+    def count(mask):                                                         # [n, P] -> [n]
+        return (mask if repeats is None else mask * repeats).sum(dim=1)
+
     # Allocated once, outside the loop: small tensors allocated between the large scores of two
     # chunks would keep the memory of the first from being used again.
     higher, tied, tied_positives = torch.empty(3, len(rows), dtype=torch.int64)
+    n_candidates = len(candidates) if repeats is None else int(repeats.sum())
     for start in range(0, len(rows), CHUNK):
         chunk = slice(start, start + CHUNK)
         scores = queries[rows[chunk]] @ candidates.T                         # [n, P]
-        own = scores.gather(1, positives[chunk].clamp(min=0))                # [n, most]
-        own = own.masked_fill(positives[chunk] < 0, -torch.inf)
+        right = torch.nn.utils.rnn.pad_sequence(
+            positives[chunk], batch_first=True, padding_value=-1)            # [n, most]
+        own = scores.gather(1, right.clamp(min=0)).masked_fill(right < 0, -torch.inf)
         best = own.amax(dim=1, keepdim=True)                                 # [n, 1], may be NaN
-        not_higher = (scores <= best).sum(dim=1)                             # NaN compares as False
-        higher[chunk] = len(candidates) - not_higher
-        tied[chunk] = not_higher - (scores < best).sum(dim=1)
-        tied_positives[chunk] = (own == best).sum(dim=1)
+        not_higher = count(scores <= best)                                   # NaN compares as False
+        higher[chunk] = n_candidates - not_higher
+        tied[chunk] = not_higher - count(scores < best)
+        is_tied = own == best                                                # [n, most]
+        if repeats is not None:
+            is_tied = is_tied * repeats[right]
+        tied_positives[chunk] = is_tied.sum(dim=1)
     return {f"R@{k}": _hit_probability(k - higher, tied, tied_positives).mean().item() for k in ks}
 
 
@@ -238,13 +310,18 @@ def _hit_probability(draws, candidates, positives):
     return torch.where(p > 0, 1 - miss, 0)
 
 
-def chance_recall(owner, n_images, ks=KS):
-    """The expected recall_at_k of random scores, in the same form. owner: as there."""
-    counts = owner[owner >= 0].unique(return_counts=True)[1]                 # [N], texts per image
-    return {
-        "image_to_text": {f"R@{k}": _hit_probability(k, len(owner), counts).mean().item()
-                          for k in ks},
-        "text_to_image": {f"R@{k}": _hit_probability(k, n_images, 1).item() for k in ks}}
+def chance_recall(owner, n_images, ks=KS, equal_to=None):
+    """The expected recall_at_k of random scores, in the same form. owner, equal_to: as there."""
+    _, number, repeats, links = _distinct_texts(owner, equal_to)
+    images, row = links[:, 0].unique(return_inverse=True)                    # [N], [L]
+    texts_of_image = torch.zeros_like(images).index_add(0, row, repeats[links[:, 1]])  # [N]
+    images_of_text = torch.ones(1)
+    if equal_to is not None:
+        images_of_text = links[:, 1].bincount()[number[owner >= 0]]          # [Q]
+    found = {"image_to_text": (len(owner), texts_of_image),
+             "text_to_image": (n_images, images_of_text)}
+    return {direction: {f"R@{k}": _hit_probability(k, *counts).mean().item() for k in ks}
+            for direction, counts in found.items()}
 
 
 def retrieve(model, pairs, tokenizer, candidates=None, embedded=None, progress=True):
@@ -254,7 +331,8 @@ def retrieve(model, pairs, tokenizer, candidates=None, embedded=None, progress=T
     pairs and candidates are not used then.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
-    return {language: recall_at_k(embedded.images, texts, embedded.owner[language])
+    return {language: recall_at_k(embedded.images, texts, embedded.owner[language],
+                                  equal_to=embedded.equal_to[language])
             for language, texts in sorted(embedded.texts.items())}
 
 
@@ -287,21 +365,25 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
 
         images: the number of pairs that have a class and an image that decodes
         classes: C
-        {language}: top1, top5 and mean_per_class, accuracies in 0..1; and confusions, the most
-            frequent errors first: true, predicted, images, fraction (of the images of the true
-            class), example (an index into embedded.pairs)
+        skipped: {reason: number of images}, for images with a bad .cls
+        {language}: top1, top5 and mean_per_class, accuracies in 0..1, without top5 if there are
+            fewer than five classes; and confusions, the most frequent errors first: true,
+            predicted, images, fraction (of the images of the true class), example (an index into
+            embedded.pairs)
 
     Raises ValueError when no pair has a class.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, progress=progress)
-    labels = labels_of(embedded.pairs, classes)
+    skipped = collections.Counter()
+    labels = labels_of(embedded.pairs, classes, skipped)
     chosen = [i for i, label in enumerate(labels) if label is not None]
     if not chosen:
-        raise ValueError("no pair has a class: it needs a .cls member, or a caption that ends with "
-                         "the name of a class")
+        found = f" ({shards.format_counts(skipped)})" if skipped else ""
+        raise ValueError(f"no pair has a class{found}: it needs a .cls member with a class's "
+                         "number, or a caption that ends with the name of a class")
     truth = torch.tensor([labels[i] for i in chosen])                        # [M]
     n_classes = len(next(iter(classes["classnames"].values())))
-    result = {"images": len(chosen), "classes": n_classes}
+    result = {"images": len(chosen), "classes": n_classes, "skipped": dict(skipped)}
     for language, classnames in classes["classnames"].items():
         templates = classes["templates"][language]
         weights = zero_shot_weights(model, tokenizer, classnames, templates, progress)  # [D, C]
@@ -313,6 +395,8 @@ def classify(model, pairs, tokenizer, classes, progress=True, embedded=None):
             "top5": hits.any(dim=1).float().mean().item(),
             "mean_per_class": torch.stack(per_class).mean().item(),
             "confusions": _confusions(truth, top[:, 0], chosen, classnames)}
+        if n_classes < 5:
+            del result[language]["top5"]
     return result
 
 
@@ -337,7 +421,7 @@ def _confusions(truth, predicted, indices, classnames):
             images[true, wrong] += 1
             example.setdefault((true, wrong), i)
     of_class = truth.bincount().tolist()
-    name = [spellings(names)[0] for names in classnames]
+    name = [spellings(names)[0] or f"class {label}" for label, names in enumerate(classnames)]
     return [{"true": name[true], "predicted": name[wrong], "images": n,
              "fraction": n / of_class[true], "example": example[true, wrong]}
             for (true, wrong), n in images.most_common(20)]
@@ -346,12 +430,13 @@ def _confusions(truth, predicted, indices, classnames):
 # ---- the report ----
 
 def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True,
-           embedded=None):
+           embedded=None, name=""):
     """Evaluate, print, and write evaluation.json and index.html into folder. Returns the numbers.
 
     classes: the name of a set of prompts.json, or classes as open_set returns them. embedded: the
-    Embedded of the pairs if it exists already. candidates: as Embedded takes them. Raises
-    ValueError when the pairs have neither captions nor classes.
+    Embedded of the pairs if it exists already. candidates: as Embedded takes them. name: if given,
+    the files are evaluation-NAME.json and evaluation-NAME.html, and evaluations.html lists all such
+    pages. Raises ValueError when the pairs have neither captions nor classes.
     """
     embedded = embedded or Embedded(model, pairs, tokenizer, candidates, progress)
     owners, n_images = sorted(embedded.owner.items()), len(embedded.images)
@@ -359,23 +444,60 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
         "images": n_images,
         "skipped": dict(embedded.skipped),
         "retrieval": retrieve(model, pairs, tokenizer, embedded=embedded),
-        "chance": {language: chance_recall(owner, n_images) for language, owner in owners},
+        "chance": {language: chance_recall(owner, n_images, equal_to=embedded.equal_to[language])
+                   for language, owner in owners},
         "candidates": {language: len(owner) for language, owner in owners},
+        "notes": _notes_on_captions(embedded),
         "test": [source.name for source in pairs.sources]}
     if classes:
         classes = read_classes(classes) if isinstance(classes, str) else classes
         numbers["classes"] = classes["name"]
-        numbers["classification"] = classify(model, pairs, tokenizer, classes, progress, embedded)
+        found = classify(model, pairs, tokenizer, classes, progress, embedded)
+        numbers["classification"] = found
+        numbers["skipped"] |= found["skipped"]
+        numbers["notes"] += _notes_on_classes(classes)
     elif not embedded.texts:
+        causes = f" ({shards.format_counts(embedded.skipped)})" if embedded.skipped else ""
         raise ValueError(f"{numbers['test'][0]}: neither captions (KEY.txt, KEY.ko.txt) nor names "
-                         "of classes; if the pairs have KEY.cls, give --classes, a set of "
+                         f"of classes{causes}; if the pairs have KEY.cls, give --classes, a set of "
                          "prompts.json")
     _print_report(numbers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page.write_text(folder / "evaluation.json", json.dumps(numbers, indent=1, ensure_ascii=False))
-    _write_page(folder, embedded, numbers)
+    text = json.dumps(numbers, indent=1, ensure_ascii=False)
+    if name:
+        page.write_text(folder / f"evaluation-{name}.json", text)
+        _write_page(folder / f"evaluation-{name}.html", embedded, numbers)
+        _list_pages(folder)
+    else:
+        page.write_text(folder / "evaluation.json", text)
+        _write_page(folder / "index.html", embedded, numbers)
     return numbers
+
+
+def _notes_on_captions(embedded):
+    """A sentence for each language in which captions repeat."""
+    notes = []
+    for language, repeated in sorted(embedded.repeated.items()):
+        if repeated:
+            rule = "only that of the image itself is right, as CLIP_benchmark counts"
+            if embedded.equal_to[language] is not None:
+                rule = "one that is equal to the image's own is right"
+            total = int((embedded.owner[language] >= 0).sum())
+            notes.append(f"{_language_name(language)}: {repeated:,} of {total:,} captions repeat; "
+                         f"{rule}")
+    return notes
+
+
+def _notes_on_classes(classes):
+    """A sentence for each language that has empty names of classes, or empty templates."""
+    notes = []
+    for what in ("classnames", "templates"):
+        for language, texts in classes[what].items():
+            if texts.count(""):
+                notes.append(f"{_language_name(language)}: {texts.count('')} of {len(texts):,} "
+                             f"{what} are empty; they count, as in CLIP_benchmark")
+    return notes
 
 
 def _percent(fraction, digits=1):
@@ -396,13 +518,15 @@ def _tables(numbers):
                              _percent(chance, digits=2)])
         tables.append((header, rows))
     if "classification" in numbers:
-        header = [f"{numbers['classes']}, %", "top-1", "top-5", "mean per class", "chance top-1"]
         chance = 1 / numbers["classification"]["classes"]
         accuracy, confusions = [], []
         for language, result in _languages(numbers["classification"]):
             name = _language_name(language)
-            accuracy.append([f"{name} prompts", _percent(result["top1"]), _percent(result["top5"]),
-                             _percent(result["mean_per_class"]), _percent(chance)])
+            columns = {"top-1": result["top1"], "top-5": result.get("top5"),
+                       "mean per class": result["mean_per_class"], "chance top-1": chance}
+            columns = {title: value for title, value in columns.items() if value is not None}
+            header = [f"{numbers['classes']}, %", *columns]
+            accuracy.append([f"{name} prompts", *map(_percent, columns.values())])
             for wrong in result["confusions"][:3]:
                 confusions.append([f"{name}: {wrong['true']} → {wrong['predicted']}",
                                    f"{wrong['images']:,}", _percent(wrong["fraction"])])
@@ -413,7 +537,8 @@ def _tables(numbers):
 
 def _languages(classification):
     """The [(language, result)] in what classify returns."""
-    return [(key, value) for key, value in classification.items() if isinstance(value, dict)]
+    return [(key, value) for key, value in classification.items()
+            if isinstance(value, dict) and key != "skipped"]
 
 
 def _language_name(language):
@@ -423,11 +548,14 @@ def _language_name(language):
 def _print_report(numbers):
     """Print the tables with aligned columns."""
     for header, rows in _tables(numbers):
-        width = max(_terminal_width(row[0]) for row in [header, *rows])
-        for first, *rest in [header, *rows]:
+        lines = [[one_line(first), *rest] for first, *rest in [header, *rows]]
+        width = max(_terminal_width(first) for first, *_ in lines)
+        for first, *rest in lines:
             cells = [cell.rjust(max(6, len(title))) for cell, title in zip(rest, header[1:])]
             print("  ".join([first + " " * (width - _terminal_width(first)), *cells]))
         print()
+    for note in numbers["notes"]:
+        print(one_line(note))
     if numbers["skipped"]:
         print(f"skipped: {shards.format_counts(numbers['skipped'])}")
 
@@ -437,14 +565,20 @@ def _terminal_width(text):
     return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
-def _write_page(folder, embedded, numbers):
-    """Write folder/index.html: the first table, examples, the curves of the run, confusions."""
+def _write_page(path, embedded, numbers):
+    """Write a page: the first table, examples, the curves of the run, confusions.
+
+    The run's own page is index.html. It has the curves, and a link to the pages of other sets.
+    """
+    folder = path.parent
+    is_of_run = path.name == "index.html" and (folder / "metrics.jsonl").exists()
     tested = ", ".join(numbers["test"][:3]) + (" and more" if len(numbers["test"]) > 3 else "")
     intro = f"{numbers['images']:,} held-out images of {tested}"
     if numbers["candidates"]:
         counts = [f"{n:,} {_language_name(language)}"
                   for language, n in numbers["candidates"].items()]
         intro += f"; candidates: {', '.join(counts)}"
+    intro = ". ".join([intro, *numbers["notes"]])
 
     first, *others = (page.table(header, rows) for header, rows in _tables(numbers))
     parts = [first]
@@ -455,7 +589,8 @@ def _write_page(folder, embedded, numbers):
             page.heading("Predictions for images that were not trained on",
                          "The three nearest captions in each language. The right one is marked."),
             page.cards([_prediction_card(embedded, i) for i in shown])]
-    parts += curves(folder)
+    if is_of_run:
+        parts += curves(folder)
     parts += others
     for language, result in _languages(numbers.get("classification", {})):
         if result["confusions"]:
@@ -464,7 +599,20 @@ def _write_page(folder, embedded, numbers):
                              "The most frequent first, with one image of each."),
                 page.cards([_confusion_card(embedded, wrong)
                             for wrong in result["confusions"][:12]])]
-    page.write(folder / "index.html", f"{folder.name}: what the model learned", f"{intro}.", *parts)
+    if is_of_run:
+        parts += [
+            page.heading("Other sets", "python evaluate.py writes a page for each set that it "
+                         "evaluates the model on, and a page that lists them:"),
+            page.links([(LIST, LIST)])]
+    page.write(path, f"{folder.resolve().name}: what the model learned", f"{intro}.", *parts)
+
+
+def _list_pages(folder):
+    """Write evaluations.html: links to the pages of all sets."""
+    names = sorted(path.name for path in folder.glob("evaluation-*.html"))
+    links = [(name, name.removeprefix("evaluation-").removesuffix(".html")) for name in names]
+    page.write(folder / LIST, f"{folder.resolve().name}: evaluations", "A page for each set.",
+               page.links(links))
 
 
 def _prediction_card(embedded, i):
@@ -472,10 +620,11 @@ def _prediction_card(embedded, i):
     pair, lists = embedded.pairs[i], ""
     for language in sorted(embedded.texts):
         scores = embedded.texts[language] @ embedded.images[i]               # [P]
-        nearest = scores.topk(min(3, len(scores))).indices.tolist()
-        found = [(embedded.captions[language][j], bool(embedded.owner[language][j] == i))
-                 for j in nearest]
-        lists += page.names(", ".join(pair.captions.get(language, [])), found, language)
+        nearest = scores.topk(min(100, len(scores))).indices.tolist()
+        own = pair.captions.get(language, [])
+        texts = dict.fromkeys(embedded.captions[language][j] for j in nearest)  # each once
+        found = [(text, text in own) for text in list(texts)[:3]]
+        lists += page.names(", ".join(own), found, language)
     return page.card(page.image(shards.decode(pair.image)), lists)
 
 
@@ -492,9 +641,14 @@ def curves(folder):
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    # If the run was killed, the last line may be cut short.
-    log = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    log = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(line)
+        except (ValueError, RecursionError):  # if the run was killed, a line may be cut short
+            continue
+        if isinstance(line, dict) and _is_number(line.get("step")):
+            log.append(line)
 
     losses, recalls = {}, {}
     for language, name in LANGUAGE_NAMES.items():
@@ -507,15 +661,20 @@ def curves(folder):
 
 def _column(log, key):
     """The values of a key in a log: [(step, value)]."""
-    return [(line["step"], line[key]) for line in log if line.get(key) is not None]
+    return [(line["step"], line[key]) for line in log if _is_number(line.get(key))]
+
+
+def _is_number(value):
+    """Whether a value can be drawn: not negative, not NaN and not infinite."""
+    return type(value) in (int, float) and 0 <= value < 1e30
 
 
 # ---- the command ----
 
 def main(argv=None):
     """Evaluate a model on a set."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\nFrom top")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__.partition("\nFrom top")[0],
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="the folder of a run or of released weights")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
@@ -528,20 +687,43 @@ def main(argv=None):
         help="classify with the names and prompts of this set of prompts.json (default: those in "
              "CLIP_benchmark's layout)")
     add("--out", metavar="FOLDER",
-        help="folder for evaluation.json and index.html (default: the model's folder)")
+        help="folder for evaluation.json and index.html (default: the model's folder, where the "
+             "set is part of the files' names)")
     args = parser.parse_args(argv)
 
     # Errors in paths come first, since the model takes the longest to open.
-    out = Path(args.out or folder_of(args.model))
-    if args.out:
-        out.mkdir(parents=True, exist_ok=True)
+    out, model_folder = Path(args.out or folder_of(args.model)), folder_of(args.model)
+    if args.out or out.is_dir():
+        check_writable(out)
+    # A run's evaluation.json and index.html are those of its training.
+    name = set_name(args.test, args.classes) if out.resolve() == model_folder.resolve() else ""
     candidates = read_candidates(args.test, args.candidates)
     pairs, classes = open_set(args.test, args.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
-    print(f"{args.model} on {' '.join(args.test)}, {len(pairs):,} images")
-    report(out, model, pairs, tokenizer, candidates, classes)
-    print(f"{out}/index.html")
+    print(one_line(f"{args.model} on {' '.join(args.test)}, {len(pairs):,} images"), flush=True)
+    embedded = Embedded(model, pairs, tokenizer, candidates, strict=is_benchmark(args.test[0]))
+    report(out, model, pairs, tokenizer, candidates, classes, embedded=embedded, name=name)
+    print(f"{out}/evaluation-{name}.html; {out}/{LIST} lists all" if name else f"{out}/index.html")
+
+
+def check_writable(folder):
+    """Make a folder if it is missing. Raises OSError if no file can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder}: nothing can be written there ({error.strerror}); name another "
+                      "folder with --out") from None
+
+
+def set_name(sources, classes=None):
+    """A name for the files of an evaluation: 'data/emoji/test-*.tar' -> 'data-emoji-test'."""
+    text = " ".join([*sources, classes or ""])
+    name = re.sub(r"(\.tar\b|\W)+", "-", text).strip("-") or "set"
+    if len(name.encode()) > 100:  # file names have at most 255 bytes
+        name = f"{name[:20]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}"
+    return name
 
 
 def folder_of(model):
@@ -553,18 +735,17 @@ def folder_of(model):
 def read_candidates(sources, path=None):
     """{language: captions} of a JSON file, by default names.json in the folder of the first shard.
 
-    Returns None if no path is given and there is no names.json. Raises ValueError when the file is
-    not of that form.
+    Returns None if no path is given and there is no names.json. Raises FileNotFoundError when there
+    is no file at the path, ValueError when it is not of that form.
     """
     if not path:
-        first = Path(sources[0].partition("::")[0])
+        first = Path(os.path.expanduser(sources[0].partition("::")[0]))
         path = (first if first.is_dir() else first.parent) / "names.json"
         if not path.is_file():
             return None
-    try:
-        candidates = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    elif not Path(path).is_file():
+        raise FileNotFoundError(f"--candidates {path}: no such file")
+    candidates = read_json(path)
     if not isinstance(candidates, dict) or not all(map(_is_list_of_text, candidates.values())):
         raise ValueError(f'{path}: not of the form {{"en": ["a red apple", ...], "ko": [...]}}')
     return candidates

@@ -22,6 +22,7 @@ import io
 import math
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 # ---- writing a file ----
 
@@ -67,6 +68,13 @@ def table(head, rows):
 
     parts = [table_row("th", head)] + [table_row("td", row) for row in rows]
     return f'<div class="wide"><table>{"".join(parts)}</table></div>'
+
+
+def links(found):
+    """A list of links to files in the page's folder. found: [(file name, text)]."""
+    items = [f'<li><a href="{quote(os.fsencode(name))}">{html.escape(text)}</a></li>'
+             for name, text in found]
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def names(title, found, language=""):
@@ -158,7 +166,7 @@ def plot(title, series, dots=False, unit="steps"):
 
 def _round_step(highest):
     """The smallest of 1, 2, 2.5 and 5 times powers of ten such that 4 steps reach `highest`."""
-    highest = highest or 1
+    highest = highest if highest > 1e-12 else 1
     power = 10 ** math.floor(math.log10(highest / 4))
     return next(power * n for n in (1, 2, 2.5, 5, 10) if 4 * power * n >= highest)
 
