@@ -21,6 +21,7 @@ import json
 import os
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ import shards
 from evaluate import encode_batch, folder_of, load_batches
 
 SAVE_VECTORS, SAVE_SECONDS = 4096, 60  # new vectors are written at least this often
+MAX_FILE = 256 << 20                   # bytes; larger files are ignored
 
 
 def digest(content):
@@ -46,18 +48,20 @@ class FeatureCache:
     Every vector has two keys. The digest of the image's location finds it without reading the
     image. The digest of the image's bytes finds it after the image was moved.
 
-    folder: has the vectors in files of numpy's format. Damaged files are ignored.
+    folder: has the vectors in files of numpy's format. Files that are damaged, or that have other
+    vectors than these, are ignored, so that their vectors are computed again. width: D, by default
+    that of the first file. is_unit: whether vectors have unit length.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, width=None, is_unit=False):
         self.folder, self.vectors = Path(folder), {}
         self.new_keys, self.saved_at = [], time.monotonic()
         for path in sorted(self.folder.glob("*.npz")):
             try:
-                with np.load(path) as file:  # refuses pickled objects
-                    keys, vectors = file["keys"].tolist(), file["vectors"]
+                keys, vectors = _read_vectors(path, width, is_unit)
             except Exception:  # on damaged files numpy raises more than OSError
                 continue
+            width = vectors.shape[1]
             for (location, content), vector in zip(keys, vectors):
                 self.vectors[location] = self.vectors[content] = vector
 
@@ -95,13 +99,41 @@ class FeatureCache:
         self.new_keys, self.saved_at = [], time.monotonic()
 
 
-def open_cache(name_or_path, model, kind="unit"):
+def _read_vectors(path, width, is_unit):
+    """The keys and vectors of a file of the cache: a list of N pairs, and float32 [N, D].
+
+    Raises ValueError, or an error of zipfile or numpy, when it is not as save() writes it.
+    """
+    if not path.is_file() or path.stat().st_size > MAX_FILE:  # reading a pipe would block
+        raise ValueError
+    with zipfile.ZipFile(path) as file:
+        if any(member.file_size > member.compress_size for member in file.infolist()):
+            raise ValueError  # compressed, maybe from far more bytes than fit into memory
+    with np.load(path) as file:  # refuses pickled objects
+        keys, vectors = file["keys"], file["vectors"]
+    n, width = len(keys), width or vectors.shape[-1]
+    if (keys.dtype.kind, keys.shape) != ("U", (n, 2)):
+        raise ValueError
+    if (vectors.dtype, vectors.shape) != (np.float32, (n, width)):
+        raise ValueError
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1)
+    # Unit vectors in bfloat16 are so within a percent. A comparison with NaN is false.
+    is_good = abs(lengths - 1) < 0.01 if is_unit else (lengths > 0) & (lengths < np.inf)
+    if not is_good.all():
+        raise ValueError
+    return keys.tolist(), vectors
+
+
+def open_cache(name_or_path, model, kind="unit", width=None):
     """The FeatureCache of a model: features/DIGEST in the folder of its weights.
 
     If that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
-    opened. kind: a name for what the vectors are. The digest covers weights, configuration and
-    kind: another model, or the same model after more training, has another cache.
+    opened. kind: a name for what the vectors are; "unit" are those of encode_image, of unit length.
+    width: of other vectors. The digest covers weights, configuration and kind: another model, or
+    the same model after more training, has another cache.
     """
+    is_unit = kind == "unit"
     state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         state.update(name.encode())
@@ -109,7 +141,8 @@ def open_cache(name_or_path, model, kind="unit"):
     folder = folder_of(name_or_path)
     if not os.access(folder, os.W_OK):
         folder = Path("~/.cache/kelip").expanduser()
-    return FeatureCache(folder / "features" / state.hexdigest()[:16])
+    return FeatureCache(folder / "features" / state.hexdigest()[:16],
+                        model.config["embed_dim"] if is_unit else width, is_unit)
 
 
 # ---- embedding ----
@@ -119,8 +152,8 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
 
     pairs: data.Pairs or extras.search.ImageFolder. encode: images [N, 3, size, size] -> [N, D], by
     default encode_image's unit vectors. Returns vectors float32 [M, D] on the CPU; kept, the M
-    indices of pairs whose image decodes; and skipped, a Counter of errors. When interrupted, it
-    saves the vectors computed so far.
+    indices of pairs whose image decodes and has a finite vector; and skipped, a Counter of errors.
+    When interrupted, it saves the vectors computed so far.
     """
     encode = encode or functools.partial(model.encode_image, l2norm=True)
     device = model.logit_scale.device
@@ -142,7 +175,10 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
             if images:
                 vectors = encode_batch(encode, torch.stack(images).to(device)).numpy()
                 for (location, content), vector in zip(keys, vectors):
-                    cache.add(location, content, vector)
+                    if np.isfinite(vector).all():
+                        cache.add(location, content, vector)
+                    else:
+                        skipped["vector not finite"] += 1
     finally:
         cache.save()
     kept = [i for i, location in enumerate(locations) if location in cache]

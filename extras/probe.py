@@ -27,7 +27,7 @@ import kelip
 from classes import labels_of, open_set
 from extras.features import embed_images, open_cache
 from shards import format_counts
-from tokenizer import run_command
+from tokenizer import ArgumentParser, run_command
 
 FEATURES = ("class token", "mean of patches")
 L2_PENALTIES = [10.0 ** n for n in range(2, -7, -1)]
@@ -61,14 +61,14 @@ def features_of(model, name_or_path, evaluation_set, flag):
     """The features of the images that have a class.
 
     evaluation_set: from classes.open_set. flag: the flag that named it, for the error. Returns
-    features [N, 2W], labels int64 [N], and a Counter of the errors of images that do not decode.
+    features [N, 2W], labels int64 [N], and a Counter of the errors of images that are skipped.
     Raises ValueError for fewer than five images.
     """
     pairs, classes = evaluation_set
-    cache = open_cache(name_or_path, model, "probe")
+    cache = open_cache(name_or_path, model, "probe", width=2 * model.config["vision_width"])
     features, kept, skipped = embed_images(
         model, pairs, cache, encode=functools.partial(encode, model))
-    labels = labels_of(torch.utils.data.Subset(pairs, kept), classes)
+    labels = labels_of(torch.utils.data.Subset(pairs, kept), classes, skipped)
     chosen = [i for i, label in enumerate(labels) if label is not None]
     if len(chosen) < 5:
         causes = f"; skipped: {format_counts(skipped)}" if skipped else ""
@@ -147,7 +147,7 @@ def accuracy(predicted, y):
 
 def main(argv=None):
     """Read the command line, probe the encoder and an untrained one, print a table."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m extras.probe", description=__doc__.partition("\nFrom top")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

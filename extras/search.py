@@ -27,10 +27,10 @@ import data
 import kelip
 import page
 import shards
-from evaluate import embed_texts, folder_of
+from evaluate import check_writable, embed_texts, folder_of
 from extras.features import embed_images, open_cache
 from shards import IMAGE_SUFFIXES, Pair, Shard
-from tokenizer import run_command
+from tokenizer import ArgumentParser, one_line, run_command
 
 PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
 SIDE = 112               # of an image on the page, in pixels
@@ -127,11 +127,15 @@ def query_vector(model, tokenizer, plus=(), like=None, minus=()):
 @torch.no_grad()
 def _image_vector(model, path):
     """The unit vector of an image file: float32 [D]."""
+    preprocess = kelip.preprocess(model.config["image_resolution"])
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--like {path}: no such file")
+    if os.path.getsize(path) > shards.MAX_PAIR:
+        raise ValueError(f"--like {path}: more than {shards.MAX_PAIR:,} bytes")
     try:
-        image = shards.decode(Path(path).read_bytes())
+        image = preprocess(shards.decode(Path(path).read_bytes()))           # [3, size, size]
     except ValueError as error:
         raise ValueError(f"--like {path}: {error}") from None
-    image = kelip.preprocess(model.config["image_resolution"])(image)        # [3, size, size]
     image = image[None].to(model.logit_scale.device)
     return model.encode_image(image, l2norm=True)[0].float().cpu()
 
@@ -155,11 +159,12 @@ def main(argv=None):
     minus = [text for text in args.minus if text.strip()]
     if minus and not plus and not args.like:
         raise ValueError("--minus alone: give words or --like IMAGE to subtract from")
+    folder = Path(args.out or folder_of(args.model))
+    if args.out or folder.is_dir():
+        check_writable(folder)
     pairs = ImageFolder(args.images) if holds_images(args.images) else data.Pairs(args.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
-    folder = Path(args.out or folder_of(args.model))
-    folder.mkdir(parents=True, exist_ok=True)
 
     # The query comes first: it is fast, and its errors should not wait for the images.
     if plus or minus or args.like:
@@ -187,7 +192,7 @@ def main(argv=None):
 
 def parse_arguments(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m extras.search", description=__doc__.partition("\nFrom top")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -227,7 +232,7 @@ def show(folder, images, found, title):
         pair = images[i]
         names = [pair.key, *itertools.chain(*pair.captions.values())]
         if rank < PRINTED:
-            print(f"{score:6.3f}  {', '.join(names)}")
+            print(f"{score:6.3f}  {one_line(', '.join(names))}")
         image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
         cards.append(page.card(image, page.lines(f"{score:.3f}", names)))
     intro = f"The {len(cards)} nearest of {len(images):,} images, by cosine."
