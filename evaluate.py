@@ -611,6 +611,8 @@ def _list_pages(folder):
     """Write evaluations.html: links to the pages of all sets."""
     names = sorted(path.name for path in folder.glob("evaluation-*.html"))
     links = [(name, name.removeprefix("evaluation-").removesuffix(".html")) for name in names]
+    if (folder / "index.html").exists():
+        links.insert(0, ("index.html", "the training run"))
     page.write(folder / LIST, f"{folder.resolve().name}: evaluations", "A page for each set.",
                page.links(links))
 

@@ -5,6 +5,7 @@ import ast
 import base64
 import functools
 import gzip
+import html
 import importlib
 import io
 import itertools
@@ -24,6 +25,7 @@ import sys
 import tarfile
 import time
 import unicodedata
+import urllib.parse
 from collections import Counter
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -1211,6 +1213,14 @@ def test_jitters_do_nothing_at_zero_and_keep_what_they_should():
 # ---- pages ----
 
 NASTY = '<script>alert("1 & 2")</script>\'"한국어'
+
+
+def test_links_lead_to_files_of_any_name(tmp_path):
+    names = ["a b", "한글", "100%", "<i>&#35;", "\udcff"]
+    text = page.links([(name, name) for name in names])
+    found = re.findall('href="([^"<>&# ]*)">(.*?)</a>', text)
+    assert [os.fsdecode(urllib.parse.unquote_to_bytes(link)) for link, _ in found] == names
+    assert [html.unescape(text) for _, text in found] == names
 
 
 def test_every_piece_of_a_page_escapes_its_text(tmp_path):
@@ -2514,9 +2524,17 @@ def test_index_command_prints_what_is_there(tmp_path, data_command):
     ("{}{을/를}", "desk", "desk를"), ("{}{을/를}", "truck", "truck을"),
     ("{}{을/를}", "spring", "spring을"), ('"{}"{이라는/라는}', "이", '"이"라는'),
     ("{}{을/를}", "사과(apple)", "사과(apple)을"), ("{}{과/와} {}{이/가}", "빵", "빵과 빵이"),
+    ("{}{을/를}", unicodedata.normalize("NFD", "곰"), unicodedata.normalize("NFD", "곰") + "을"),
     ("{}{이/가}", "", "가")])
 def test_particles_follow_the_sound_of_the_name(template, name, prompt):
     assert classes.format_prompt(template, name) == prompt
+
+
+def test_a_template_of_many_particles_takes_linear_time():
+    start = time.process_time()
+    prompt = classes.format_prompt("{}" + "{을/를}" * 20_000, "곰")
+    assert prompt == "곰을" + "을" * 19_999
+    assert time.process_time() - start < 5  # in quadratic time, it takes half a minute
 
 
 def test_every_set_has_the_same_classes_in_each_language_and_prompts_that_fill():
@@ -2538,6 +2556,35 @@ def test_every_set_has_the_same_classes_in_each_language_and_prompts_that_fill()
         classes.read_classes("cifar11")
 
 
+@pytest.mark.parametrize("changes, complaint", [
+    ({"classnames": {"en": ["a"], "ja": ["b"]}}, "\"templates\" has no list .* for 'ja'"),
+    ({"templates": {"en": []}}, "\"templates\" has no list .* for 'en'"),
+    ({"templates": {"en": "a {}"}}, "\"templates\" has no list .* for 'en'"),
+    ({"templates": {"en": ["x" * 1001]}}, "\"templates\" has no list .* for 'en'"),
+    ({"templates": None}, "\"templates\" is not of the form"),
+    ({"classnames": ["a"]}, "\"classnames\" is not of the form"),
+    ({"classnames": {}}, "\"classnames\" is not of the form"),
+    ({"classnames": {"en": "a"}}, "\"classnames\" has no list for 'en'"),
+    ({"classnames": {"en": ["a", []]}}, "class 1 in 'en' is not a name"),
+    ({"classnames": {"en": ["a", 7]}}, "class 1 in 'en' is not a name"),
+    ({"classnames": {"en": ["a", ["b", None]]}}, "class 1 in 'en' is not a name"),
+    ({"codepoints": ["1F600", "1F601"]}, "numbers of classes differ: 1 in 'en', 2 in 'codepoints'"),
+    ({"codepoints": ["1F600-"]}, "\"codepoints\" is not a list"),
+    (None, "\"classnames\" is not of the form")])
+def test_a_damaged_set_of_prompts_is_named(tmp_path, monkeypatch, changes, complaint):
+    mine = None
+    if changes is not None:
+        mine = {"classnames": {"en": ["a"]}, "templates": {"en": ["a {}"]}, **changes}
+    (tmp_path / "prompts.json").write_text(json.dumps({"mine": mine}), encoding="utf-8")
+    monkeypatch.setattr(classes, "__file__", str(tmp_path / "classes.py"))
+    with pytest.raises(ValueError, match=f"prompts.json: mine: .*{complaint}") as caught:
+        classes.read_classes("mine")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "prompts.json").write_text('{"mine": ')
+    with pytest.raises(ValueError, match="prompts.json: not JSON"):
+        classes.read_classes("mine")
+
+
 def test_labels_come_from_cls_code_points_or_captions():
     pair = shards.Pair("Joy-U+1F34E", b"", {"en": ["a red circle"]}, {}, [])
 
@@ -2557,8 +2604,15 @@ def test_labels_come_from_cls_code_points_or_captions():
     assert label(two, members={"cls": b"0\n"}) == 0
     korean = {"classnames": {"ko": ["배", "사과"]}}
     assert label(korean, captions={"ko": ["빨간 사과"]}) == 1
-    with pytest.raises(ValueError, match="class '2', but the set has 2"):
-        label(two, members={"cls": b"2"})
+    unnamed = {"classnames": {"en": ["square", "", "circle"]}}
+    assert label(unnamed) == 2 and label(unnamed, members={"cls": b"1"}) == 1
+    for content in (b"2", b"-1", b"1.0", b"", b"x", b"\xff", b"9" * 5000):
+        with pytest.raises(ValueError, match="bad .cls: Joy.*: class '.*', but the set has 2"):
+            label(two, members={"cls": content})
+    skipped = Counter()
+    pairs = [pair._replace(members={"cls": content}) for content in (b"1", b"2", b"0", b"")]
+    assert classes.labels_of(pairs, two, skipped) == [1, None, 0, None]
+    assert skipped == {"bad .cls": 2}
 
 
 def test_names_on_disk_match_classes():
@@ -2575,6 +2629,8 @@ def test_names_on_disk_match_classes():
         match(["cat", "n02", "n03"])
     with pytest.raises(ValueError, match="n01 names no class"):
         match(["n01", "n02"])
+    with pytest.raises(ValueError, match="x: line 2, which is blank, names no class"):
+        match(["cat", ""])
     # As macOS spells names on disk, in decomposed Hangul.
     assert match(["\u1100\u1162"], ["고양이", "개"]) == [1]
 
@@ -2584,20 +2640,38 @@ def test_sets_that_differ_are_not_evaluated_as_one(tmp_path):
     def members(n, color, shape):
         return {"cls": str(n % 2).encode(), "txt": b"one\ntwo\n"}
     a, b, c = (write_benchmark(tmp_path / name, " Retrieval \n", members) for name in "abc")
-    for folder, names in ((a, "cat\n\ndog\n\n"), (b, "dog\ncat\n"), (c, "cat\ndog\n")):
-        (folder / "classnames.txt").write_text(names)
+    for folder, names in ((a, "cat\n dog"), (b, "dog\ncat\n"), (c, "\ufeffcat \r\ndog\n")):
+        (folder / "classnames.txt").write_text(names, encoding="utf-8")
     both = classes.open_set([str(a), str(c)])
     assert both.classes["classnames"] == {"en": ["cat", "dog"]} and len(both.pairs) == 32
     assert both.pairs[0].captions == {"": ["one", "two"]}
     for other in (b, f"{a}/test/0.tar"):
         with pytest.raises(ValueError, match="differ in layout, classes or templates"):
             classes.open_set([str(a), str(other)])
-    (a / "test" / "nshards.txt").write_text("two")
-    with pytest.raises(ValueError, match="nshards.txt: 'two' instead of the number of tars"):
-        classes.open_set([str(a)])
+    for count in ("two", "0", "-1", "2 2", "", "9" * 900):
+        (a / "test" / "nshards.txt").write_text(count)
+        with pytest.raises(ValueError, match="nshards.txt: '.*' instead of the number of tars"):
+            classes.open_set([str(a)])
+    for count in (3, 10**12):
+        (a / "test" / "nshards.txt").write_text(f"{count}\n")
+        with pytest.raises(FileNotFoundError, match=rf"a/test/2.tar: missing; .* {count:,} tars"):
+            classes.open_set([str(a)])
     (b / "classnames.txt").write_bytes("고양이\n개\n".encode("cp949"))
-    with pytest.raises(ValueError, match="classnames.txt: not UTF-8"):
+    with pytest.raises(ValueError, match="classnames.txt: not UTF-8: save it as UTF-8"):
         classes.open_set([str(b)])
+    (b / "classnames.txt").write_text("cat\n" + "d" * 1001)
+    with pytest.raises(ValueError, match="classnames.txt: line 2 has 1,001 characters"):
+        classes.open_set([str(b)])
+    os.truncate(b / "classnames.txt", 1 << 30)
+    with pytest.raises(ValueError, match="classnames.txt: not a text file of at most"):
+        classes.open_set([str(b)])
+    (b / "classnames.txt").unlink()
+    os.mkfifo(b / "classnames.txt")
+    with pytest.raises(ValueError, match="classnames.txt: not a text file of at most"):
+        classes.open_set([str(b)])
+    for source, flag in itertools.product((c, "x"), ("test", "train")):
+        with pytest.raises(ValueError, match=f"^--{flag} .*::kr: kr is a country"):
+            classes.open_set([f"{source}::kr"], split=flag)
 
 
 def test_names_on_disk_are_used_without_a_set_of_prompts(tmp_path):
@@ -2605,7 +2679,7 @@ def test_names_on_disk_are_used_without_a_set_of_prompts(tmp_path):
         "cls": str(n % 2).encode()})
     write_names(folder, ["ant_blue", "zebra_red"])
     found = classes.open_set([str(folder)])
-    assert found.classes == {"name": "set", "classnames": {"en": ["ant blue", "zebra red"]},
+    assert found.classes == {"name": "set", "classnames": {"en": ["ant_blue", "zebra_red"]},
                              "templates": {"en": ["a photo of a {}."]}}
     assert classes.labels_of(found.pairs, found.classes) == [0, 1] * 8
     write_names(folder, ["고양이", "개"])
@@ -2620,6 +2694,52 @@ def test_names_on_disk_are_used_without_a_set_of_prompts(tmp_path):
     (folder / "dataset_type.txt").write_text("multilabel\n")
     with pytest.raises(ValueError, match="several classes"):
         classes.open_set([str(folder)])
+
+
+@pytest.mark.slow
+def test_many_texts_of_a_set_are_read_as_clip_benchmark_does(tmp_path):
+    check_texts_of_a_set(tmp_path, 2000)
+
+
+def test_texts_of_a_set_are_read_as_clip_benchmark_does(tmp_path):
+    check_texts_of_a_set(tmp_path, 20)
+
+
+def check_texts_of_a_set(tmp_path, examples):
+    """Class names, templates and numbers of tars are as in CLIP_benchmark, or named as wrong."""
+    folder = write_benchmark(tmp_path / "set", "", lambda n, color, shape: {"cls": b"0"})
+    line = st.text(st.sampled_from("ab_{}c/가 \u3000\ufeff\x85\x0b"), max_size=8)
+    text = st.lists(line, max_size=6).map("\n".join)
+    content = text.map(str.encode) | st.binary(max_size=20)
+    count = st.sampled_from(["1", " 2\n", "\n1\n\n", "3", "0", "-1", "1.0", "1_0", "٢", "9" * 30])
+
+    @given(content, content, count)
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    def check(names, templates, count):
+        (folder / "classnames.txt").write_bytes(names)
+        (folder / "zeroshot_classification_templates.txt").write_bytes(templates)
+        (folder / "test" / "nshards.txt").write_text(count, encoding="utf-8")
+        try:
+            opened = classes.open_set([str(folder)])
+        except (ValueError, OSError) as error:
+            assert str(error).startswith(f"{folder}/") and "\n" not in str(error)
+            return
+        assert len(opened.pairs) == 8 * int(count)
+        expected = []  # its names and templates
+        for content in (names, templates):
+            decoded = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+            expected.append([line.strip() for line in decoded.splitlines()])
+        if not expected[0]:
+            assert opened.classes is None
+            return
+        [(language, found)] = opened.classes["classnames"].items()
+        assert found == expected[0]
+        default = classes.DEFAULT_TEMPLATES[language]
+        assert opened.classes["templates"] == {language: expected[1] or default}
+        for template in opened.classes["templates"][language]:
+            classes.format_prompt(template, found[0])
+
+    check()
 
 
 def test_folders_of_images_are_answered_with_the_command_that_packs_them(tmp_path):
@@ -2650,7 +2770,8 @@ def test_clip_benchmark_sets_are_classified(small_run, tmp_path, monkeypatch):
     assert result["images"] == 16 and result["classes"] == 4 and not found["retrieval"]
     assert "wds_shapes, %" in printed
     wrong = sum(confusion["images"] for confusion in result["en"]["confusions"])
-    assert result["en"]["top1"] == pytest.approx(1 - wrong / 16) and result["en"]["top5"] == 1
+    assert result["en"]["top1"] == pytest.approx(1 - wrong / 16)
+    assert "top5" not in result["en"] and "top-5" not in printed  # all four would be in it
 
     # The same set with the names of prompts.json, which are in another order there.
     own = {"classnames": {"en": [[name.upper()] for name in reversed(SHAPES)],
@@ -2685,7 +2806,7 @@ def test_a_report_says_what_it_did_not_evaluate(small_run, shapes, tmp_path):
     names.write_text('{"en": ["more", "more", "a red circle"], "ko": [], "xx": ["and more"]}')
     flags = [small_run, "--test", tar, "--out", out, "--candidates"]
     printed = here(evaluate.main, *flags, names)
-    assert "skipped: 1 truncated tar" in printed
+    assert "skipped: 1 no caption, 1 truncated tar" in printed
     found = evaluation(out)
     assert found["test"] == [str(tar)] and found["candidates"].keys() == {"en", "ko"}
     assert found["candidates"]["en"] == found["candidates"]["ko"] + 1
@@ -2700,13 +2821,15 @@ def test_a_report_says_what_it_did_not_evaluate(small_run, shapes, tmp_path):
     write_tar(tmp_path / "broken.tar", [("1", {"jpg": b"no image", "txt": b"a circle"})])
     with pytest.raises(ValueError, match="none of the 1 images decodes: 1 not an image"):
         here(evaluate.main, small_run, "--test", tmp_path / "broken.tar", "--out", out)
-    for text, message in (("[]", "not of the form"), ('{"en": "red"}', "not of the form"),
-                          ("{", "names.json: Expecting")):
+    for text, message in (("[]", "names.json: not"), ('{"en": "red"}', "not of the form"),
+                          ("{", "names.json: not JSON"), ('{"en": [1]}', "not of the form"),
+                          ('{"en": ' + "[" * 50_000, "names.json: not JSON")):
         names.write_text(text)
         with pytest.raises(ValueError, match=message):
             here(evaluate.main, *flags, names)
-    with pytest.raises(FileNotFoundError, match="gone.json"):
-        here(evaluate.main, *flags, tmp_path / "gone.json")
+    for path in (tmp_path / "gone.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^--candidates {path}: no such file$"):
+            here(evaluate.main, *flags, path)
     assert (out / "index.html").read_bytes() == before
     with pytest.raises(ValueError, match="--test .*bare.tar: no captions there"):
         here(train_clip.main, "--data", shapes / "train-0.tar", "--test", tmp_path / "bare.tar",
@@ -2736,6 +2859,206 @@ def test_the_page_has_the_first_table_examples_curves_and_confusions(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "evaluation.json", "index.html", "metrics.jsonl"]
     assert sorted(small_run.iterdir()) == model_files
+
+
+def test_numbers_of_classes_are_numbers_of_lines_and_a_bad_one_is_skipped(small_run, tmp_path):
+    """As CLIP_benchmark reads them: one of its own sets has a blank line among its classes."""
+    folder = write_benchmark(tmp_path / "clevr", "", lambda n, color, shape: {
+        "cls": str(n % 6).encode() if n < 14 else b"6"})
+    write_names(folder, ["red", "green", "blue", "", "a_black", "cross"])
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n\n{c}\n")
+    printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
+    assert "English: 1 of 6 classnames are empty; they count, as in CLIP_benchmark" in printed
+    assert "English: 1 of 3 templates are empty; they count, as in CLIP_benchmark" in printed
+    assert printed.count("skipped: 2 bad .cls") == 1
+    found = evaluation(tmp_path / "out")
+    assert found["skipped"] == {"bad .cls": 2} and found["classification"]["images"] == 14
+
+    model, _, tokenizer = kelip.build_model(small_run)
+    weights = []
+    for name in ["red", "green", "blue", "", "a_black", "cross"]:
+        texts = [template.format(c=name) for template in ("a {c}", "", "{c}")]
+        vectors = model.encode_text(tokenizer.encode(texts), l2norm=True)
+        weights.append(F.normalize(vectors.mean(dim=0), dim=0))
+    images, _, _ = evaluate.embed_images(model, classes.open_set([str(folder)]).pairs, False)
+    best = (images[:14] @ torch.stack(weights).T).topk(5).indices
+    hits = best == torch.arange(14)[:, None] % 6
+    result = found["classification"]["en"]
+    assert result["top1"] == pytest.approx(hits[:, 0].float().mean().item())
+    assert result["top5"] == pytest.approx(hits.any(dim=1).float().mean().item())
+
+    folder = write_benchmark(tmp_path / "bad", "", lambda n, color, shape: {"cls": b"x"})
+    write_names(folder, ["red", "green"])
+    with pytest.raises(ValueError, match=r"no pair has a class \(16 bad .cls\)"):
+        here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
+
+
+def test_an_evaluation_leaves_that_of_the_training_run(small_run, shapes, tmp_path, monkeypatch):
+    own = {"classnames": {"en": list(SHAPES)}, "templates": {"en": ["{}"]}}
+    monkeypatch.setattr(classes, "read_classes", lambda name: {"name": name, **own})
+    monkeypatch.chdir(shapes)  # for short paths
+    folder = tmp_path / "clip"
+    shutil.copytree(small_run, folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss_en": 4}\n{"step": 2, "loss_en": 3}\n')
+    model, _, tokenizer = kelip.build_model(folder)
+    here(lambda argv: evaluate.report(folder, model, data.Pairs("test-0.tar"), tokenizer))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert 'href="evaluations.html"' in (folder / "index.html").read_text(encoding="utf-8")
+
+    printed = here(evaluate.main, folder, "--test", "./test-*.tar::ko")
+    assert printed.endswith(f"{folder}/evaluation-test-ko.html; {folder}/evaluations.html lists "
+                            "all\n")
+    here(evaluate.main, folder, "--test", "test-0.tar", "--classes", "own", "--out",
+         f"{folder}/../clip")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    new = {path.name for path in folder.iterdir()} - {path.name for path in before}
+    names = {"evaluation-test-ko", "evaluation-test-0-own"}
+    assert new == {"evaluations.html"} | {f"{x}.{y}" for x in names for y in ("html", "json")}
+    listed = (folder / "evaluations.html").read_text(encoding="utf-8")
+    links = re.findall('href="(.*?)"', listed)
+    assert sorted(links) == sorted(["index.html", *(f"{name}.html" for name in names)])
+    found = json.loads((folder / "evaluation-test-0-own.json").read_text(encoding="utf-8"))
+    assert found["classes"] == "own"
+    text = (folder / "evaluation-test-0-own.html").read_text(encoding="utf-8")
+    assert "own, %" in text and "<polyline" not in text  # the curves are those of the run
+
+
+@pytest.mark.parametrize("sources, chosen, name", [
+    (["data/emoji/test-*.tar"], None, "data-emoji-test"),
+    (["wds_vtab-cifar10/"], "cifar10", "wds_vtab-cifar10-cifar10"),
+    (["../x.tar::ko", "한글/*"], "emoji groups", "x-ko-한글-emoji-groups"),
+    (["<b>\udcff\n"], None, "b"), (["*"], None, "set")])
+def test_a_set_has_a_name_that_is_safe_in_paths(sources, chosen, name):
+    assert evaluate.set_name(sources, chosen) == name
+
+
+def test_long_names_of_sets_are_cut_and_differ():
+    names = {evaluate.set_name([f"{'사과' * 100}-{i}"]) for i in range(3)}
+    assert len(names) == 3 and all(len(name.encode()) < 100 for name in names)
+
+
+def test_an_unwritable_folder_is_named_before_the_work(small_run, shapes, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(kelip, "build_model", None)
+    flags = [small_run, "--test", shapes / "test-0.tar"]
+    with pytest.raises(OSError, match="file/out: nothing can be written there .*with --out"):
+        here(evaluate.main, *flags, "--out", tmp_path / "file" / "out")
+
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(OSError, match=r"clip: nothing can be written there \(Permission denied\);"):
+        here(evaluate.main, *flags)
+
+
+def test_equal_captions_are_right_and_said(small_run, tmp_path):
+    """CLIP_benchmark counts only the image's own caption, and so do its sets."""
+    def members(n, color, shape):
+        return {"txt": f"a {shape}".encode()}
+    folder = write_benchmark(tmp_path / "set", "retrieval", members)
+    model, _, tokenizer = kelip.build_model(small_run)
+    found, chance = {}, {}
+    for name, source in (("strict", folder), ("ordinary", folder / "test")):
+        printed = here(evaluate.main, small_run, "--test", source, "--out", tmp_path / name)
+        assert "captions: 12 of 16 captions repeat; " in printed
+        assert ("as CLIP_benchmark counts" in printed) == (name == "strict")
+        found[name] = evaluation(tmp_path / name)["retrieval"][""]
+        chance[name] = evaluation(tmp_path / name)["chance"][""]
+    images, _, _ = evaluate.embed_images(model, data.Pairs(str(folder / "test")), False)
+    texts = model.encode_text(tokenizer.encode([f"a {shape}" for shape in SHAPES]), l2norm=True)
+    shape = torch.arange(16) % 4
+    scores = (images @ texts.T).detach()                                     # [16, 4]
+    # The four texts that are equal come together, in any order.
+    first = (scores.argmax(dim=1) == shape).float().mean().item()
+    assert found["ordinary"]["image_to_text"]["R@1"] == pytest.approx(first)
+    assert found["strict"]["image_to_text"]["R@1"] == pytest.approx(first / 4)
+    ranked = scores.T.topk(5).indices                                        # [4, 5], images
+    hits = (shape[ranked] == torch.arange(4)[:, None]).any(dim=1).float().mean().item()
+    assert found["ordinary"]["text_to_image"]["R@5"] == pytest.approx(hits)
+    own = (ranked[shape] == torch.arange(16)[:, None]).any(dim=1).float().mean().item()
+    assert found["strict"]["text_to_image"]["R@5"] == pytest.approx(own)
+    assert chance["strict"]["image_to_text"]["R@1"] == pytest.approx(1 / 16)
+    assert chance["ordinary"]["image_to_text"]["R@1"] == pytest.approx(1 / 4)
+    assert chance["ordinary"]["text_to_image"]["R@1"] == pytest.approx(1 / 4)
+    text = (tmp_path / "ordinary" / "index.html").read_text(encoding="utf-8")
+    cards = re.findall("<ol.*?</ol>", text)
+    assert len(cards) == 16  # each of three different captions, of which at most one is right
+    for card in cards:
+        assert len(set(re.findall("a [a-z]+", card))) == card.count("<li") == 3
+        assert card.count('class="right"') <= 1
+
+
+def test_captions_that_are_missing_are_counted(small_run, tmp_path):
+    image = shape_image("red", "circle", 0)
+    path = tmp_path / "x.tar"
+    write_tar(path, [("1", {"jpg": image, "en.txt": b"a circle", "ko.txt": b" "}),
+                     ("2", {"jpg": image, "en.txt": b"\xff"}), ("3", {"jpg": image})])
+    printed = here(evaluate.main, small_run, "--test", path, "--out", tmp_path / "out")
+    causes = "1 caption not UTF-8, 1 empty caption, 1 no caption"
+    assert f"skipped: {causes}\n" in printed
+    write_tar(path, [("1", {"jpg": image, "txt": b" "}), ("2", {"jpg": image})])
+    with pytest.raises(ValueError, match=r"nor names of classes \(1 empty caption\)"):
+        here(evaluate.main, small_run, "--test", path, "--out", tmp_path / "out")
+
+
+def test_images_that_are_too_thin_are_skipped(small_run, shapes, tmp_path, monkeypatch):
+    preprocess = kelip.preprocess
+
+    def strict(size):
+        def call(image):
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError(f"too thin: {image.width} x {image.height}")
+            return preprocess(size)(image)
+        return call
+    monkeypatch.setattr(kelip, "preprocess", strict)
+    path = tmp_path / "x.tar"
+    write_tar(path, [("1", {"jpg": shape_image("red", "circle", 0), "txt": b"a circle"}),
+                     ("2", {"png": encoded(Image.new("RGB", (1, 5000))), "txt": b"a line"})])
+    printed = here(evaluate.main, small_run, "--test", path, "--out", tmp_path / "out")
+    assert "skipped: 1 too thin\n" in printed
+    assert evaluation(tmp_path / "out")["images"] == 1
+
+
+def test_terminals_get_no_control_characters_from_files(small_run, tmp_path):
+    folder = write_benchmark(tmp_path / "set", "", label_of_shape)
+    write_names(folder, [f"\x1b[31m{name}\x07" for name in SHAPES])
+    printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
+    assert "\\x1b[31m" in printed and printed.replace("\n", "").isprintable()
+
+
+def test_progress_counts_images_and_texts(small_run, shapes, monkeypatch, capsys):
+    bars = []
+
+    class Bar(evaluate.tqdm):
+        def __init__(self, *arguments, **options):
+            bars.append(self)
+            super().__init__(*arguments, **options)
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    monkeypatch.setattr(evaluate, "BATCH", 5)
+    model, _, tokenizer = kelip.build_model(small_run)
+    evaluate.Embedded(model, data.Pairs(str(shapes / "test-0.tar")), tokenizer)
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("images", 16, 16), ("texts", 16, 16), ("texts", 16, 16)]
+
+
+@pytest.mark.parametrize("line", [
+    "", "{", "[]", "7", "null", '"step"', '{"step": null, "loss_en": 1}', '{"loss_en": 1}',
+    '{"step": "1", "loss_en": 1}', '{"step": 1, "loss_en": "2"}', '{"step": 1, "loss_en": NaN}',
+    '{"step": 1, "loss_en": Infinity}', '{"step": true, "loss_en": 2}',
+    '{"step": 1, "loss_en": -2}', '{"step": 1, "loss_en": 1e400}', '{"step": -1, "loss_en": 2}',
+    '{"step": 1, "loss_en": [2]}', '{"step": [1], "loss_en": 2}', '{"step": {}, "loss_en": 2}',
+    '{"step": ' + "9" * 5000 + ', "loss_en": 1}', '{"step": 1' + "0" * 400 + ', "loss_en": 1}',
+    "[" * 100_000, "\udcff"])
+def test_damaged_lines_of_the_log_are_ignored(tmp_path, line):
+    good = [json.dumps({"step": step, "loss_en": 4 / step, "en/image_to_text/R@1": step / 100})
+            for step in (1, 2, 3)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(good))
+    expected = evaluate.curves(tmp_path)
+    assert all("<polyline" in chart for chart in expected)
+    lines = "\n".join([line, good[0], line, *good[1:], line])
+    path.write_text(lines, encoding="utf-8", errors="surrogateescape")
+    assert evaluate.curves(tmp_path) == expected
 
 
 def test_the_command_explains_itself(capsys):
@@ -2805,6 +3128,35 @@ def test_recall_is_that_of_clip_benchmark():
         assert found[direction][f"R@{k}"] == pytest.approx(hits.float().mean().item(), abs=1e-6)
 
 
+def test_recall_with_equal_texts_is_that_of_the_matrix_of_positives():
+    """Also if texts tie that are different, or that nobody owns."""
+    torch.manual_seed(0)
+    for n_images, n_texts, n_distinct in itertools.product((1, 5, 12), (4, 30), (1, 3, 12)):
+        distinct = F.normalize(torch.randn(n_distinct, 2), dim=1).round(decimals=1)
+        which = torch.randint(n_distinct, (n_texts,))
+        owner = torch.randint(-1, n_images, (n_texts,))
+        owner[0] = 0
+        images = F.normalize(torch.randn(n_images, 2), dim=1).round(decimals=1)
+        first = torch.stack([(which == i).nonzero()[0, 0] for i in which])
+        found = evaluate.recall_at_k(images, distinct[which], owner, equal_to=first)
+        # Image i and text j: whether i owns a text that is equal to j.
+        owns = F.one_hot(owner + 1, n_images + 1).T[1:].bool()               # [M, P]
+        right = (owns[:, :, None] & (which[:, None] == which)).any(dim=1)    # [M, P]
+        scores = (images @ distinct.T)[:, which]
+        for direction, x, y, rows in (
+                ("image_to_text", scores, right, owns.any(dim=1)),
+                ("text_to_image", scores.T, right.T, owner >= 0)):
+            for k, value in found[direction].items():
+                k, hits = int(k.removeprefix("R@")), []
+                for score, is_right in zip(x[rows], y[rows]):
+                    best = score[is_right].max()
+                    higher, tied = (score > best).sum().item(), score == best
+                    t, p = tied.sum().item(), (tied & is_right).sum().item()
+                    d = min(max(k - higher, 0), t)
+                    hits.append(1 - math.comb(t - p, d) / math.comb(t, d))
+                assert value == pytest.approx(sum(hits) / len(hits))
+
+
 def test_recall_is_the_mean_over_all_orders_of_ties():
     """One image, six texts with three different scores; all 720 orders, sorted by score."""
     scores = torch.tensor([0.5, 0.8, 0.5, 0.5, 0.2, 0.5])
@@ -2824,9 +3176,10 @@ def test_recall_is_the_mean_over_all_orders_of_ties():
 def test_a_model_that_maps_everything_to_one_point_is_at_chance():
     owner = torch.tensor([0, 0, 1, 2, 2, 2, -1])
     one = torch.ones(7, 4) / 2
-    found = evaluate.recall_at_k(one[:3], one, owner)
-    chance = evaluate.chance_recall(owner, 3)
-    assert found == {direction: pytest.approx(values) for direction, values in chance.items()}
+    for equal_to in (None, torch.tensor([0, 1, 0, 1, 4, 5, 4])):
+        found = evaluate.recall_at_k(one[:3], one, owner, equal_to=equal_to)
+        chance = evaluate.chance_recall(owner, 3, equal_to=equal_to)
+        assert found == {direction: pytest.approx(values) for direction, values in chance.items()}
 
 
 def test_nan_ranks_first_and_is_never_a_hit():
@@ -2866,7 +3219,10 @@ def test_zero_shot_classification(small_run, shapes):
              "templates": {"en": templates, "ko": ["{}"]}}
     pairs = data.Pairs([str(shapes / "test-0.tar")])
     found = evaluate.classify(model, pairs, tokenizer, given, progress=False)
-    assert found["images"] == 16 and found["classes"] == 4 and found["en"]["top5"] == 1
+    assert found["images"] == 16 and found["classes"] == 4
+    assert found["en"].keys() == {"top1", "mean_per_class", "confusions"}
+    given["classnames"] = {"en": [*SHAPES, "star"]}
+    assert evaluate.classify(model, pairs, tokenizer, given, progress=False)["en"]["top5"] == 1
     # Each class has four of the images.
     assert 0 <= found["ko"]["top1"] == pytest.approx(found["ko"]["mean_per_class"])
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 import warnings
 from collections import Counter
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1020,6 +1023,116 @@ def test_the_cache_of_a_read_only_model_is_in_the_home_folder(small_run, tmp_pat
     assert cache.folder.parent == tmp_path / ".cache" / "kelip" / "features"
 
 
+KEYS = np.array([[f"{i:032x}", f"{i + 100:032x}"] for i in range(5)])
+UNIT = np.eye(5, 8, dtype=np.float32)
+
+
+@pytest.mark.parametrize("change", [
+    lambda keys, vectors: (keys, vectors * np.nan), lambda keys, vectors: (keys, vectors * 0),
+    lambda keys, vectors: (keys, vectors * 2), lambda keys, vectors: (keys, vectors * 1e30),
+    lambda keys, vectors: (keys, np.where(vectors == 1, np.inf, vectors)),
+    lambda keys, vectors: (keys, vectors[:, :7]), lambda keys, vectors: (keys, vectors[:, :0]),
+    lambda keys, vectors: (keys, np.tile(vectors, 2)), lambda keys, vectors: (keys, vectors[0]),
+    lambda keys, vectors: (keys, vectors[..., None]), lambda keys, vectors: (keys, vectors[0, 0]),
+    lambda keys, vectors: (keys, vectors.astype(np.float64)),
+    lambda keys, vectors: (keys, vectors.astype(">f4")),
+    lambda keys, vectors: (keys, vectors.astype(object)), lambda keys, vectors: (keys, vectors[:4]),
+    lambda keys, vectors: (keys[:4], vectors), lambda keys, vectors: (keys[:, :1], vectors),
+    lambda keys, vectors: (keys[:, 0], vectors), lambda keys, vectors: (keys.astype("S"), vectors),
+    lambda keys, vectors: (np.zeros((5, 2)), vectors)])
+def test_vectors_of_another_form_are_not_taken_from_the_cache(tmp_path, change):
+    def saved(name, keys, vectors):
+        np.savez(tmp_path / name, keys=keys, vectors=vectors)
+        return len(features.FeatureCache(tmp_path, 8, is_unit=True).vectors)
+    assert saved("a.npz", KEYS, UNIT) == 10
+    assert saved("a.npz", *change(KEYS, UNIT)) == 0
+    assert saved("b.npz", KEYS, UNIT) == 10  # a good file is taken next to a bad one
+
+
+@pytest.mark.slow
+def test_many_damaged_caches_are_ignored(tmp_path):
+    check_damaged_caches(tmp_path, 5000)
+
+
+def test_damaged_caches_are_ignored(tmp_path):
+    check_damaged_caches(tmp_path, 20)
+
+
+def check_damaged_caches(tmp_path, examples):
+    """Whatever happens to a cache's file, a key has its vector or none."""
+    cache = features.FeatureCache(tmp_path, 8, is_unit=True)
+    for (location, content), vector in zip(KEYS.tolist(), UNIT):
+        cache.add(location, content, vector)
+    cache.save()
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.binary(max_size=9)), max_size=3),
+           st.none() | st.integers(0, len(whole)))
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    def check(damages, cut):
+        bad = bytearray(whole)
+        for start, new in damages:
+            bad[start:start + len(new)] = new[:len(whole) - start]
+        path.write_bytes(bad[:cut])
+        found = features.FeatureCache(tmp_path, 8, is_unit=True)
+        if bad[:cut] == whole:
+            assert found.vectors.keys() == cache.vectors.keys()
+        for key, vector in found.vectors.items():
+            assert np.array_equal(vector, cache[key])
+
+    check()
+
+
+def test_caches_that_would_fill_the_memory_are_ignored(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", keys=KEYS, vectors=np.ones((5, 1 << 22), "f4"))
+    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
+    np.savez(tmp_path / "sparse.npz", keys=KEYS, vectors=UNIT)
+    content = (tmp_path / "sparse.npz").read_bytes()
+    with open(tmp_path / "sparse.npz", "wb") as file:
+        file.seek(1 << 35)
+        file.write(content)  # a zip may follow other data
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    os.symlink("/dev/zero", tmp_path / "device.npz")
+    tracemalloc.start()
+    try:
+        assert not features.FeatureCache(tmp_path, 1 << 22).vectors
+        assert not features.FeatureCache(tmp_path, 8).vectors
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20  # bytes at the peak
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_without_a_finite_vector_are_skipped(small_run, shapes, tmp_path):
+    model, _, _ = kelip.build_model(small_run)
+    pairs = data.Pairs(str(shapes / "test-0.tar"))
+
+    def encode(images):
+        vectors = model.encode_image(images, l2norm=True)
+        vectors[3] = torch.nan
+        return vectors
+    cache = features.FeatureCache(tmp_path, is_unit=True)
+    vectors, kept, skipped = features.embed_images(model, pairs, cache, False, encode)
+    assert kept == [i for i in range(16) if i != 3] and vectors.isfinite().all()
+    assert skipped == {"vector not finite": 1}
+    assert len(features.FeatureCache(tmp_path, is_unit=True).vectors) == 30
+
+
+def test_the_cache_of_a_model_has_its_width(small_run, shapes):
+    """A file of another model's vectors, even if it is in the right folder, is ignored."""
+    model, _, _ = kelip.build_model(small_run)
+    pairs = data.Pairs(str(shapes / "test-0.tar"))
+    for kind, width in (("unit", None), ("probe", 384)):
+        cache = features.open_cache(small_run, model, kind, width)
+        for i, location in enumerate(features._locations(pairs)):
+            cache.add(location, f"{i:032x}", np.eye(16, 77, dtype=np.float32)[i])
+        cache.save()
+        assert not features.open_cache(small_run, model, kind, width).vectors
+        for path in cache.folder.iterdir():
+            path.unlink()
+
+
 # ---- search.py ----
 
 def test_image_folders_with_links_hidden_files_and_odd_names(tmp_path):
@@ -1105,6 +1218,45 @@ def test_search_explains_what_is_wrong_with_a_query(small_run, tmp_path):
         here(search.main, *flags, "red", "--minus", "red")
     with pytest.raises(ValueError, match="--like .*broken.png: not an image"):
         here(search.main, *flags, "--like", photos / "broken.png")
+    for path in (photos / "gone.png", photos, "/dev/zero"):
+        with pytest.raises(FileNotFoundError, match=f"^--like {path}: no such file$"):
+            here(search.main, *flags, "--like", path)
+    os.truncate(photos / "broken.png", 1 << 40)
+    with pytest.raises(ValueError, match="--like .*broken.png: more than 67,108,864 bytes"):
+        here(search.main, *flags, "--like", photos / "broken.png")
+
+
+def test_search_names_a_folder_that_it_cannot_write(small_run, tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    monkeypatch.setattr(kelip, "build_model", None)
+    with pytest.raises(OSError, match="broken.png/x: nothing can be written there .*with --out"):
+        here(search.main, small_run, "red", "--images", photos, "--out", photos / "broken.png/x")
+
+
+def test_search_and_probe_skip_images_that_are_too_thin(small_run, tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    preprocess = kelip.preprocess
+
+    def strict(size):
+        def call(image):
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError(f"too thin: {image.width} x {image.height}")
+            return preprocess(size)(image)
+        return call
+    monkeypatch.setattr(kelip, "preprocess", strict)
+    Image.new("RGB", (1, 5000)).save(photos / "thin.png")
+    flags = [small_run, "--images", photos, "--out", tmp_path / "page"]
+    printed = here(search.main, *flags, "red")
+    assert printed.startswith("skipped: 1 not an image, 1 too thin\n")
+    with pytest.raises(ValueError, match="--like .*thin.png: too thin: 1 x 5000"):
+        here(search.main, *flags, "--like", photos / "thin.png")
+
+
+def test_search_prints_no_control_characters_of_names(small_run, tmp_path):
+    write_image(tmp_path / "photos" / "\x1b[31mred\n.jpg")
+    printed = here(search.main, small_run, "red", "--images", tmp_path / "photos", "--out",
+                   tmp_path / "page")
+    assert "\\x1b[31mred\\n.jpg" in printed and "\x1b" not in printed
 
 
 @pytest.mark.parametrize("module, example", [
@@ -1114,6 +1266,14 @@ def test_commands_explain_themselves(module, example, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [search, probe])
+def test_an_unknown_flag_is_one_line(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["run", "--images", "x", "--wrong", "1"])
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"python -m extras\.\w+: .*--wrong.*; see --help\n", text), text
 
 
 @pytest.mark.parametrize("command", [
@@ -1186,6 +1346,9 @@ def test_the_probe_explains_why_it_cannot_fit(small_run, shapes, shape_classes, 
         ("1", {"jpg": shape_image("red", "circle", 0)}), ("2", {"jpg": b"no image"})])
     with pytest.raises(ValueError, match="--train: 0 of 1 images.*too few.*1 not an image"):
         here(probe.main, *flags, tmp_path / "few.tar", "--classes", "shapes")
+    numbers = write_labeled(tmp_path / "numbers.tar", [1, 2, 99, "x", 3])
+    with pytest.raises(ValueError, match="--train: 3 of 5 images.*too few.*skipped: 2 bad .cls"):
+        here(probe.main, *flags, numbers, "--classes", "shapes")
     one_class = write_labeled(tmp_path / "one.tar", [2] * 6)
     with pytest.raises(ValueError, match="--train: all images are of one class"):
         here(probe.main, *flags, one_class, "--classes", "shapes")
