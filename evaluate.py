@@ -557,7 +557,7 @@ def _print_report(numbers):
     for note in numbers["notes"]:
         print(one_line(note))
     if numbers["skipped"]:
-        print(f"skipped: {shards.format_counts(numbers['skipped'])}")
+        print(f"skipped: {one_line(shards.format_counts(numbers['skipped']))}")
 
 
 def _terminal_width(text):
@@ -571,7 +571,7 @@ def _write_page(path, embedded, numbers):
     The run's own page is index.html. It has the curves, and a link to the pages of other sets.
     """
     folder = path.parent
-    is_of_run = path.name == "index.html" and (folder / "metrics.jsonl").exists()
+    is_of_run = path.name == "index.html" and (folder / "metrics.jsonl").is_file()
     tested = ", ".join(numbers["test"][:3]) + (" and more" if len(numbers["test"]) > 3 else "")
     intro = f"{numbers['images']:,} held-out images of {tested}"
     if numbers["candidates"]:
@@ -641,7 +641,7 @@ def _confusion_card(embedded, wrong):
 def curves(folder):
     """Charts of the loss and the recall over a run, by language, from its metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
     log = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
