@@ -118,7 +118,7 @@ def _read_vectors(path, width, is_unit):
         raise ValueError
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.linalg.norm(vectors, axis=1)
-    # Unit vectors in bfloat16 are so within a percent. A comparison with NaN is false.
+    # In bfloat16, unit vectors have length 1 within a percent. A comparison with NaN is false.
     is_good = abs(lengths - 1) < 0.01 if is_unit else (lengths > 0) & (lengths < np.inf)
     if not is_good.all():
         raise ValueError
