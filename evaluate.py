@@ -600,6 +600,7 @@ def _write_page(path, embedded, numbers):
                 page.cards([_confusion_card(embedded, wrong)
                             for wrong in result["confusions"][:12]])]
     if is_of_run:
+        _list_pages(folder)
         parts += [
             page.heading("Other sets", "python evaluate.py writes a page for each set that it "
                          "evaluates the model on, and a page that lists them:"),
@@ -613,8 +614,8 @@ def _list_pages(folder):
     links = [(name, name.removeprefix("evaluation-").removesuffix(".html")) for name in names]
     if (folder / "index.html").exists():
         links.insert(0, ("index.html", "the training run"))
-    page.write(folder / LIST, f"{folder.resolve().name}: evaluations", "A page for each set.",
-               page.links(links))
+    intro = "A page for each set on which python evaluate.py evaluated the model."
+    page.write(folder / LIST, f"{folder.resolve().name}: evaluations", intro, page.links(links))
 
 
 def _prediction_card(embedded, i):

@@ -3407,8 +3407,8 @@ def test_stage_1_in_two_processes_trains_as_in_one(shapes, tmp_path):
 
 def test_a_run_leaves_what_the_readme_says(one_run):
     assert sorted(path.name for path in one_run.iterdir()) == [
-        "config.json", "evaluation.json", "index.html", "last.pt", "metrics.jsonl", "step-3.pt",
-        "tokenizer.json"]
+        "config.json", "evaluation.json", "evaluations.html", "index.html", "last.pt",
+        "metrics.jsonl", "step-3.pt", "tokenizer.json"]
     config = json.loads((one_run / "config.json").read_text(encoding="utf-8"))
     assert config["steps"] == 6
     assert config["model"]["vision_width"] == kelip.PRESETS["tiny"]["vision_width"]

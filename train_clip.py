@@ -119,10 +119,10 @@ def parse_arguments(argv=None):
 
 class Origin(NamedTuple):
     """What a run starts from."""
-    preset: str    # what to call the sizes: a preset, or the name of --init if none matches
-    config: dict   # the arguments of kelip.KELIP
-    init: object   # the kelip.Checkpoint of --init, or None
-    is_from_stage_1: bool
+    preset: str                    # what to call the sizes: a preset, else the name of --init
+    config: dict                   # the arguments of kelip.KELIP
+    init: object = None            # the kelip.Checkpoint of --init
+    is_from_stage_1: bool = False
 
     @property
     def has_whole_model(self):

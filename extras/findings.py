@@ -151,7 +151,7 @@ def make_run(study, name, seed, budget=None):
 def crop_settings(name):
     """The crops of a variant: (groups of crops.parse_crops, the flags of train_clip.py)."""
     flags = train_clip.parse_arguments(list(VARIANTS[name].flags))
-    origin = train_clip.Origin("tiny", kelip.PRESETS["tiny"], init=None)
+    origin = train_clip.Origin("tiny", kelip.PRESETS["tiny"])
     groups = train_clip.fill_in_crops(flags, origin)  # also sets flags.scale
     return groups, flags
 
@@ -226,11 +226,8 @@ def launch(study, run, threads):
 def is_finished(study, run):
     """Whether a run was trained to its end and, in stage 2, was evaluated on --test."""
     folder = folder_of(study, run)
-    if run.name != "stage-1":
-        path = folder / "evaluation.json"
-        test = [source.partition("::")[0] for source in study.args.test]
-        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["test"] != test:
-            return False  # evaluated on something else later: resuming evaluates it again
+    if run.name != "stage-1" and not (folder / "evaluation.json").exists():
+        return False
     last = folder / "last.pt"
     return last.exists() and kelip.load_checkpoint(last)["step"] == run.steps
 
@@ -893,8 +890,9 @@ def analogies(pairs):
     replaced by another of its group. Flags of countries are analogies of each other; their names
     are the attributes.
     """
-    keys, names = zip(*((pair.key, pair.captions) for pair in pairs))
-    index_of = {captions["en"][0]: i for i, captions in enumerate(names)}
+    keys = [pair.key for pair in pairs]
+    names = [{x: pair.captions[x][0] for x in LANGUAGES} for pair in pairs]
+    index_of = {captions["en"]: i for i, captions in enumerate(names)}
     found, seen = collections.defaultdict(list), set()
     for kind, groups in ATTRIBUTES.items():
         for (name, a), group in itertools.product(index_of.items(), groups):

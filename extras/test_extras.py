@@ -745,7 +745,7 @@ def test_a_run_starts_from_a_converted_model_and_keeps_frozen_weights(shapes, tm
     flags = ["--data", str(shapes / "train-*.tar"), "--out", str(tmp_path / "run"), *TRAIN[:2],
              "--steps", "2", *TRAIN[4:], "--crops", "1x40+1x24", "--freeze", "image",
              "--lr", "0.01"]
-    with pytest.raises(ValueError, match="--freeze image: without --init"):
+    with pytest.raises(ValueError, match="--freeze image: needs --init"):
         here(train_clip.main, *flags)
     with pytest.raises(ValueError, match="--model ViT-B/32: --init brings a model of other sizes"):
         here(train_clip.main, *flags, "--init", folder, "--model", "ViT-B/32")
@@ -1402,8 +1402,11 @@ def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path
     assert "<h1>Does image - text + text find the analogous image?</h1>" in page
     assert "빨간색" in page and "data:image/png" in page and "Refuted if" in page
 
-    # After evaluate.py, the numbers in the folder of a run may be of another test.
+    # An evaluation on another test leaves that of the run. Without it, it is made again.
     here(evaluate.main, tmp_path / "runs" / "clip-2-seed0", "--test", shapes / "train-0.tar")
+    here(findings.main, "ablation", *flags)
+    assert len(started) == 9
+    (tmp_path / "runs" / "clip-2-seed0" / "evaluation.json").unlink()
     here(findings.main, "ablation", *flags)
     assert started[9:] == [("clip-2-seed0", True)]
     assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8")) == numbers
