@@ -299,10 +299,13 @@ class Tokenizer:
 
     @cached_property
     def digest(self):
-        """SHA-256 in hex of what decides the ids: tokens and ids, merges in order, special ids."""
+        """SHA-256 in hex of what decides the ids: tokens and ids, merges in order, start and end.
+
+        Padding is not part of it: what follows the end token changes no feature.
+        """
         tokens = sorted(self._token_to_id.items(), key=lambda item: item[::-1])
         merges = sorted(self._pair_to_rank, key=self._pair_to_rank.get)
-        content = [tokens, merges, [self.sot_id, self.eot_id, self.pad_id]]
+        content = [tokens, merges, [self.sot_id, self.eot_id]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod

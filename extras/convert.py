@@ -15,12 +15,13 @@ CLIP, which open_clip uses too. Only transformers has other names.
 
 Weights alone do not determine a model: the number of heads and the activation (GELU or QuickGELU)
 come from the configuration in the same folder, or from --activation, --vision-heads and
---transformer-heads. A configuration that KELIP's encoders cannot compute is an error that names the
-key.
+--transformer-heads. All sizes come from the weights, and the configuration must agree with them. A
+configuration that KELIP's encoders or its `preprocess` cannot compute is an error that names the
+file and the key.
 
-OpenAI's code cleans texts before it tokenizes them: it repairs broken UTF-8 (with the package
-ftfy), replaces HTML entities such as &amp;, and collapses whitespace. A tokenizer.json can express
-only part of this. On clean text, a converted tokenizer returns OpenAI's ids.
+OpenAI's code and open_clip clean texts before they tokenize them: they repair broken UTF-8 and
+curly quotes (with the package ftfy), replace HTML entities such as &amp;, and collapse whitespace.
+A tokenizer.json can express only part of this. Where this cleaning changes nothing, ids are equal.
 
 Not included: image encoders other than ViTs, text encoders that do not pool at the end token,
 sigmoid losses (SigLIP), TorchScript archives.
@@ -31,6 +32,7 @@ import gzip
 import importlib.util
 import json
 import math
+import re
 import sys
 import warnings
 import zlib
@@ -58,6 +60,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json", "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
+CONVERTIBLE = ("CLIPs of OpenAI, open_clip and transformers (model_type 'clip') can be converted "
+               "if their image encoder is a ViT and their text encoder is CLIP's own")
+MAX_JSON = 2**24  # bytes of a configuration, or of the list of a model's files
 
 
 # ---- read and write ----
@@ -67,29 +72,27 @@ def read(src, tokenizer=None, **given):
 
     src: a file of weights or a folder with one: a run of train_clip.py, released KELIP, or a CLIP
     of OpenAI, open_clip or transformers. tokenizer: the path of a tokenizer.json or of CLIP's list
-    of merges (default: the one in the same folder). given: keys of KELIP's configuration that are
-    in no file, such as activation="gelu" and vision_heads=16.
+    of merges (default: the one in the same folder, whose vocabulary another must have). given: keys
+    of KELIP's configuration that are in no file, such as activation="gelu" and vision_heads=16.
 
     The weights are float32 and have KELIP's names. Raises FileNotFoundError when the weights or the
     tokenizer are missing, and ValueError that names the file and its key when they do not fit.
     """
+    config_path = Path(src) / "config.json"
+    if config_path.is_file() and not config_path.with_name("last.pt").is_file():
+        check_model_type(config_path)
     path = find_weights(src)
     state = read_weights(path)
     if is_kelip(path, state):
-        checkpoint, name_in_file = read_kelip(path), str
-        if tokenizer:
-            checkpoint = checkpoint._replace(tokenizer=load_tokenizer(tokenizer))
+        checkpoint = read_kelip(path, state, tokenizer)
     else:
-        tokenizer = load_tokenizer(tokenizer or find_tokenizer(path))
-        checkpoint, name_in_file = read_clip(path, state, tokenizer, given)
-    checkpoint = checkpoint._replace(config={**checkpoint.config, **given})
-    kelip.check_vocabulary(checkpoint)
-    try:
-        model = kelip.KELIP(**checkpoint.config)
-    except TypeError as error:
-        raise ValueError(f"{path}: its configuration does not fit: {error}") from None
-    kelip.load_weights(model, checkpoint.weights, path, name_in_file)
-    return checkpoint._replace(config=model.config)
+        checkpoint = read_clip(path, state, tokenizer, given)
+    config = {**kelip.default_options(checkpoint.config), **checkpoint.config}
+    for key, value in given.items():
+        if config[key] != value:
+            flag = key.replace("_", "-")
+            raise ValueError(f"{path}: its {key} is {config[key]}: leave out --{flag} {value}")
+    return checkpoint
 
 
 def write(checkpoint, out, to="kelip"):
@@ -120,24 +123,54 @@ def read_weights(path):
     """The content of a file of weights, or of all files that an .index.json lists."""
     if not path.name.endswith(".index.json"):
         return kelip.read_weights(path)
-    index = read_json(path)
-    if "weight_map" not in index:
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: has no weight_map, which lists the files of the parameters")
     state = {}
-    for name in sorted(set(index["weight_map"].values())):
-        state |= kelip.read_weights(path.with_name(name))
+    for name in sorted(set(map(str, weight_map.values()))):
+        # Nothing outside the folder is read, and no other index.
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
+            raise ValueError(f"{path}: weight_map names {name!r:.80}; it must name .safetensors or "
+                             ".bin files in the same folder")
+        file = path.with_name(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: weight_map names {name}, which is not in the folder")
+        part = kelip.read_weights(file)
+        if not isinstance(part, dict):
+            raise ValueError(f"{file}: holds {type(part).__name__}, where weights are tensors by "
+                             "name")
+        state |= part
     return state
+
+
+def read_object(path):
+    """The object in a JSON file. Raises ValueError with the path if the file is anything else."""
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ValueError(f"{path}: has {size:,} bytes, more than a configuration can have")
+    try:
+        content = read_json(path)
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON: too deeply nested") from None
+    return as_object(path, "the content", content)
+
+
+def as_object(path, name, content):
+    """Return `content`, an object of JSON. name: where in the file it stands."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {name} is {content!r:.80}, where an object {{...}} is expected")
+    return content
 
 
 def is_kelip(path, state):
     """Whether kelip.py itself can read this file: a run, or released KELIP."""
-    if isinstance(state, dict) and isinstance(state.get("config"), dict):
+    if isinstance(state, dict) and isinstance(state.get("config"), dict) and "model" in state:
         return True
     config_path = path.with_name("config.json")
-    return config_path.is_file() and "embed_dim" in read_json(config_path)
+    return config_path.is_file() and "embed_dim" in read_object(config_path)
 
 
-def read_kelip(path):
+def read_kelip(path, state, tokenizer):
     """The Checkpoint of a run of stage 2 or of released KELIP."""
     if path.suffix == ".json":
         raise ValueError(f"{path}: released KELIP in several files cannot be read; save it as one "
@@ -146,7 +179,12 @@ def read_kelip(path):
     if checkpoint.is_stage_1:
         raise ValueError(f"{path}: a run of stage 1, which is an image encoder alone; "
                          "train_clip.py --init opens it without conversion")
-    return checkpoint
+    sizes = read_sizes(path, checkpoint.weights)
+    config = {**kelip.default_options(sizes), **checkpoint.config}
+    config_path = path if "config" in state else path.with_name("config.json")
+    config = complete_config(config_path, sizes, {key: (key, config[key]) for key in config})
+    checkpoint = checkpoint._replace(config=check_model(path, checkpoint.weights, config))
+    return choose_tokenizer(checkpoint, tokenizer)
 
 
 def write_kelip(checkpoint, folder):
@@ -175,6 +213,7 @@ def write_kelip(checkpoint, folder):
 def save_safetensors(weights, path):
     """Write a .safetensors file, with the metadata that transformers asks for."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(
@@ -182,7 +221,13 @@ def save_safetensors(weights, path):
     # safetensors refuses tensors that share memory, as the chunks of in_proj do.
     tensors = {key: value.clone(memory_format=torch.contiguous_format)
                for key, value in weights.items()}
-    save_file(tensors, path, {"format": "pt"})
+    path.touch()
+    mode = path.stat().st_mode  # what the umask asks for; safetensors 0.8 writes a private file
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path}: {error}") from None
+    path.chmod(mode)
 
 
 def write_json(path, content):
@@ -191,27 +236,31 @@ def write_json(path, content):
 
 # ---- CLIPs of other libraries ----
 
-# What transformers and open_clip use for keys that a configuration leaves out: ViT-B/32.
-DEFAULTS = dict(
-    embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
-    vision_heads=12, vision_mlp_width=3072, context_length=77, vocab_size=49408,
-    transformer_width=512, transformer_heads=8, transformer_layers=12, transformer_mlp_width=2048,
-    activation="quick_gelu")
-
 # Numbers that OpenAI's state dicts hold among the weights, and others do not.
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
-# Names of parameters that only models of another kind have: how they start, and the kind.
+# Parts of names of parameters that only models of another kind have, and the kind.
 REFUSED = {
     "visual.layer1.": "of a ResNet",
     "visual.trunk.": "of an image encoder of timm",
+    "visual.blocks.": "of an EVA-CLIP",
     "text.transformer.embeddings.": "of a text encoder of transformers",
+    "word_embeddings.": "of another text encoder, such as BERT",
     "logit_bias": "of a sigmoid loss",
 }
 
 
+def check_model_type(path):
+    """Raise ValueError when a config.json is that of another model than CLIP or KELIP."""
+    content = read_object(path)
+    model_type = content.get("model_type")
+    if model_type not in (None, "clip") and "embed_dim" not in content:
+        raise ValueError(f"{path}: model_type is {model_type!r:.80}, which cannot be converted; "
+                         f"{CONVERTIBLE}")
+
+
 def read_clip(path, state, tokenizer, given):
-    """The Checkpoint of another library's CLIP, and a function from KELIP's names to the file's."""
+    """The Checkpoint of another library's CLIP."""
     tensors, prefix = strip_wrappers(path, state)
     is_hf = any(key.startswith("vision_model.") for key in tensors)
     has_text_prefix = any(key.startswith("text.") for key in tensors)
@@ -224,44 +273,70 @@ def read_clip(path, state, tokenizer, given):
     else:
         weights, config_path = from_open_clip(tensors), path.with_name("open_clip_config.json")
     numbers = [weights.pop(key, None) for key in OPENAI_NUMBERS]
+    sizes = read_sizes(path, weights, name_in_file)
     if config_path.is_file() and is_hf:
-        config, mean, std = read_hf_config(config_path, tokenizer.eot_id)
+        config, mean, std = read_hf_config(config_path, sizes)
     elif config_path.is_file():
-        config, mean, std = read_open_clip_config(config_path)
+        config, mean, std = read_open_clip_config(config_path, sizes)
     else:
-        config, mean, std = read_sizes(path, weights, name_in_file), MEAN, STD
         is_openai = None not in numbers
-        config |= choose_options(path, config, config_path.name, is_openai, given)
+        options = choose_options(path, sizes, config_path.name, is_openai, given)
+        config, mean, std = {**sizes, **options}, MEAN, STD
+    config = check_model(path, weights, config, name_in_file)
     weights = fold_normalization(weights, mean, std)
-    return kelip.Checkpoint(path, weights, config, tokenizer), name_in_file
+
+    own = find_tokenizer(path)
+    checkpoint = kelip.Checkpoint(path, weights, config, own and load_tokenizer(own))
+    checkpoint = choose_tokenizer(checkpoint, tokenizer)
+    if config_path.is_file() and is_hf:
+        check_hf_end(config_path, checkpoint.tokenizer.eot_id)
+    return checkpoint
 
 
 def strip_wrappers(path, state):
     """Take a state dict out of what a training script wraps it in: (tensors by name, prefix).
 
     prefix is what DistributedDataParallel, torch.compile and others put before every name. The
-    tensors become float32.
+    tensors become float32. Raises ValueError when they cannot be the weights of a CLIP.
     """
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path}: holds {type(state).__name__}, where weights are tensors by name")
+        raise ValueError(f"{path}: holds {type(state).__name__}, where weights are tensors by "
+                         f"name; {CONVERTIBLE}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {name} holds {type(value).__name__}, where weights are "
+                             f"tensors by name; {CONVERTIBLE}")
     prefix = ""
     for wrapper in ("_orig_mod.", "module.", "_orig_mod.", "model."):
         if all(key.startswith(prefix + wrapper) for key in state):
             prefix += wrapper
     tensors = {}
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            found = type(value).__name__
-            raise ValueError(f"{path}: {name} holds {found}, where weights are tensors by name")
+        for part, kind in REFUSED.items():
+            if part in name:
+                raise ValueError(f"{path}: holds {name}, {kind}, which cannot be converted; "
+                                 f"{CONVERTIBLE}")
         key = name.removeprefix(prefix)
-        for start, kind in REFUSED.items():
-            if key.startswith(start):
-                raise ValueError(f"{path}: holds {name}, {kind}, which cannot be converted")
         if not key.endswith("embeddings.position_ids"):  # a buffer: 0, 1, 2, ...
+            if key not in OPENAI_NUMBERS:
+                check_tensor(path, name, value)
             tensors[key] = value.float()
+    if not any(key.startswith(("visual.", "vision_model.")) for key in tensors):
+        raise ValueError(f"{path}: holds {next(iter(state))} and others, but no image encoder of a "
+                         f"CLIP; {CONVERTIBLE}")
     return tensors, prefix
+
+
+def check_tensor(path, name, tensor):
+    """Raise ValueError unless the file stores a floating-point number for each element."""
+    is_float = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta
+    # A few bytes can stand for a tensor of any shape, which would fill the memory once copied.
+    if not is_float or not is_dense or not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+        raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and not a "
+                         "floating-point number for each element")
 
 
 def read_sizes(path, weights, name_in_file=str):
@@ -276,12 +351,15 @@ def read_sizes(path, weights, name_in_file=str):
         return len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
 
     vision_width, _, _, patch = shape("visual.conv1.weight", 4)
-    grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
+    positions = shape("visual.positional_embedding", 2)[0]
+    if positions < 2:
+        raise ValueError(f"{path}: {name_in_file('visual.positional_embedding')} has {positions} "
+                         "row, where a ViT has one for the class token and one for each patch")
     context_length, text_width = shape("positional_embedding", 2)
     vision, text = "visual.transformer.resblocks.", "transformer.resblocks."
     return dict(
         embed_dim=shape("text_projection", 2)[1],
-        image_resolution=grid * patch,
+        image_resolution=math.isqrt(positions - 1) * patch,
         vision_layers=count_layers(vision),
         vision_width=vision_width,
         vision_patch_size=patch,
@@ -291,6 +369,58 @@ def read_sizes(path, weights, name_in_file=str):
         transformer_width=text_width,
         transformer_layers=count_layers(text),
         transformer_mlp_width=shape(f"{text}0.mlp.c_fc.weight", 2)[0])
+
+
+def complete_config(path, sizes, stated):
+    """KELIP's configuration: the sizes of the weights, and what the file at `path` states.
+
+    stated: {KELIP's key: (the file's name for it, its value)}. Raises ValueError when a value does
+    not agree with `sizes`, or cannot be computed.
+    """
+    config = dict(sizes)
+    for key, (name, value) in stated.items():
+        if key in sizes and (type(value) is not int or value != sizes[key]):  # true is not 1
+            raise ValueError(f"{path}: {name} is {value!r:.80}, and the weights have {sizes[key]}")
+        config[key] = value
+    for key in ("vision_heads", "transformer_heads"):
+        name, heads = stated.get(key, (key, None))
+        width = sizes[key.replace("heads", "width")]
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise ValueError(f"{path}: {name} makes {heads!r:.80} heads, which must divide the "
+                             f"width, {width}")
+    name, activation = stated["activation"]
+    check_values(path, {name: activation}, {name: list(kelip.ACTIVATIONS)})
+    return config
+
+
+def check_values(path, values, allowed, prefix=""):
+    """Raise ValueError for a value of a configuration that KELIP does not compute.
+
+    values: {key: value}. allowed: {key: [values]}. Other keys must be empty, since nobody knows
+    what they change. prefix: where in the file the keys stand.
+    """
+    for key, value in values.items():
+        found = f"{path}: {prefix}{key} is {value!r:.80}"
+        if key not in allowed and value:
+            raise ValueError(f"{found}, which KELIP does not compute")
+        if key in allowed and value not in allowed[key]:
+            raise ValueError(f"{found}; KELIP computes {' or '.join(map(repr, allowed[key]))}")
+
+
+def check_model(path, weights, config, name_in_file=str):
+    """Raise ValueError unless the weights are those of a KELIP of this configuration.
+
+    Returns the configuration as KELIP keeps it.
+    """
+    try:
+        with torch.device("meta"):  # shapes alone, which take no memory
+            model = kelip.KELIP(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration does not fit: {error}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that nothing is copied
+        kelip.load_weights(model, weights, path, name_in_file)
+    return model.config
 
 
 def choose_options(path, sizes, config_name, is_openai, given):
@@ -318,16 +448,49 @@ def fold_normalization(weights, mean, std):
     The patch embedding is linear. Another std is a factor of its kernel. Another mean adds the same
     vector to all patches, so that vector is added to their positions.
     """
-    kernel = weights.get("visual.conv1.weight")                              # [W, 3, P, P]
-    positions = weights.get("visual.positional_embedding")                   # [1 + g*g, W]
-    if kernel is None or positions is None or (tuple(mean), tuple(std)) == (MEAN, STD):
-        return weights  # load_weights reports missing ones
+    if (tuple(mean), tuple(std)) == (MEAN, STD):
+        return weights
+    kernel = weights["visual.conv1.weight"]                                  # [W, 3, P, P]
+    positions = weights["visual.positional_embedding"]                       # [1 + g*g, W]
     mean, std, clip_mean, clip_std = (
         torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (mean, std, MEAN, STD))
     shift = (kernel * ((clip_mean - mean) / std)).sum(dim=(1, 2, 3))         # [W]
     positions = torch.cat([positions[:1], (positions[1:] + shift).float()])
     kernel = (kernel * (clip_std / std)).float()
     return {**weights, "visual.conv1.weight": kernel, "visual.positional_embedding": positions}
+
+
+def three_numbers(path, key, value, low):
+    """A mean or a standard deviation of pixels: three numbers, or one for all channels."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value] * 3
+    if len(numbers) != 3:
+        raise ValueError(f"{path}: {key} has {len(numbers)} numbers, where RGB has 3")
+    for number in numbers:
+        check_number(path, key, number, low, 1e6)
+    return numbers
+
+
+def check_number(path, key, value, low, high):
+    """Raise ValueError unless a value in a file is a number from low to high."""
+    if type(value) not in (int, float) or not low <= value <= high:  # no True, and no NaN
+        raise ValueError(f"{path}: {key} is {value!r:.80}, where a number from {low:g} to {high:g} "
+                         "is expected")
+
+
+def find_stated(values, tables):
+    """The opposite of rename_config: {KELIP's key: (name, value)} for the names that have a value.
+
+    values: {"part.key": value}.
+    """
+    stated = {}
+    for part, names in tables.items():
+        for key, name in names.items():
+            name = f"{part}.{name}"
+            if name in values:
+                value = values[name]
+                is_square = isinstance(value, list) and value == value[:1] * 2
+                stated[key] = (name, value[0] if is_square else value)  # image_size: [side, side]
+    return stated
 
 
 def rename_config(config, tables):
@@ -349,12 +512,18 @@ OPEN_CLIP_CONFIG = {
 }
 # Other keys, which do not change features or are read separately.
 OPEN_CLIP_IGNORED = {
-    "mean", "std", "size", "head_width", "mlp_ratio", "patch_dropout", "hf_tokenizer_name",
-    "pad_id", "eos_id"}
-# These keys must be empty or have one of these values. Keys in no table must be empty.
-OPEN_CLIP_REQUIRED = {
-    "pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
-    "interpolation": ("bicubic",), "resize_mode": ("shortest",), "mode": ("RGB",)}
+    "embed_dim", "vision_cfg", "text_cfg", "preprocess_cfg", "custom_text", "init_logit_scale",
+    "nonscalar_logit_scale", "cast_dtype", "output_dict", "vision_cfg.head_width",
+    "vision_cfg.mlp_ratio", "vision_cfg.patch_dropout", "text_cfg.mlp_ratio",
+    "text_cfg.hf_tokenizer_name", "text_cfg.pad_id", "text_cfg.eos_id", "preprocess_cfg.mean",
+    "preprocess_cfg.std", "preprocess_cfg.size", "preprocess_cfg.fill_color"}
+# These keys must have one of these values. Keys in no table must be empty.
+OPEN_CLIP_ALLOWED = {
+    "quick_gelu": [True, False, None],
+    "vision_cfg.pool_type": ["tok"], "vision_cfg.pos_embed_type": ["learnable"],
+    "text_cfg.pool_type": ["argmax"], "text_cfg.proj_type": ["linear"],
+    "preprocess_cfg.interpolation": ["bicubic", None], "preprocess_cfg.mode": ["RGB", None],
+    "preprocess_cfg.resize_mode": ["shortest", None]}
 
 
 def from_open_clip(tensors):
@@ -372,30 +541,42 @@ def open_clip_name(key, has_text_prefix):
     return key
 
 
-def read_open_clip_config(path):
-    """open_clip_config.json, or one of open_clip's model_configs: (KELIP's config, mean, std)."""
-    content = read_json(path)
-    model, pixels = content.get("model_cfg", content), content.get("preprocess_cfg", {})
+def read_open_clip_config(path, sizes):
+    """open_clip_config.json, or one of open_clip's model_configs: (KELIP's config, mean, std).
+
+    sizes: those of the weights.
+    """
+    content = read_object(path)
+    model = as_object(path, "model_cfg", content.get("model_cfg", content))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in model:
             raise ValueError(f"{path}: has no {key}")
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    config = {**DEFAULTS, "embed_dim": model["embed_dim"], "vision_patch_size": 16}
-    for part, values in (("vision_cfg", vision), ("text_cfg", text), ("preprocess_cfg", pixels)):
-        names = OPEN_CLIP_CONFIG.get(part, {})
-        for key, name in names.items():
-            if name in values:
-                config[key] = values[name]
-        for name, value in values.items():
-            is_harmless = not value or name in OPEN_CLIP_IGNORED or name in names.values()
-            if not is_harmless and value not in OPEN_CLIP_REQUIRED.get(name, ()):
-                raise ValueError(
-                    f"{path}: {part}.{name} is {value!r}, which KELIP does not compute")
-    config["vision_heads"] = config["vision_width"] // vision.get("head_width", 64)
-    config["vision_mlp_width"] = int(config["vision_width"] * vision.get("mlp_ratio", 4))
-    config["transformer_mlp_width"] = int(config["transformer_width"] * text.get("mlp_ratio", 4))
-    config["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    return config, pixels.get("mean", MEAN), pixels.get("std", STD)
+    vision = {"head_width": 64, **as_object(path, "vision_cfg", model["vision_cfg"])}
+    text = {"heads": 8, **as_object(path, "text_cfg", model["text_cfg"])}
+    pixels = as_object(path, "preprocess_cfg", content.get("preprocess_cfg") or {})
+    values = dict(model)
+    for part, keys in (("vision_cfg", vision), ("text_cfg", text), ("preprocess_cfg", pixels)):
+        values |= {f"{part}.{key}": value for key, value in keys.items()}
+    stated = find_stated(values, OPEN_CLIP_CONFIG)
+    ignored = OPEN_CLIP_IGNORED | {name for name, _ in stated.values()}
+    others = {key: value for key, value in values.items() if key not in ignored}
+    check_values(path, others, OPEN_CLIP_ALLOWED)
+
+    stated["embed_dim"] = ("embed_dim", model["embed_dim"])
+    stated["activation"] = ("quick_gelu", "quick_gelu" if model.get("quick_gelu") else "gelu")
+    # The heads of images and the MLPs follow from other numbers.
+    name = "vision_cfg.head_width"
+    check_number(path, name, vision["head_width"], 1, 1e6)
+    stated["vision_heads"] = (name, sizes["vision_width"] // vision["head_width"])
+    for key, part in (("vision", "vision_cfg"), ("transformer", "text_cfg")):
+        name = f"{part}.mlp_ratio"
+        if name in values:
+            check_number(path, name, values[name], 0, 1e6)
+            mlp_width = int(sizes[f"{key}_width"] * values[name])
+            stated[f"{key}_mlp_width"] = (f"{part}.width * {name}", mlp_width)
+    mean = three_numbers(path, "preprocess_cfg.mean", pixels.get("mean") or MEAN, -1e6)
+    std = three_numbers(path, "preprocess_cfg.std", pixels.get("std") or STD, 1e-6)
+    return complete_config(path, sizes, stated), mean, std
 
 
 def write_open_clip(checkpoint, folder):
@@ -472,14 +653,14 @@ def from_hf(path, tensors, prefix):
     weights = {}
     for name, value in tensors.items():
         if name in transposed:
-            weights[transposed[name]] = value.T.contiguous()
+            weights[transposed[name]] = value.t().contiguous() if value.ndim == 2 else value
             continue
         if "self_attn.k_proj." in name or "self_attn.v_proj." in name:
             continue  # q_proj takes them along
         if "self_attn.q_proj." in name:
             parts = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
             for part in parts:
-                if part not in tensors or tensors[part].shape != value.shape:
+                if part not in tensors or tensors[part].shape != value.shape or not value.ndim:
                     raise ValueError(f"{path}: has no {prefix}{part} of {list(value.shape)}, which "
                                      "the model needs")
             value = torch.cat([tensors[part] for part in parts])
@@ -515,41 +696,111 @@ def hf_name(key):
     return key.replace("visual.", "vision_model.")
 
 
-def read_hf_config(path, eot_id):
-    """A CLIPModel's config.json and the preprocessor_config.json of its folder, if there is one.
+# What transformers uses for keys that a part leaves out.
+HF_DEFAULTS = {
+    "vision_config": {"num_attention_heads": 12, "hidden_act": "quick_gelu",
+                      "layer_norm_eps": 1e-5},
+    "text_config": {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+                    "eos_token_id": 49407}}
 
-    eot_id: the tokenizer's end of text. Returns (KELIP's config, mean, std).
+
+def read_hf_config(path, sizes):
+    """A CLIPModel's config.json and its image processor's file: (KELIP's config, mean, std).
+
+    sizes: those of the weights.
     """
-    content = read_json(path)
-    pixels_path = path.with_name("preprocessor_config.json")
-    pixels = read_json(pixels_path) if pixels_path.is_file() else {}
-    parts = {part: content.get(f"{part}_dict") or content.get(part) or {}  # _dict: older files
-             for part in HF_CONFIG}
-    vision, text = parts["vision_config"], parts["text_config"]
+    values = flatten_hf_config(path)
+    allowed = {
+        "model_type": ["clip"],
+        "auto_map": [None, {}],             # code in the folder, which is never run
+        "quantization_config": [None, {}],
+        "vision_config.model_type": [None, "clip_vision_model"],
+        "text_config.model_type": [None, "clip_text_model"],
+        "vision_config.hidden_act": list(kelip.ACTIVATIONS),
+        "text_config.hidden_act": [values["vision_config.hidden_act"]],
+        "vision_config.layer_norm_eps": [1e-5],
+        "text_config.layer_norm_eps": [1e-5]}
+    check_values(path, {key: values.get(key) for key in allowed}, allowed)
+    stated = find_stated(values, HF_CONFIG)
+    if "projection_dim" in values:
+        stated["embed_dim"] = ("projection_dim", values["projection_dim"])
+    config = complete_config(path, sizes, stated)
+    return config, *read_hf_pixels(path, config["image_resolution"])
 
-    activation = vision.get("hidden_act", "quick_gelu")
-    rules = [  # (key, value, what KELIP computes)
-        ("model_type", content.get("model_type"), ["clip"]),
-        # KELIP pools at the highest id. Old published files say 2 by mistake and mean the same.
-        # 49407 is transformers' default.
-        ("text_config.eos_token_id", text.get("eos_token_id", 49407), [2, eot_id]),
-        ("vision_config.hidden_act", activation, ["quick_gelu", "gelu"]),
-        ("text_config.hidden_act", text.get("hidden_act", "quick_gelu"), [activation]),
-        ("vision_config.layer_norm_eps", vision.get("layer_norm_eps", 1e-5), [1e-5]),
-        ("text_config.layer_norm_eps", text.get("layer_norm_eps", 1e-5), [1e-5]),
-        ("resample, in preprocessor_config.json,", pixels.get("resample", 3), [3]),
-    ]
-    for key, value, allowed in rules:
-        if value not in allowed:
-            raise ValueError(f"{path}: {key} is {value!r}; KELIP computes "
-                             f"{' or '.join(map(repr, allowed))}")
 
-    config = {**DEFAULTS, "embed_dim": content.get("projection_dim", DEFAULTS["embed_dim"])}
-    for part, names in HF_CONFIG.items():
-        for key, name in names.items():
-            if name in parts[part]:
-                config[key] = parts[part][name]
-    return config, pixels.get("image_mean", MEAN), pixels.get("image_std", STD)
+def flatten_hf_config(path):
+    """A config.json with the keys of its parts among the others: {"vision_config.key": value}."""
+    content = read_object(path)
+    values = dict(content)
+    for name, defaults in HF_DEFAULTS.items():
+        # Older files have two copies of a part, and transformers reads the one with _dict.
+        part = content.get(name) if content.get(f"{name}_dict") is None else content[f"{name}_dict"]
+        part = {**defaults, **as_object(path, name, {} if part is None else part)}
+        values |= {f"{name}.{key}": value for key, value in part.items()}
+    return values
+
+
+def check_hf_end(path, eot_id):
+    """Raise ValueError unless the CLIPModel of a config.json pools at the tokenizer's end token."""
+    # KELIP pools at the highest id. Old published files say 2 by mistake and mean the same.
+    key = "text_config.eos_token_id"
+    check_values(path, {key: flatten_hf_config(path)[key]}, {key: [2, eot_id]})
+
+
+# Image processors that work as CLIP's, under their names in several versions.
+HF_PROCESSORS = ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
+                 "CLIPFeatureExtractor"]
+# Keys of an image processor that do not change the pixels of an image, or are read separately.
+HF_PIXELS_IGNORED = {
+    "do_convert_rgb", "processor_class", "device", "return_tensors", "disable_grouping", "use_fast",
+    "image_seq_length", "input_data_format", "pad_size", "_valid_processor_keys", "image_mean",
+    "image_std", "rescale_factor"}
+
+
+def read_hf_pixels(path, resolution):
+    """The mean and std of pixels that an image processor of transformers uses, for RGB in 0..1.
+
+    path: the config.json in its folder. Pixels on another scale, such as 0..255, have another mean
+    and std. Raises ValueError for what `preprocess` does not do.
+    """
+    # transformers 5 writes processor_config.json alone, and reads it first.
+    file, prefix, pixels = path.with_name("processor_config.json"), "image_processor.", None
+    if file.is_file():
+        pixels = read_object(file).get("image_processor")
+    if pixels is None:
+        file, prefix = path.with_name("preprocessor_config.json"), ""
+        if not file.is_file():
+            warnings.warn(f"{file}: missing, as is processor_config.json; CLIP's mean and standard "
+                          "deviation of pixels are assumed", stacklevel=5)
+            return MEAN, STD
+        pixels = read_object(file)
+    pixels = as_object(file, "image_processor", pixels)
+    pixels = {key: value for key, value in pixels.items() if value is not None}  # null: the default
+
+    # Both default to 224. Without a crop_size, image_size is meant: CLIPModel refuses other images.
+    pixels.setdefault("size", 224 if "crop_size" in pixels else resolution)
+    pixels.setdefault("crop_size", resolution)
+    allowed = {
+        "image_processor_type": HF_PROCESSORS, "feature_extractor_type": HF_PROCESSORS,
+        "do_resize": [True], "size": [resolution, {"shortest_edge": resolution}],
+        "default_to_square": [False], "resample": [3],  # bicubic
+        "do_center_crop": [True],
+        "crop_size": [resolution, [resolution] * 2, {"height": resolution, "width": resolution}],
+        "do_rescale": [True, False], "do_normalize": [True, False],
+        "data_format": ["channels_first"]}
+    others = {key: value for key, value in pixels.items() if key not in HF_PIXELS_IGNORED}
+    check_values(file, others, allowed, prefix)
+
+    factor, mean, std = 1, [0] * 3, [1] * 3
+    if pixels.get("do_rescale", True):
+        factor = pixels.get("rescale_factor", 1 / 255)
+        check_number(file, f"{prefix}rescale_factor", factor, 1e-6, 1e6)
+    if pixels.get("do_normalize", True):
+        mean = three_numbers(file, f"{prefix}image_mean", pixels.get("image_mean", MEAN), -1e6)
+        std = three_numbers(file, f"{prefix}image_std", pixels.get("image_std", STD), 1e-6)
+    # For x in 0..1, the processor computes (255 * factor * x - mean) / std.
+    scale = 255 * factor
+    return [value / scale for value in mean], [value / scale for value in std]
 
 
 def write_hf(checkpoint, folder):
@@ -576,6 +827,7 @@ def write_hf(checkpoint, folder):
 # ---- tokenizers ----
 
 CLIP_ENTRIES = 49_408  # 256 bytes, 256 bytes at the end of a word, 48,894 merges, start and end
+MAX_MERGES = 2**24     # bytes; CLIP's list has 3 million
 CLIP_NORMALIZER = {"type": "Sequence", "normalizers": [
     {"type": "NFC"},
     {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
@@ -586,12 +838,32 @@ CLIP_WORDS = {
 
 
 def find_tokenizer(path):
-    """The tokenizer in the folder of a file of weights."""
+    """The tokenizer in the folder of a file of weights, or None."""
     for name in ("tokenizer.json", CLIP_MERGES):
         if path.with_name(name).is_file():
             return path.with_name(name)
-    raise FileNotFoundError(f"{path}: no tokenizer.json in its folder: name one with --tokenizer "
-                            f"(OpenAI's is {CLIP_MERGES})")
+    return None
+
+
+def choose_tokenizer(checkpoint, path):
+    """The Checkpoint with the tokenizer at `path`, or with its own if path is None.
+
+    Raises FileNotFoundError when it has neither, and ValueError when the tokenizer does not fit the
+    weights or has another vocabulary than its own.
+    """
+    own = checkpoint.tokenizer
+    if path:
+        checkpoint = checkpoint._replace(tokenizer=load_tokenizer(path))
+    elif own is None:
+        raise FileNotFoundError(
+            f"{checkpoint.path}: no tokenizer.json in its folder: name one with --tokenizer "
+            f"(OpenAI's is {CLIP_MERGES})")
+    kelip.check_vocabulary(checkpoint)
+    if own is not None and checkpoint.tokenizer.digest != own.digest:
+        raise ValueError(f"{path}: its tokens or their ids are not those of the tokenizer of "
+                         f"{checkpoint.path}, with which the weights were trained: leave out "
+                         "--tokenizer")
+    return checkpoint
 
 
 def load_tokenizer(path):
@@ -600,7 +872,8 @@ def load_tokenizer(path):
     if path.suffix != ".gz":
         return Tokenizer.load(path)
     warnings.warn(f"{path}: a tokenizer.json cannot express all of OpenAI's cleaning of texts: "
-                  "broken UTF-8 (ftfy), HTML entities and rare whitespace are encoded as they are",
+                  "broken UTF-8 and curly quotes (ftfy), HTML entities and rare whitespace are "
+                  "encoded as they are",
                   stacklevel=3)
     return read_clip_merges(path)
 
@@ -613,16 +886,24 @@ def read_clip_merges(path):
     in OpenAI's code. Raises ValueError when the file is another one.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        with gzip.open(path) as file:
+            text = file.read(MAX_MERGES + 1)  # a file of 3 MB may hold 3 GB
+        lines = text.decode().split("\n")
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not CLIP's list of merges: {error}") from None
     # The first line is a comment, and the file holds more merges than CLIP uses.
     count = CLIP_ENTRIES - 2 * len(ALPHABET) - 2
     merges = [line.split() for line in lines[1:1 + count]]
-    if len(merges) != count or any(len(pair) != 2 for pair in merges):
+    is_list = len(text) <= MAX_MERGES and len(merges) == count
+    if not is_list or any(len(pair) != 2 for pair in merges):
         raise ValueError(f"{path}: not CLIP's list of merges, {count:,} lines of two tokens")
     tokens = ALPHABET + [char + "</w>" for char in ALPHABET] + [a + b for a, b in merges]
+    merged = {token for pair in merges for token in pair}
+    if len(set(tokens)) != len(tokens) or not merged <= set(tokens):
+        raise ValueError(f"{path}: not CLIP's list of merges: tokens repeat or are unknown")
     return Tokenizer(build_spec(
         tokens, merges, specials=(START, END), normalizer=CLIP_NORMALIZER, suffix="</w>",
         pre_tokenizer={"type": "Sequence",
