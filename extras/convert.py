@@ -48,8 +48,11 @@ from tokenizer import (
     BYTE_LEVEL,
     END,
     START,
+    ArgumentParser,
     Tokenizer,
     build_spec,
+    number,
+    one_line,
     read_json,
     run_command,
 )
@@ -465,8 +468,8 @@ def three_numbers(path, key, value, low):
     numbers = list(value) if isinstance(value, (list, tuple)) else [value] * 3
     if len(numbers) != 3:
         raise ValueError(f"{path}: {key} has {len(numbers)} numbers, where RGB has 3")
-    for number in numbers:
-        check_number(path, key, number, low, 1e6)
+    for value in numbers:
+        check_number(path, key, value, low, 1e6)
     return numbers
 
 
@@ -488,8 +491,10 @@ def find_stated(values, tables):
             name = f"{part}.{name}"
             if name in values:
                 value = values[name]
-                is_square = isinstance(value, list) and value == value[:1] * 2
-                stated[key] = (name, value[0] if is_square else value)  # image_size: [side, side]
+                is_side = key in ("image_resolution", "vision_patch_size")  # or [side, side]
+                if is_side and isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+                    value = value[0]
+                stated[key] = (name, value)
     return stated
 
 
@@ -734,9 +739,10 @@ def flatten_hf_config(path):
     values = dict(content)
     for name, defaults in HF_DEFAULTS.items():
         # Older files have two copies of a part, and transformers reads the one with _dict.
-        part = content.get(name) if content.get(f"{name}_dict") is None else content[f"{name}_dict"]
-        part = {**defaults, **as_object(path, name, {} if part is None else part)}
-        values |= {f"{name}.{key}": value for key, value in part.items()}
+        older = f"{name}_dict"
+        where = name if content.get(older) is None else older
+        part = {} if content.get(where) is None else as_object(path, where, content[where])
+        values |= {f"{name}.{key}": value for key, value in {**defaults, **part}.items()}
     return values
 
 
@@ -774,8 +780,7 @@ def read_hf_pixels(path, resolution):
                           "deviation of pixels are assumed", stacklevel=5)
             return MEAN, STD
         pixels = read_object(file)
-    pixels = as_object(file, "image_processor", pixels)
-    pixels = {key: value for key, value in pixels.items() if value is not None}  # null: the default
+    pixels = dict(as_object(file, "image_processor", pixels))
 
     # Both default to 224. Without a crop_size, image_size is meant: CLIPModel refuses other images.
     pixels.setdefault("size", 224 if "crop_size" in pixels else resolution)
@@ -783,11 +788,11 @@ def read_hf_pixels(path, resolution):
     allowed = {
         "image_processor_type": HF_PROCESSORS, "feature_extractor_type": HF_PROCESSORS,
         "do_resize": [True], "size": [resolution, {"shortest_edge": resolution}],
-        "default_to_square": [False], "resample": [3],  # bicubic
+        "default_to_square": [False, None], "resample": [3],  # bicubic
         "do_center_crop": [True],
         "crop_size": [resolution, [resolution] * 2, {"height": resolution, "width": resolution}],
-        "do_rescale": [True, False], "do_normalize": [True, False],
-        "data_format": ["channels_first"]}
+        "do_rescale": [True, False, None], "do_normalize": [True, False, None],
+        "data_format": ["channels_first", None]}
     others = {key: value for key, value in pixels.items() if key not in HF_PIXELS_IGNORED}
     check_values(file, others, allowed, prefix)
 
@@ -890,15 +895,16 @@ def read_clip_merges(path):
         raise ValueError(f"{path}: not a regular file")
     try:
         with gzip.open(path) as file:
-            text = file.read(MAX_MERGES + 1)  # a file of 3 MB may hold 3 GB
+            text = file.read(MAX_MERGES + 1)
+        if len(text) > MAX_MERGES:  # a file of 3 MB may hold 3 GB
+            raise ValueError(f"{path}: not CLIP's list of merges, which has 3 million bytes")
         lines = text.decode().split("\n")
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not CLIP's list of merges: {error}") from None
     # The first line is a comment, and the file holds more merges than CLIP uses.
     count = CLIP_ENTRIES - 2 * len(ALPHABET) - 2
     merges = [line.split() for line in lines[1:1 + count]]
-    is_list = len(text) <= MAX_MERGES and len(merges) == count
-    if not is_list or any(len(pair) != 2 for pair in merges):
+    if len(merges) != count or any(len(pair) != 2 for pair in merges):
         raise ValueError(f"{path}: not CLIP's list of merges, {count:,} lines of two tokens")
     tokens = ALPHABET + [char + "</w>" for char in ALPHABET] + [a + b for a, b in merges]
     merged = {token for pair in merges for token in pair}
@@ -948,7 +954,7 @@ def write_tokenizer(checkpoint, folder, template=True):
 
 def main(argv=None):
     """Read the command line, convert, print the files."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m extras.convert", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.partition("\n\nFrom top")[0])
     add = parser.add_argument
@@ -960,14 +966,15 @@ def main(argv=None):
         help="what opens OUT: kelip.build_model (default), transformers' CLIPModel, open_clip")
     add("--tokenizer", metavar="PATH",
         help=f"a tokenizer.json or OpenAI's {CLIP_MERGES} (default: the one in the folder of the "
-             "weights)")
+             "weights, whose vocabulary another must have)")
     add("--activation", choices=list(kelip.ACTIVATIONS),
         help="of both encoders, if there is no configuration: quick_gelu (as OpenAI's weights) or "
              "gelu (as most of open_clip's)")
-    add("--vision-heads", type=int, metavar="N",
+    add("--vision-heads", type=number(int, 1), metavar="N",
         help="attention heads of the image encoder, if there is no configuration (default: its "
              "width / 64)")
-    add("--transformer-heads", type=int, metavar="N", help="the same for the text encoder")
+    add("--transformer-heads", type=number(int, 1), metavar="N",
+        help="the same for the text encoder")
     args = parser.parse_args(argv)
     given = {key: getattr(args, key) for key in ("activation", "vision_heads", "transformer_heads")}
     given = {key: value for key, value in given.items() if value is not None}
@@ -979,7 +986,7 @@ def main(argv=None):
 
 def print_warning(message, *_):
     """Print a warning as one line, without the line of code that Python would add."""
-    print(f"extras.convert: {message}", file=sys.stderr)
+    print(f"extras.convert: {one_line(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -182,6 +182,23 @@ def open_clip_logits(model, size=48):
     pixels = torch.stack([kelip.preprocess(size)(image) for image in images])
     with torch.no_grad():
         return model.get_logits(pixels, small_tokenizer().encode(names, 20))[0]
+
+
+def copy_of(folder, target, name, edit):
+    """A copy of an exported folder in which edit(content) changed a JSON file. Returns target."""
+    shutil.copytree(folder, target)
+    file = target / name
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    edit(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return target
+
+
+def refused(message, src, error=ValueError, **options):
+    """Assert that reading `src` fails in one line that matches `message`."""
+    with pytest.raises(error, match=message) as caught:
+        convert.read(src, **options)
+    assert "\n" not in str(caught.value)
 
 
 def command(*arguments):
@@ -369,6 +386,127 @@ def test_transformers_models_are_read(tmp_path, activation, heads, eos):
     assert (logits(*half) - expected).abs().max() < 0.05
 
 
+# What an image processor computes from RGB in 0..1: (scale * x - mean) / std.
+@pytest.mark.parametrize("changes, scale, mean, std", [
+    ({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.3]},
+     1, (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)),
+    ({"image_mean": 0.5, "image_std": 0.25, "image_processor_type": "CLIPImageProcessorFast"},
+     1, (0.5,) * 3, (0.25,) * 3),
+    ({"do_rescale": False, "rescale_factor": None}, 255, kelip.MEAN, kelip.STD),
+    ({"rescale_factor": 2 / 255}, 2, kelip.MEAN, kelip.STD),
+    ({"do_normalize": False, "image_mean": None}, 1, (0,) * 3, (1,) * 3),
+    ({"do_rescale": False, "do_normalize": None}, 255, (0,) * 3, (1,) * 3),
+    ({"size": 56, "crop_size": [56, 56], "do_convert_rgb": False, "do_pad": False, "device": "cpu",
+      "_valid_processor_keys": ["images"]}, 1, kelip.MEAN, kelip.STD)])
+def test_features_are_those_of_an_image_processor(tmp_path, changes, scale, mean, std):
+    pytest.importorskip("safetensors")
+    model, exported = export(tmp_path, "hf", transformer_heads=1)
+    images, _ = images_and_names()
+    clip_mean, clip_std, mean, std = (
+        torch.tensor(x).view(3, 1, 1) for x in (kelip.MEAN, kelip.STD, mean, std))
+    pixels = torch.stack([kelip.preprocess(56)(image) for image in images])
+    pixels = (scale * (pixels * clip_std + clip_mean) - mean) / std
+    with torch.no_grad():
+        expected = model.encode_image(pixels, l2norm=True)
+
+    old = "preprocessor_config.json"
+    legacy = copy_of(exported, tmp_path / "4", old, lambda content: content.update(changes))
+    # transformers 5 writes processor_config.json alone. If there are both, it reads this one.
+    current = shutil.copytree(exported, tmp_path / "5")
+    both = shutil.copytree(exported, tmp_path / "both")
+    content = {"image_processor": json.loads((legacy / old).read_text())}
+    for folder in (current, both):
+        (folder / "processor_config.json").write_text(json.dumps(content))
+    (current / old).unlink()
+    for folder in (legacy, current, both):
+        checkpoint = convert.read(folder)
+        opened = kelip.KELIP(**checkpoint.config)
+        kelip.load_weights(opened, checkpoint.weights, folder)
+        with torch.no_grad():
+            found = opened.encode_image(
+                torch.stack([kelip.preprocess(56)(image) for image in images]), l2norm=True)
+        assert (found - expected).abs().max() < 1e-5
+
+    transformers = pytest.importorskip("transformers")
+    if hasattr(transformers, "CLIPImageProcessorPil"):
+        processor = transformers.CLIPImageProcessorPil.from_pretrained(current)
+        if isinstance(changes.get("image_mean"), float):  # it takes lists alone
+            processor.image_mean, processor.image_std = (0.5,) * 3, (0.25,) * 3
+        found = processor(images=images, return_tensors="pt").pixel_values
+        torch.testing.assert_close(found.float(), pixels, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("do_resize", False), ("do_resize", None), ("do_center_crop", False), ("resample", 2),
+    ("resample", None), ("resample", "bicubic"),
+    ("size", {"shortest_edge": 64}), ("size", {"height": 56, "width": 56}), ("size", 64),
+    ("size", None), ("size", "56"), ("crop_size", {"height": 48, "width": 48}), ("crop_size", 57),
+    ("default_to_square", True), ("do_pad", True), ("crop_pct", 0.9), ("use_square_size", True),
+    ("image_processor_type", "ViTImageProcessor"), ("do_rescale", "no"), ("auto_map", {"a": "b"}),
+    ("rescale_factor", 0), ("rescale_factor", "1/255"), ("rescale_factor", float("nan")),
+    ("image_mean", [0.5]), ("image_mean", [0.5, "x", 0.5]), ("image_std", [0.5, 0, 0.5]),
+    ("image_std", [1e-300] * 3), ("image_std", {})])
+def test_image_processors_that_kelip_does_not_compute_are_refused(tmp_path, key, value):
+    """The error names the file and the key."""
+    pytest.importorskip("safetensors")
+    _, exported = export(tmp_path, "hf", transformer_heads=1)
+    name = "preprocessor_config.json"
+    folder = copy_of(exported, tmp_path / "4", name, lambda content: content.update({key: value}))
+    refused(rf"{name}: {key} (is|has) ", folder)
+    pixels = json.loads((folder / name).read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": pixels}))
+    refused(rf"/processor_config.json: image_processor.{key} (is|has) ", folder)
+
+
+def test_a_folder_without_an_image_processor_gets_a_warning(tmp_path):
+    pytest.importorskip("safetensors")
+    model, folder = export(tmp_path, "hf", transformer_heads=1)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="preprocessor_config.json: missing, as is processor_conf"):
+        checkpoint = convert.read(folder)
+    assert torch.equal(checkpoint.weights["visual.conv1.weight"], model.visual.conv1.weight)
+
+
+@pytest.mark.parametrize("model_type", [
+    "chinese_clip", "vision-text-dual-encoder", "siglip", "align", "altclip", "clip_vision_model"])
+def test_models_of_another_type_are_refused_at_once(tmp_path, model_type):
+    """Neither the weights are read nor a tokenizer is asked for."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    refused(f"config.json: model_type is '{model_type}', which cannot be converted; CLIPs of "
+            r"OpenAI, open_clip and transformers \(model_type 'clip'\) can", tmp_path)
+
+
+@pytest.mark.parametrize("names, message", [
+    (["module.visual.conv1.weight", "module.bert.embeddings.word_embeddings.weight"],
+     "holds module.bert.embeddings.word_embeddings.weight, of another text encoder"),
+    (["vision_model.x", "text_model.roberta.embeddings.word_embeddings.weight"],
+     "holds text_model.roberta.embeddings.word_embeddings.weight, of another text encoder"),
+    (["vision_model.head.probe", "logit_bias"], "holds logit_bias, of a sigmoid loss"),
+    (["visual.blocks.0.attn.q_proj.weight"], "holds visual.blocks.0.*, of an EVA-CLIP"),
+    (["text_model.x"], "holds text_model.x and others, but no image encoder of a CLIP"),
+    (["cls_token", "blocks.0.x"], "holds cls_token and others, but no image encoder of a CLIP"),
+    ([3], "3 holds Tensor, where weights are tensors by name"),
+    ([], "holds dict, where weights are tensors by name")])
+def test_other_weights_are_refused_before_a_tokenizer_is_asked_for(tmp_path, names, message):
+    torch.save({name: torch.ones(3) for name in names}, tmp_path / "x.pt")
+    refused(rf"x\.pt: {message}.*; CLIPs of OpenAI, open_clip and transformers", tmp_path / "x.pt")
+
+
+def test_files_without_weights_are_named(tmp_path):
+    path = tmp_path / "random.pt"
+    for content, found in ((torch.ones(3), "Tensor"), ([torch.ones(3)], "list"), ("x", "")):
+        torch.save(content, path)
+        refused(f"random.pt: holds .*{found}.*, where", path)
+    torch.save({"a": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="random.pt: neither a run .*python -m extras.convert"):
+        kelip.build_model(path)
+    refused("random.pt: holds a and others, but no image encoder", path)
+    # A checkpoint of another library may have a "config", too.
+    torch.save({"config": {}, "state_dict": {"a": torch.ones(3)}}, path)
+    refused("random.pt: holds a and others, but no image encoder", path)
+
+
 def test_unsupported_transformers_models_are_refused(tmp_path):
     """Each error is one line that names the key of the file."""
     pytest.importorskip("safetensors")
@@ -377,38 +515,113 @@ def test_unsupported_transformers_models_are_refused(tmp_path):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
-    def refused(message, changed_weights=(), **changes):
+    def refused_with(message, changed_weights=(), **changes):
         config = {**content}
         for part, values in changes.items():
-            config[part] = {**config[part], **values} if isinstance(values, dict) else values
+            config[part] = values
+            if isinstance(values, dict):
+                config[part] = {**content.get(part, {}), **values}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         changed = {**weights, **dict(changed_weights)}
         changed = {key: value for key, value in changed.items() if value is not None}
         safetensors.torch.save_file(changed, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=message) as caught:
-            convert.read(folder)
-        assert "\n" not in str(caught.value)
+        refused(message, folder)
 
-    refused(r"config.json: text_config.eos_token_id is 7; KELIP computes 2 or \d+",
-            text_config={"eos_token_id": 7})
-    refused("config.json: vision_config.hidden_act is 'relu'",
-            vision_config={"hidden_act": "relu"})
-    refused("config.json: text_config.hidden_act is 'gelu'; KELIP computes 'quick_gelu'",
-            text_config={"hidden_act": "gelu"})
-    refused("config.json: text_config.layer_norm_eps is 1e-06",
-            text_config={"layer_norm_eps": 1e-6})
-    refused("config.json: model_type is 'siglip'", model_type="siglip")
+    refused_with(r"config.json: text_config.eos_token_id is 7; KELIP computes 2 or \d+",
+                 text_config={"eos_token_id": 7})
+    refused_with("config.json: vision_config.hidden_act is 'relu'",
+                 vision_config={"hidden_act": "relu"})
+    refused_with("config.json: text_config.hidden_act is 'gelu'; KELIP computes 'quick_gelu'",
+                 text_config={"hidden_act": "gelu"})
+    refused_with("config.json: text_config.layer_norm_eps is 1e-06",
+                 text_config={"layer_norm_eps": 1e-6})
+    refused_with("config.json: model_type is 'siglip'", model_type="siglip")
+    refused_with("config.json: vision_config.model_type is 'siglip_vision_model'; KELIP computes",
+                 vision_config={"model_type": "siglip_vision_model"})
+    refused_with("config.json: auto_map is .*; KELIP computes", auto_map={"AutoModel": "x.Model"})
+    refused_with("config.json: quantization_config is", quantization_config={"load_in_8bit": True})
     key = "text_model.encoder.layers.1.self_attn.k_proj.bias"
-    refused(rf"model.safetensors: has no {key} of \[64\]", {key: None})
+    refused_with(rf"model.safetensors: has no {key} of \[64\]", {key: None})
     key = "text_model.final_layer_norm.bias"
-    refused(rf"model.safetensors: {key} is \[3\], the model's is \[64\]", {key: torch.zeros(3)})
+    refused_with(rf"model.safetensors: {key} is \[3\], the model's is \[64\]",
+                 {key: torch.zeros(3)})
     key = "vision_model.embeddings.position_embedding.weight"
-    refused(rf"model.safetensors: has no {key} of 2 dimensions", {key: None})
-    refused("model.safetensors: has no visual_projection.weight",
-            {"visual_projection.weight": None})
-    refused("model.safetensors: has no logit_scale, which the model needs", {"logit_scale": None})
-    refused("model.safetensors: holds text_model.more, which the model does not have",
-            {"text_model.more": torch.zeros(3)})
+    refused_with(rf"model.safetensors: has no {key} of 2 dimensions", {key: None})
+    refused_with("model.safetensors: has no visual_projection.weight",
+                 {"visual_projection.weight": None})
+    refused_with("model.safetensors: has no logit_scale, which the model needs",
+                 {"logit_scale": None})
+    refused_with("model.safetensors: holds text_model.more, which the model does not have",
+                 {"text_model.more": torch.zeros(3)})
+
+
+SIZES = [10**12, 10**9, 0, -1, 1.5, "12", True, None, [], {}, [3], [3, 3], float("nan")]
+
+
+@pytest.mark.parametrize("to, file", [("hf", "config.json"), ("open_clip", "open_clip_config.json"),
+                                      ("kelip", "config.json")])
+@pytest.mark.filterwarnings("ignore:config.json. the code that KELIP's authors released")
+def test_sizes_of_a_configuration_must_be_those_of_the_weights(tmp_path, to, file):
+    """Nothing of a wrong size is built. The error names the file and the key."""
+    pytest.importorskip("safetensors")
+    model, folder = export(tmp_path, to, **GELU)
+    content = json.loads((folder / file).read_text())
+    if to == "hf":
+        parts = [content["vision_config"], content["text_config"]]
+        keys = [[*names.values()] for names in convert.HF_CONFIG.values()]
+    elif to == "open_clip":
+        parts = [content["model_cfg"]["vision_cfg"], content["model_cfg"]["text_cfg"]]
+        keys = [[*names.values(), "mlp_ratio"] for names in convert.OPEN_CLIP_CONFIG.values()]
+        keys[0].append("head_width")
+    else:
+        parts, keys = [content], [model.config.keys()]
+    for part, names in zip(parts, keys):
+        for key in names:
+            right = part[key]
+            for wrong in SIZES if to != "kelip" else (10**9, -1, 1.5, "12", True, [3]):
+                part[key] = wrong
+                (folder / file).write_text(json.dumps(content))
+                refused(rf"/{file}: (\w+\.)*{key} |/{file}: \S*width \* \S*{key} ", folder)
+            if to != "kelip" and key != "hidden_act" and "head" not in key:
+                del part[key]  # then it is that of the weights
+                (folder / file).write_text(json.dumps(content))
+                assert convert.read(folder).config == model.config
+            part[key] = right
+    (folder / file).write_text(json.dumps(content))
+    assert convert.read(folder).config == model.config
+
+
+def test_flags_that_contradict_a_configuration_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    for to in ("hf", "open_clip", "kelip"):
+        _, folder = export(tmp_path, to, transformer_heads=1)
+        assert convert.read(folder, activation="quick_gelu", vision_heads=2)
+        refused("its activation is quick_gelu: leave out --activation gelu", folder,
+                activation="gelu")
+        refused("its vision_heads is 2: leave out --vision-heads 4", folder, vision_heads=4)
+
+
+@pytest.mark.parametrize("to, name", [
+    ("hf", "config.json"), ("hf", "preprocessor_config.json"), ("hf", "processor_config.json"),
+    ("open_clip", "open_clip_config.json")])
+def test_configurations_that_are_no_objects_are_refused(tmp_path, monkeypatch, to, name):
+    pytest.importorskip("safetensors")
+    _, folder = export(tmp_path, to, transformer_heads=1)
+    for content in (b"\xff\x00", b"", b"[]", b"3", b"null", b"[" * 100_000, b'{"a": ' * 100_000):
+        (folder / name).write_bytes(content)
+        refused(f"/{name}: (not JSON|the content is .*, where an object)", folder)
+    parts = {"config.json": ["vision_config", "text_config_dict"],
+             "processor_config.json": ["image_processor"],
+             "open_clip_config.json": ["model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg"]}
+    for part in parts.get(name, []):
+        content = {"model_type": "clip", "embed_dim": 48, "vision_cfg": {}, "text_cfg": {}, part: 3}
+        if to == "hf":
+            del content["embed_dim"]
+        (folder / name).write_text(json.dumps(content))
+        refused(f"/{name}: {part} is 3, where an object", folder)
+    with open(folder / name, "wb") as file:
+        file.truncate(2**34)
+    refused(f"/{name}: has 17,179,869,184 bytes", folder)
 
 
 @pytest.mark.parametrize("changes", [{}, GELU])
@@ -538,6 +751,16 @@ def test_openai_state_dicts_have_the_logits_of_open_clip(tmp_path):
     ({"token_embedding.weight": torch.zeros(400, 64)},
      "token_embedding.weight has 400 rows, and the tokenizer 420"),
     ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
+    ({"ln_final.weight": torch.ones(64, dtype=torch.int8)},
+     r"ln_final.weight is \[64\] of torch.int8, and not a floating-point number for each"),
+    ({"ln_final.weight": torch.ones(64).to_sparse()}, r"ln_final.weight is \[64\] of torch.float"),
+    ({"ln_final.weight": torch.ones(64, device="meta")}, r"ln_final.weight is \[64\] of torch.flo"),
+    ({"token_embedding.weight": torch.ones(1).expand(10**12, 64)},
+     r"token_embedding.weight is \[1000000000000, 64\] of torch.float32, and not"),
+    ({"token_embedding.weight": torch.ones(10**12, 0)}, "token_embedding.weight is .*, and not"),
+    ({"visual.conv1.weight": torch.ones(128, 1, 8, 8)}, r".* is \[128, 1, 8, 8\], the model's is"),
+    ({"visual.positional_embedding": torch.ones(1, 128)}, "visual.positional_embedding has 1 row"),
+    ({"visual.positional_embedding": torch.ones(())}, "has no visual.pos.* of 2 dimensions"),
 ])
 def test_weights_of_other_models_are_refused(tmp_path, change, message):
     tok = small_tokenizer()
@@ -546,9 +769,8 @@ def test_weights_of_other_models_are_refused(tmp_path, change, message):
     weights = {key: value for key, value in weights.items() if value is not None}
     torch.save(weights, tmp_path / "x.pt")
     tok.save(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=rf"x\.pt: {message}") as caught:
-        convert.read(tmp_path / "x.pt", activation="gelu", vision_heads=2, transformer_heads=1)
-    assert "\n" not in str(caught.value)
+    refused(rf"x\.pt: {message}", tmp_path / "x.pt", activation="gelu", vision_heads=2,
+            transformer_heads=1)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -630,6 +852,23 @@ def test_a_run_is_converted_with_its_own_tokenizer_or_another(small_run, tmp_pat
         convert.read(small_run, tokenizer=tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize("to", ["kelip", "hf", "open_clip"])
+def test_a_tokenizer_with_another_vocabulary_is_refused(tmp_path, to):
+    """It has as many entries, but each row of the embedding would stand for another token."""
+    pytest.importorskip("safetensors")
+    _, folder = export(tmp_path, to, transformer_heads=1)
+    other = Tokenizer.train([str(i * i) for i in range(3000)], 420, progress=False)
+    assert len(other) == len(small_tokenizer())
+    other.save(tmp_path / "other.json")
+    refused("other.json: its tokens or their ids are not those of the tokenizer of .*: leave out "
+            "--tokenizer", folder, tokenizer=tmp_path / "other.json")
+    # The same vocabulary with other rules of normalization is accepted.
+    cased = Tokenizer(dict(small_tokenizer().spec, normalizer={"type": "NFC"}))
+    cased.save(tmp_path / "cased.json")
+    found = convert.read(folder, tokenizer=tmp_path / "cased.json").tokenizer
+    assert found.encode("A RED apple").equal(cased.encode("A RED apple"))
+
+
 def test_clip_merges_encode_as_open_clip_does():
     """On clean text: without HTML entities, and without a final sigma."""
     ftfy = pytest.importorskip("ftfy")
@@ -657,13 +896,29 @@ def test_clip_merges_encode_as_open_clip_does():
 
 @pytest.mark.parametrize("content", [
     gzip.compress(b"hello"), b"\x1f\x8b\x08", b"not gzip", gzip.compress(b"\xff\xfe"),
-    gzip.compress(b"hello\n" * 60_000)])
+    gzip.compress(b"hello\n" * 60_000), gzip.compress(b"a b\n" * 60_000),
+    gzip.compress("".join(f"x{i} y{i}\n" for i in range(60_000)).encode())])
 def test_files_that_are_not_clip_merges_are_refused(tmp_path, content):
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="merges.txt.gz: not CLIP's list of merges") as caught:
         convert.read_clip_merges(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_of_merges_cannot_fill_the_memory(tmp_path):
+    with gzip.open(tmp_path / "merges.txt.gz", "wb", 1) as file:
+        for _ in range(16):
+            file.write(bytes(convert.MAX_MERGES))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="merges.txt.gz: not CLIP's list of merges"):
+        convert.read_clip_merges(tmp_path / "merges.txt.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * convert.MAX_MERGES
+    os.mkfifo(tmp_path / "pipe.gz")  # which nobody writes
+    with pytest.raises(ValueError, match="pipe.gz: not a regular file"):
+        convert.read_clip_merges(tmp_path / "pipe.gz")
 
 
 @pytest.mark.parametrize("to", ["kelip", "hf"])
@@ -684,6 +939,7 @@ def test_a_model_with_openais_vocabulary_is_converted(tmp_path, to):
     kelip.load_weights(opened, checkpoint.weights, "out")
     assert torch.equal(logits(opened, kelip.preprocess(56), tok),
                        logits(model, kelip.preprocess(56), original))
+    assert convert.read(tmp_path / "out", tokenizer=path).tokenizer.pad_id == 0  # of one vocabulary
     # Padding is the end token, as in transformers' CLIPTokenizer, and not 0, which is a word.
     ids, found = original.encode(names, 20), tok.encode(names, 20)
     is_padding = torch.arange(20) > ids.argmax(dim=1, keepdim=True)
@@ -693,6 +949,9 @@ def test_a_model_with_openais_vocabulary_is_converted(tmp_path, to):
         fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         batch = fast(names, padding="max_length", truncation=True, return_tensors="pt")
         assert found.equal(batch.input_ids)
+        # The class CLIPTokenizer of transformers 5 has rules of its own, which are CLIP's.
+        own = transformers.CLIPTokenizer.from_pretrained(tmp_path / "out")
+        assert [own(name).input_ids for name in names] == [fast(name).input_ids for name in names]
 
 
 def test_errors_and_warnings_of_convert_are_one_line(tmp_path):
@@ -735,9 +994,123 @@ def test_weights_in_several_files_are_read(tmp_path):
     (folder / "config.json").write_text(json.dumps(model.config))
     with pytest.raises(ValueError, match="index.json: released KELIP in several files cannot"):
         convert.read(folder)
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="pytorch_model.bin.index.json: has no weight_map"):
-        convert.read(folder)
+    for content in ({}, {"weight_map": {}}, {"weight_map": [3]}, {"weight_map": 3}):
+        index.write_text(json.dumps(content))
+        refused("pytorch_model.bin.index.json: has no weight_map", folder)
+    # Nothing outside the folder is read, and no file but those of weights.
+    for name in (index.name, "../x.bin", str(folder / files[0]), "/etc/passwd", "", "..",
+                 "a\0b.bin", 3, [3], None):
+        index.write_text(json.dumps({"weight_map": {"a": files[0], "b": name}}))
+        refused("index.json: weight_map names .*; it must name .safetensors or .bin files", folder)
+    index.write_text(json.dumps({"weight_map": {"a": "no.bin"}}))
+    refused("index.json: weight_map names no.bin, which is not in the folder", folder,
+            FileNotFoundError)
+    torch.save([3], folder / files[0])
+    index.write_text(json.dumps({"weight_map": {"a": files[0]}}))
+    refused(f"{files[0]}: holds .*list, where", folder)
+
+
+def test_exported_files_have_the_mode_that_the_umask_asks_for(tmp_path):
+    pytest.importorskip("safetensors")
+    umask = os.umask(0o027)
+    try:
+        folders = [export(tmp_path, to, transformer_heads=1)[1] for to in ("kelip", "hf")]
+    finally:
+        os.umask(umask)
+    for folder in folders:
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+        assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_an_export_onto_a_full_disk_fails_and_leaves_nothing(tmp_path):
+    pytest.importorskip("safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model.safetensors: .*File too large") as caught:
+            export(tmp_path, "hf", transformer_heads=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+# Values that a key of a file may have, and files that may stand for another.
+JSON_VALUES = st.sampled_from([*SIZES, "x", False, 1e308, -0.5, 56, 2, [0.5] * 3, {"a": {}}, ...])
+TENSORS = st.sampled_from([
+    torch.ones(()), torch.ones(3), torch.ones(0), torch.ones(2, 3, 4), torch.ones(64, 64),
+    torch.ones(64, dtype=torch.int64), torch.ones(1).expand(10**9), 3, "x", None, [], ...])
+
+
+def mutate_foreign_checkpoint(exports, folder, data):
+    """Change one value of a configuration or one weight, and read the result.
+
+    It is refused in one line, or read with the sizes and the other weights as they were.
+    """
+    model, sources = exports
+    to = data.draw(st.sampled_from(sorted(sources)), label="format")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(sources[to], folder)
+    file = data.draw(st.sampled_from(sorted(folder.glob("*config.json")) + [None]), label="file")
+    is_weight = file is None
+    if not is_weight:
+        parent = content = json.loads(file.read_text(encoding="utf-8"))
+        key = data.draw(st.sampled_from(sorted(parent)), label="key")
+        while isinstance(parent[key], dict) and data.draw(st.booleans(), label="deeper"):
+            parent = parent[key]
+            key = data.draw(st.sampled_from(sorted(parent)), label="key")
+        parent[key] = data.draw(JSON_VALUES, label="value")
+        if parent[key] is ...:
+            del parent[key]
+        file.write_text(json.dumps(content), encoding="utf-8")
+    else:
+        file = next(folder.glob("*.safetensors"))
+        weights = kelip.read_weights(file)
+        key = data.draw(st.sampled_from(sorted(weights)), label="weight")
+        weights[key] = data.draw(TENSORS, label="tensor")
+        if weights[key] is ...:
+            del weights[key]
+        file.unlink()
+        name = {"hf": "pytorch_model.bin", "open_clip": "open_clip_pytorch_model.bin"}[to]
+        torch.save(weights, folder / name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = convert.read(folder)
+    except (ValueError, OSError, ImportError) as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
+        return
+    others = {"activation", "vision_heads", "transformer_heads"}  # which weights do not show
+    for name, value in model.config.items():
+        assert name in others or checkpoint.config[name] == value
+    changed = {name for name, value in model.state_dict().items()
+               if not torch.equal(checkpoint.weights[name], value)}
+    pixels = {"visual.conv1.weight", "visual.positional_embedding"}
+    assert changed <= pixels or is_weight and len(changed) == 1
+
+
+@pytest.fixture(scope="module")
+def foreign_exports(tmp_path_factory):
+    """A model, and the folders of its exports by format."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path_factory.mktemp("foreign")
+    sources = {to: export(folder, to, **GELU)[1] for to in ("hf", "open_clip")}
+    return export(folder, "kelip", **GELU)[0], sources
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_mutated_foreign_checkpoints_are_read_or_refused(foreign_exports, tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated"
+    mutate_foreign_checkpoint(foreign_exports, folder, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_many_mutated_foreign_checkpoints(foreign_exports, tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated many times"
+    mutate_foreign_checkpoint(foreign_exports, folder, data)
 
 
 def test_a_run_starts_from_a_converted_model_and_keeps_frozen_weights(shapes, tmp_path):
