@@ -75,8 +75,8 @@ def read(src, tokenizer=None, **given):
 
     src: a file of weights or a folder with one: a run of train_clip.py, released KELIP, or a CLIP
     of OpenAI, open_clip or transformers. tokenizer: the path of a tokenizer.json or of CLIP's list
-    of merges (default: the one in the same folder, whose vocabulary another must have). given: keys
-    of KELIP's configuration that are in no file, such as activation="gelu" and vision_heads=16.
+    of merges (default: the one in the same folder; another must have the same vocabulary). given:
+    keys of KELIP's configuration that no file states, such as activation="gelu".
 
     The weights are float32 and have KELIP's names. Raises FileNotFoundError when the weights or the
     tokenizer are missing, and ValueError that names the file and its key when they do not fit.
@@ -322,9 +322,10 @@ def strip_wrappers(path, state):
                 raise ValueError(f"{path}: holds {name}, {kind}, which cannot be converted; "
                                  f"{CONVERTIBLE}")
         key = name.removeprefix(prefix)
-        if not key.endswith("embeddings.position_ids"):  # a buffer: 0, 1, 2, ...
-            if key not in OPENAI_NUMBERS:
-                check_tensor(path, name, value)
+        if key in OPENAI_NUMBERS:
+            tensors[key] = value
+        elif not key.endswith("embeddings.position_ids"):  # a buffer: 0, 1, 2, ...
+            check_tensor(path, name, value)
             tensors[key] = value.float()
     if not any(key.startswith(("visual.", "vision_model.")) for key in tensors):
         raise ValueError(f"{path}: holds {next(iter(state))} and others, but no image encoder of a "
@@ -333,10 +334,10 @@ def strip_wrappers(path, state):
 
 
 def check_tensor(path, name, tensor):
-    """Raise ValueError unless the file stores a floating-point number for each element."""
+    """Raise ValueError unless a file stores a floating-point number for each element."""
     is_float = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     is_dense = tensor.layout == torch.strided and not tensor.is_meta
-    # A few bytes can stand for a tensor of any shape, which would fill the memory once copied.
+    # An expanded tensor of a few bytes has any shape, and would fill the memory once it is copied.
     if not is_float or not is_dense or not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
         raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and not a "
                          "floating-point number for each element")
@@ -377,8 +378,8 @@ def read_sizes(path, weights, name_in_file=str):
 def complete_config(path, sizes, stated):
     """KELIP's configuration: the sizes of the weights, and what the file at `path` states.
 
-    stated: {KELIP's key: (the file's name for it, its value)}. Raises ValueError when a value does
-    not agree with `sizes`, or cannot be computed.
+    stated: {KELIP's key: (the file's name for it, its value)}. Raises ValueError when a value
+    contradicts `sizes`, or when KELIP cannot compute it.
     """
     config = dict(sizes)
     for key, (name, value) in stated.items():
@@ -481,9 +482,9 @@ def check_number(path, key, value, low, high):
 
 
 def find_stated(values, tables):
-    """The opposite of rename_config: {KELIP's key: (name, value)} for the names that have a value.
+    """What a configuration of another library states: {KELIP's key: (its name there, its value)}.
 
-    values: {"part.key": value}.
+    values: {"part.name": value}. tables: those of rename_config.
     """
     stated = {}
     for part, names in tables.items():
@@ -764,10 +765,11 @@ HF_PIXELS_IGNORED = {
 
 
 def read_hf_pixels(path, resolution):
-    """The mean and std of pixels that an image processor of transformers uses, for RGB in 0..1.
+    """The mean and std of an image processor of transformers, for RGB in 0..1.
 
-    path: the config.json in its folder. Pixels on another scale, such as 0..255, have another mean
-    and std. Raises ValueError for what `preprocess` does not do.
+    path: the config.json in its folder. A processor that scales pixels otherwise, such as to
+    0..255, is expressed by another mean and std. Raises ValueError for what `preprocess` does not
+    do.
     """
     # transformers 5 writes processor_config.json alone, and reads it first.
     file, prefix, pixels = path.with_name("processor_config.json"), "image_processor.", None
@@ -853,8 +855,8 @@ def find_tokenizer(path):
 def choose_tokenizer(checkpoint, path):
     """The Checkpoint with the tokenizer at `path`, or with its own if path is None.
 
-    Raises FileNotFoundError when it has neither, and ValueError when the tokenizer does not fit the
-    weights or has another vocabulary than its own.
+    Raises FileNotFoundError when there is neither, and ValueError when the tokenizer does not fit
+    the weights, or when the two have different vocabularies.
     """
     own = checkpoint.tokenizer
     if path:
@@ -866,8 +868,8 @@ def choose_tokenizer(checkpoint, path):
     kelip.check_vocabulary(checkpoint)
     if own is not None and checkpoint.tokenizer.digest != own.digest:
         raise ValueError(f"{path}: its tokens or their ids are not those of the tokenizer of "
-                         f"{checkpoint.path}, with which the weights were trained: leave out "
-                         "--tokenizer")
+                         f"{checkpoint.path}, so each embedding would stand for another text: "
+                         "leave out --tokenizer")
     return checkpoint
 
 
@@ -966,7 +968,7 @@ def main(argv=None):
         help="what opens OUT: kelip.build_model (default), transformers' CLIPModel, open_clip")
     add("--tokenizer", metavar="PATH",
         help=f"a tokenizer.json or OpenAI's {CLIP_MERGES} (default: the one in the folder of the "
-             "weights, whose vocabulary another must have)")
+             "weights; another must have the same vocabulary)")
     add("--activation", choices=list(kelip.ACTIVATIONS),
         help="of both encoders, if there is no configuration: quick_gelu (as OpenAI's weights) or "
              "gelu (as most of open_clip's)")

@@ -607,12 +607,12 @@ def test_flags_that_contradict_a_configuration_are_refused(tmp_path):
 @pytest.mark.parametrize("to, name", [
     ("hf", "config.json"), ("hf", "preprocessor_config.json"), ("hf", "processor_config.json"),
     ("open_clip", "open_clip_config.json")])
-def test_configurations_that_are_no_objects_are_refused(tmp_path, monkeypatch, to, name):
+def test_configurations_that_are_no_objects_are_refused(tmp_path, to, name):
     pytest.importorskip("safetensors")
     _, folder = export(tmp_path, to, transformer_heads=1)
     for content in (b"\xff\x00", b"", b"[]", b"3", b"null", b"[" * 100_000, b'{"a": ' * 100_000):
         (folder / name).write_bytes(content)
-        refused(f"/{name}: (not JSON|the content is .*, where an object)", folder)
+        refused(f"/{name}: (not (a )?JSON|the content is .*, where an object)", folder)
     parts = {"config.json": ["vision_config", "text_config_dict"],
              "processor_config.json": ["image_processor"],
              "open_clip_config.json": ["model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg"]}
@@ -624,7 +624,7 @@ def test_configurations_that_are_no_objects_are_refused(tmp_path, monkeypatch, t
         refused(f"/{name}: {part} is 3, where an object", folder)
     with open(folder / name, "wb") as file:
         file.truncate(2**34)
-    refused(f"/{name}: has 17,179,869,184 bytes", folder)
+    refused(f"/{name}: .*17,179,869,184 bytes", folder)
 
 
 @pytest.mark.parametrize("changes", [{}, GELU])
