@@ -362,16 +362,22 @@ def test_transformers_models_are_read(tmp_path, activation, heads, eos):
     folder = tmp_path / "clip"
     model.save_pretrained(folder)
     tok.save(folder / "tokenizer.json")
-    transformers.PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.START,
-        eos_token=tokenizer.END, pad_token=tokenizer.PAD).save_pretrained(folder)
+        eos_token=tokenizer.END, pad_token=tokenizer.PAD)
+    # Version 5 writes processor_config.json, version 4 preprocessor_config.json.
+    transformers.CLIPProcessor(transformers.CLIPImageProcessor(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48},
+        image_mean=[0.5] * 3, image_std=[0.5] * 3), fast).save_pretrained(folder)
     ours, preprocess, opened_tok = open_converted(folder, tmp_path / "kelip")
     assert ours.config.get("activation", "quick_gelu") == activation
     assert ours.config["transformer_heads"] == heads
     images, names = images_and_names()
-    pixels = torch.stack([preprocess(image) for image in images])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (kelip.MEAN, kelip.STD))
+    pixels = torch.stack([preprocess(image) for image in images]) * std + mean  # in 0..1
     with torch.no_grad():
-        expected = model(input_ids=tok.encode(names, 20), pixel_values=pixels).logits_per_image
+        expected = model(input_ids=tok.encode(names, 20),
+                         pixel_values=(pixels - 0.5) / 0.5).logits_per_image
     assert_same_logits(logits(ours, preprocess, opened_tok), expected)
 
     (folder / "model.safetensors").unlink()
