@@ -6,54 +6,97 @@
 
 `images` takes folders and tables. In a folder, the captions of NAME.jpg are in NAME.txt (one
 caption in any language), in NAME.en.txt and NAME.ko.txt, or in a NAME.json that has a "caption". A
-table (.csv or .tsv) has a header: the first column is `image`, each other column is `caption` or a
-language such as `en` or `ko`. Train on the result with `python train_clip.py --data OUT`.
+table (.csv or .tsv) has a header: one column is `image`, each other column is `caption` or a
+language such as `en` or `ko`. `--columns image=filepath en=title` reads columns of other names, and
+in folders NAME.title.txt. Train on the result with `python train_clip.py --data OUT`.
 
 `classes` takes a folder with one folder of images per class, and writes CLIP_benchmark's layout:
 OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with `python
 evaluate.py MODEL --test OUT`.
 
-The same input results in the same bytes for any number of workers. A folder of shards appears when
-it is complete.
+Both decode every image, pack the files as they are, and print what they do not pack. The same input
+results in the same bytes for any number of workers. A folder of shards appears when it is complete.
+
+From top to bottom: what is not packed, folders, tables, writing shards, classes, checking shards,
+the command.
 
 Not included: downloading images (img2dataset does that, and writes the same shards).
 """
 
 import argparse
 import collections
+import contextlib
 import csv
+import io
+import json
 import os
 import pathlib
 import re
-from typing import NamedTuple
+import shutil
+import sys
 
 import numpy as np
 
 import shards
-from extras.search import ImageFolder
-from kelip import ceil_div
-from shards import IMAGE_SUFFIXES, is_language
-from tokenizer import run_command
+from data import parse_source
+from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
+from kelip import atomic_write, ceil_div
+from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
+from tokenizer import ArgumentParser, number, one_line, run_command
 
 SHARD_PAIRS = 10_000
+MAX_REASONS = 20     # that are printed
+MAX_TABLE = 1 << 30  # bytes; larger tables are refused
+NOT_UTF8 = "not UTF-8: save it as UTF-8 (Excel writes CP949)"
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
-# ---- pairs of images and captions ----
+class Report:
+    """What was packed or checked, and what was not: counts by reason, each with an example."""
 
-def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
+    def __init__(self):
+        self.pairs = self.good_pairs = 0
+        self.captions = collections.Counter()  # by language
+        self.notes, self.examples = collections.Counter(), {}  # by reason
+        self.images = []  # (pixels, bytes) of each image that `check` decodes
+
+    def note(self, reason, example, count=1):
+        self.notes[reason] += count
+        self.examples.setdefault(reason, example)
+
+    def add(self, other):
+        self.pairs += other.pairs
+        self.good_pairs += other.good_pairs
+        self.captions.update(other.captions)
+        self.images += other.images
+        for reason, count in other.notes.items():
+            self.note(reason, other.examples[reason], count)
+
+    def lines(self):
+        """A line for each reason, the most frequent first."""
+        lines = [f"{count:,} {reason} (first: {self.examples[reason][:300]})"
+                 for reason, count in self.notes.most_common(MAX_REASONS)]
+        if len(self.notes) > MAX_REASONS:
+            lines.append(f"and for {len(self.notes) - MAX_REASONS:,} other reasons")
+        return [one_line(line) for line in lines]
+
+
+# ---- folders ----
+
+def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1, columns=()):
     """Make shards OUT/000000.tar, ... from folders and tables, shuffled with a fixed seed.
 
-    inputs: paths of folders and of .csv and .tsv files, as the top of this file describes. Returns
-    (number of pairs, [a line on each file that could not be read]). Raises ValueError when an input
-    is neither or there are no images, FileExistsError when OUT is not empty, OSError when the disk
-    is full.
+    inputs: paths of folders and tables, as the top of this file describes. columns: what _column
+    returns, for each. Returns a Report. Raises ValueError when there are no images or no pair can
+    be written, FileExistsError when OUT is not empty, OSError when the disk is full.
     """
-    found = []
-    for path in inputs:
+    found, report = [], Report()
+    names = dict(columns)
+    for path in map(on_disk, inputs):
         if os.path.isdir(path):
-            found += _folder_pairs(path)
-        elif path.lower().endswith((".csv", ".tsv")):
-            found += _table_pairs(path)
+            found += _folder_pairs(path, names, report)
+        elif suffix_of(path) in ("csv", "tsv"):
+            found += _table_pairs(path, names, report)
         else:
             raise ValueError(f"{path}: neither a folder of images nor a table (.csv, .tsv)")
     if not found:
@@ -63,78 +106,257 @@ def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1):
     items = [(f"{i:09d}", *found[source]) for i, source in enumerate(order.tolist())]
     with shards.new_folder(out) as temporary:
         paths = [f"{temporary}/{i:06d}.tar" for i in range(ceil_div(len(items), shard_pairs))]
-        return _write_shards(paths, items, shard_pairs, workers)
+        return _write_shards(paths, items, shard_pairs, workers, report)
 
 
-def _folder_pairs(folder):
-    """The images under a folder, sorted, with their captions: [(path, {suffix: Path})]."""
-    caption = re.compile(r"(.+?)\.((?:[a-z]{2}([-_][A-Za-z0-9]+)*\.)?txt|json)")
+def _folder_pairs(root, names, report):
+    """The images under a folder, sorted, with their captions: [(path, {suffix: Path})].
+
+    STEM.txt belongs to STEM.jpg, even if STEM has dots. Only if there is no such image, what
+    follows the last dot is a language or in `names`, {name: suffix of a caption}.
+    """
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()  # os.walk visits them in this order
-        captions = collections.defaultdict(dict)                             # by stem and suffix
+    for folder, files in walk_files(root):
+        captions = {}  # stem of an image -> {suffix: Path}
+        texts = []
         for name in files:
-            if match := caption.fullmatch(name):
-                captions[match[1]][match[2]] = pathlib.Path(parent, name)
-        for name in sorted(files):
-            stem, _, suffix = name.rpartition(".")
-            if suffix.lower() in IMAGE_SUFFIXES:
-                found.append((os.path.join(parent, name), dict(sorted(captions[stem].items()))))
+            path = os.path.join(folder, name)
+            stem, suffix = compose(os.path.splitext(name)[0]), suffix_of(name)
+            if suffix in IMAGE_SUFFIXES:
+                found.append((path, captions.setdefault(stem, {})))
+            elif suffix in ("txt", "json"):
+                texts.append((path, stem, suffix))
+            else:
+                report.note(f"files of another kind: .{suffix}", path)
+        for path, stem, suffix in texts:
+            if suffix == "txt" and stem not in captions:
+                stem, _, name = stem.rpartition(".")
+                suffix = names.get(name.lower(), f"{name.lower()}.txt")
+                if stem in captions and shards.caption_language(suffix) is None:
+                    _check_country(path, name)
+                    report.note(f"texts .{name}.txt, which is no language (see --columns)", path)
+                    continue
+            if stem not in captions:
+                report.note("texts without an image", path)
+            elif suffix in captions[stem]:
+                report.note("further texts of the same name", path)
+            else:
+                captions[stem][suffix] = pathlib.Path(path)
     return found
 
 
-def _table_pairs(path):
-    """The rows of a .csv or .tsv, whose paths are relative to it: [(path, {suffix: caption})]."""
-    options = {}
-    if path.lower().endswith(".tsv"):
-        options = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        header, *rows = list(csv.reader(file, **options)) or [[]]
-    known = all(name == "caption" or is_language(name) for name in header[1:])
-    if header[:1] not in (["image"], ["path"]) or not known:
-        raise ValueError(f"{path}: its header is {', '.join(header)!r}: the first column must be "
-                         "image, each other one caption or a language such as en or ko")
-    suffixes = ["txt" if name == "caption" else f"{name}.txt" for name in header[1:]]
-    folder = os.path.dirname(path)
-    found = []
-    for row in rows:
-        if row:
-            captions = {suffix: text for suffix, text in zip(suffixes, row[1:]) if text}
-            found.append((os.path.join(folder, row[0]), captions))
-    return found
+def _check_country(path, name):
+    """Raise ValueError when a country names a language."""
+    if language := COUNTRIES.get(name.lower()):
+        raise ValueError(f"{path}: {name} is a country; the language is {language}: rename it, or "
+                         f"add --columns {language}={name}")
 
 
-def _write_shards(paths, items, shard_pairs, workers):
+# ---- tables ----
+
+def _table_pairs(path, names, report):
+    """The images in a .csv or .tsv, with their captions: [(path, {suffix: caption})].
+
+    Paths are relative to the table. Rows with the same image are one pair. names: {name of a
+    column: "image" or suffix of a caption}.
+    """
+    header, rows = _read_table(path, report)
+    suffixes = _suffixes_of_columns(path, header, names)
+    for name, suffix in zip(header, suffixes):
+        if not suffix:
+            report.note("columns that --columns does not name", f"{path}: {name}")
+    images = {}  # path -> {suffix: [captions]}
+    for line, row in rows:
+        if len(row) != len(header):
+            report.note("rows with more or fewer fields than the header",
+                        f"{path}, line {line}: {len(row)}, and the header has {len(header)}")
+            continue
+        image = os.path.join(os.path.dirname(path), row[suffixes.index("image")])
+        captions = images.setdefault(on_disk(os.path.normpath(image)), {})
+        for suffix, text in zip(suffixes, row):
+            if suffix and suffix != "image" and text.strip():
+                captions.setdefault(suffix, []).append(text)
+    return [(image, _join_captions(image, captions, report))
+            for image, captions in images.items()]
+
+
+def _read_table(path, report):
+    """The header of a table, in lower case, and its other rows: [(line number, fields)]."""
+    try:
+        content = read_file(path, MAX_TABLE)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if line := _line_not_utf8(content):
+        raise ValueError(f"{path}, line {line}: {NOT_UTF8}")
+    text = content.decode("utf-8-sig")
+    excel = re.match(r'sep=([^"\r\n])\r?\n', text)  # a line with which Excel may begin
+    separator = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+    try:
+        rows = _split(path, text, excel[1] if excel else separator, csv.QUOTE_MINIMAL)
+    except ValueError as error:
+        if separator != "\t":
+            raise
+        rows = _split(path, text, separator, csv.QUOTE_NONE)  # in many .tsv, quotes quote nothing
+        report.note("tables in which quotes belong to the text", str(error))
+    rows = rows[1:] if excel else rows
+    header = [compose(name.strip().lower()) for name in rows[0][1]] if rows else []
+    return header, rows[1:]
+
+
+def _split(path, text, separator, quoting):
+    """Split the text of a table: [(line number, fields)]. Raises ValueError on bad quotes."""
+    csv.field_size_limit(MAX_TABLE)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    rows, line = [], 1
+    try:
+        for row in reader:
+            following = [part for field in row for part in field.splitlines()[1:]]
+            if any(separator in part and suffix_of(part.partition(separator)[0]) in IMAGE_SUFFIXES
+                   for part in following):
+                raise csv.Error  # the field includes the next row
+            if any(row):
+                rows.append((line, row))
+            line = reader.line_num + 1
+    except csv.Error:
+        raise ValueError(f'{path}, line {line}: a quoted field does not end; in it, "" stands for '
+                         "a quote") from None
+    return rows
+
+
+def _suffixes_of_columns(path, header, names):
+    """"image", the suffix of a caption or None for each column, by `names` or by its own name.
+
+    Raises ValueError when they do not say what the columns are.
+    """
+    suffixes = []
+    for name in header:
+        if name in ("image", "path") and "image" not in names.values():
+            suffixes.append("image")
+        else:
+            suffixes.append(names.get(name) if names else _caption_suffix(name))
+    unread = [name for name, suffix in zip(header, suffixes) if not suffix]
+    if suffixes.count("image") != 1 or not set(names) <= set(header) or unread and not names:
+        for name in unread:
+            _check_country(path, name)
+        shown = ", ".join(header)[:200]
+        raise ValueError(
+            f"{path}: its header is {shown!r}, which must be image and then caption or languages, "
+            "such as image,en,ko; or say what its columns are: --columns image=filepath en=title")
+    return suffixes
+
+
+def _caption_suffix(name):
+    """The suffix of captions: "caption" -> "txt", "ko" -> "ko.txt", None for other names."""
+    if name == "caption":
+        return "txt"
+    return f"{name}.txt" if is_language(name) else None
+
+
+def _join_captions(image, captions, report):
+    """The members of a pair, {suffix: text}, from {suffix: [captions]}.
+
+    If no caption has a language, several are a list in the .json. Of several in one language, the
+    .json has all but the first, and only an option reads them.
+    """
+    captions = {suffix: list(dict.fromkeys(texts)) for suffix, texts in captions.items()}
+    if list(captions) == ["txt"] and len(captions["txt"]) > 1:
+        return {"json": json.dumps({"caption": captions["txt"]}, ensure_ascii=False)}
+    members, further = {}, {}
+    for suffix, (first, *others) in captions.items():
+        members[suffix] = first
+        if others:
+            name = shards.caption_language(suffix) or "caption"
+            further[name] = others
+            report.note(f"images with several captions in {name}, of which a run reads the first, "
+                      f"and all with --data OUT::{name}={name}", image)
+    if further:
+        members["json"] = json.dumps(further, ensure_ascii=False)
+    return members
+
+
+# ---- writing shards ----
+
+def _write_shards(paths, items, shard_pairs, workers, report):
     """Write items (key, path of the image, {suffix: text or Path}), shard_pairs to a shard.
 
-    Returns (number of pairs, [a line on each file that could not be read]).
+    Returns the report, to which it adds. Raises ValueError when no pair can be written, OSError
+    when the disk is or would be full.
     """
+    sizes = [os.path.getsize(image) for _, image, _ in items if os.path.isfile(image)]
+    needed = sum(size for size in sizes if size <= MAX_PAIR)
+    free = shutil.disk_usage(os.path.dirname(paths[0])).free
+    if needed > free:
+        raise OSError(f"the images have {needed / 1e6:,.0f} MB, and the disk of OUT has only "
+                      f"{free / 1e6:,.0f} MB free")
     jobs = [(path, items[i * shard_pairs:(i + 1) * shard_pairs]) for i, path in enumerate(paths)]
-    unreadable = []
     for of_shard in shards.map_processes(_write_one_shard, jobs, workers, "pack"):
-        unreadable += of_shard
-    return len(items) - len(unreadable), unreadable
+        report.add(of_shard)
+    if not report.pairs:
+        raise ValueError(f"nothing to pack: {report.lines()[0]}")
+    return report
 
 
 def _write_one_shard(job):
-    """Write one shard; returns a line on each file that could not be read."""
+    """Write one shard, (path, items): Report."""
     path, items = job
-    unreadable = []
+    report = Report()
 
     def pairs():
         for key, image, others in items:
-            files = {image.rpartition(".")[2].lower(): pathlib.Path(image), **others}
             try:
-                members = {
-                    suffix: value.encode() if isinstance(value, str) else value.read_bytes()
-                    for suffix, value in files.items()}
-            except OSError as error:
-                unreadable.append(f"{error.filename}: {error.strerror}")
+                members = _read_members(image, others, report)
+            except ValueError as error:
+                report.note(f"images skipped: {str(error).partition(':')[0]}", image)
                 continue
+            captions, _ = shards.read_captions(members)
+            report.captions.update({x: len(texts) for x, texts in captions.items()})
+            if not captions and "cls" not in members:
+                report.note("images without captions", image)
+            report.pairs += 1
             yield key, members
 
     shards.write_shard(path, pairs())
-    return unreadable
+    return report
+
+
+def _read_members(image, others, report):
+    """The members of a pair, {suffix: bytes}, without captions that cannot be read.
+
+    Raises ValueError("reason: details") when a run could not read the pair.
+    """
+    image_suffix = suffix_of(image)
+    if image_suffix not in IMAGE_SUFFIXES:
+        raise ValueError("not named as an image")
+    members = {image_suffix: read_file(image)}
+    shards.decode(members[image_suffix], 1)  # at a small scale, which finds the same errors
+    for suffix, value in others.items():
+        where = image if isinstance(value, str) else str(value)
+        try:
+            content = value.encode() if isinstance(value, str) else read_file(value)
+            if line := _line_not_utf8(content):
+                where += f", line {line}"
+                raise ValueError(NOT_UTF8)
+            found, errors = shards.read_captions({suffix: content})
+            for error in errors:
+                if error != "no caption":  # a .cls has none, and a .json need not
+                    report.note(f"captions skipped: {error}", where)
+            if found or errors in ([], ["no caption"]):
+                members[suffix] = content
+        except ValueError as error:
+            report.note(f"captions skipped: {error}", where)
+    if sum(len(content) + 2 * BLOCK for content in members.values()) > MAX_PAIR:
+        raise ValueError("pair too large")
+    return members
+
+
+def _line_not_utf8(content):
+    """The line of the first bytes that are not UTF-8, 0 if all are."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 0
 
 
 # ---- folders of classes ----
@@ -144,119 +366,134 @@ def pack_classes(out, folder, split="test", workers=1):
 
     Writes CLIP_benchmark's layout: OUT/classnames.txt, OUT/SPLIT/nshards.txt, and OUT/SPLIT/0.tar,
     1.tar, ..., in which each image has a .cls, the number of its class among the sorted names.
-    Another call with another split of the same classes adds it to OUT. Images may be in folders
-    inside those of the classes. Hidden files are ignored, links are followed.
+    Images may be in folders inside those of the classes. Another call with another split of the
+    same classes adds it to OUT.
 
-    Returns (number of images, class names, [a line on each image that was skipped]). Raises
-    ValueError when there are no class folders or OUT has other classes, FileExistsError when the
-    split exists, OSError when there are no images, a folder cannot be read or the disk is full.
+    Returns a Report and the class names. Raises ValueError when there are no class folders or OUT
+    has other classes, FileExistsError when the split exists, OSError when there are no images, a
+    folder cannot be read or the disk is full.
     """
-    images = ImageFolder(folder)
-    found = []  # (class name or "", path)
+    if os.path.basename(split) != split or split in ("", ".", ".."):
+        raise ValueError(f"--split {split!r}: must be the name of a folder in OUT")
+    folder = on_disk(folder)
+    images, report = ImageFolder(folder), Report()
+    name_of = _class_names(folder)
+    names = sorted(set(name_of.values()))
+    text = "".join(f"{name}\n" for name in names).encode()
+    names_file = pathlib.Path(out, "classnames.txt")
+    if names_file.exists() and names_file.read_bytes() != text:
+        raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
+    numbers = {name: str(i) for i, name in enumerate(names)}
+    items = []
     for key, image in zip(images.keys, images.shards):
         class_folder, slash, _ = key.partition("/")
-        found.append((class_folder if slash else "", image.path))
-    names = sorted({name for name, _ in found if name})
-    if not names:
+        if slash:
+            cls = numbers[name_of[class_folder]]
+            items.append((f"{len(items):09d}", image.path, {"cls": cls}))
+        else:
+            report.note("images that are not in the folder of a class", image.path)
+    with_images = {others["cls"] for _, _, others in items}
+    for name in names:
+        if numbers[name] not in with_images:
+            report.note("classes without images", name)
+    try:
+        with shards.new_folder(os.path.join(out, split)) as temporary:
+            paths = [f"{temporary}/{i}.tar" for i in range(ceil_div(len(items), SHARD_PAIRS))]
+            _write_shards(paths, items, SHARD_PAIRS, workers, report)
+            pathlib.Path(temporary, "nshards.txt").write_text(f"{len(paths)}\n")
+            with atomic_write(names_file) as file:
+                file.write(text)
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(out)  # which is empty only if this failed
+    return report, names
+
+
+def _class_names(folder):
+    """{name of a class folder: name of the class}, in which `_` is a space."""
+    name_of = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith(".") or not os.path.isdir(path):
+            continue
+        if name.encode(errors="replace") != os.fsencode(name):
+            raise ValueError(f"{one_line(path)}: the name of a class must be UTF-8: rename it")
+        name_of[name] = " ".join(compose(name).replace("_", " ").split()) or name
+    splits = [name for name in name_of if name.lower() in SPLITS]
+    if len(splits) > 1 or splits == list(name_of) != []:
+        one = splits[0]
+        raise ValueError(f"{folder}: {', '.join(splits)} are splits, not classes; pack one at a "
+                         f"time: `python -m extras.pack classes OUT "
+                         f"{os.path.join(folder, one)} --split {one}`")
+    if not name_of:
         raise ValueError(f"{folder}: no folders of images there, one for each class")
-    text = "".join(f"{name}\n" for name in names)
-    names_file = pathlib.Path(out, "classnames.txt")
-    if names_file.exists() and names_file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
-    skipped = [f"{path}: not in the folder of a class" for name, path in found if not name]
-    numbers = {name: str(i) for i, name in enumerate(names)}
-    labeled = [(path, {"cls": numbers[name]}) for name, path in found if name]
-    items = [(f"{i:09d}", *item) for i, item in enumerate(labeled)]
-    with shards.new_folder(os.path.join(out, split)) as temporary:
-        paths = [f"{temporary}/{i}.tar" for i in range(ceil_div(len(items), SHARD_PAIRS))]
-        count, unreadable = _write_shards(paths, items, SHARD_PAIRS, workers)
-        pathlib.Path(temporary, "nshards.txt").write_text(f"{len(paths)}\n")
-        names_file.write_text(text, encoding="utf-8")
-    return count, names, skipped + unreadable
+    return name_of
 
 
 # ---- checking shards ----
 
-class ShardReport(NamedTuple):
-    """The result of check_shard."""
-    pairs: int
-    good_pairs: int                   # have a caption and an image that decodes
-    captions: collections.Counter     # by language
-    errors: collections.Counter       # by reason
-    examples: dict                    # reason -> the first pair with it
-    pixels: list                      # of each image that decodes
-    sizes: list                       # bytes, of the same images
-
-
-def check_shard(path):
-    """Read and decode all pairs of one shard: ShardReport."""
-    captions, errors, examples = collections.Counter(), collections.Counter(), {}
-    good_pairs, pixels, sizes = 0, [], []
-
-    def note(error, where):
-        reason = str(error).partition(":")[0]
-        errors[reason] += 1
-        examples.setdefault(reason, f"{path}: {where}")
-
+def check_shard(job):
+    """Read and decode all pairs of one shard, (path, CaptionRule): Report."""
+    path, rule = job
+    report = Report()
     try:
         shard, rows = shards.index_tar(path)
     except OSError as error:
-        note("shard unreadable", error.strerror)
-        return ShardReport(0, 0, captions, errors, examples, pixels, sizes)
+        report.note("shard unreadable", f"{path}: {error.strerror}")
+        return report
+    report.pairs = len(rows)
     with open(path, "rb") as file:
         for row in rows:
-            where = f"at byte {int(row[0]) * shards.BLOCK}"
+            where = f"{path}: at byte {int(row[0]) * BLOCK}"
             try:
-                pair = shards.read_pair(file, path, row)
-                where = pair.key
-                captions.update({x: len(texts) for x, texts in pair.captions.items()})
-                for error in pair.errors:
-                    note(error, where)
+                pair = shards.read_pair(file, path, row, rule)
+                where = f"{path}: {pair.key}"
+                report.captions.update({x: len(texts) for x, texts in pair.captions.items()})
+                # An image with a class needs no caption.
+                errors = [error for error in pair.errors
+                          if error != "no caption" or "cls" not in pair.members]
+                for error in errors:
+                    report.note(error, where)
                 image = shards.decode(pair.image)
             except ValueError as error:
-                note(error, where)
+                report.note(str(error).partition(":")[0], where)
                 continue
-            pixels.append(image.width * image.height)
-            sizes.append(len(pair.image))
-            good_pairs += not pair.errors
+            report.images.append((image.width * image.height, len(pair.image)))
+            report.good_pairs += not errors
     for reason, count in shard.skipped.items():
-        errors[reason] += count
-        examples.setdefault(reason, path)
-    return ShardReport(len(rows), good_pairs, captions, errors, examples, pixels, sizes)
+        report.note(reason, path, count)
+    return report
 
 
-def check(paths, workers=1):
-    """Read and decode all pairs of some tars, print a report, return the errors: a Counter."""
-    reports = shards.map_processes(check_shard, paths, workers, "check")
-    captions, errors, examples = collections.Counter(), collections.Counter(), {}
-    pixels, sizes = [], []
-    for report in reports:
-        captions.update(report.captions)
-        errors.update(report.errors)
-        examples = {**report.examples, **examples}
-        pixels += report.pixels
-        sizes += report.sizes
-    pairs = sum(report.pairs for report in reports)
-    good_pairs = sum(report.good_pairs for report in reports)
-    print(f"{len(paths):,} shards, {pairs:,} pairs, {good_pairs:,} of them good")
-    if captions:
-        print(f"  captions: {shards.format_counts(captions)}")
-    for values, unit in ((pixels, "pixels"), (sizes, "bytes")):
-        if values:
-            low, median, high = (int(q) for q in np.percentile(values, (5, 50, 95)))
-            print(f"  {unit} per image: median {median:,}, 5th to 95th percentile {low:,} to "
-                  f"{high:,}")
-    for reason, count in errors.most_common():
-        print(f"  error: {count:,} {reason} (first: {examples[reason]})")
-    return errors
+def check(sources, workers=1):
+    """Read and decode all pairs, print a report, return the errors: a Counter.
+
+    sources: as --data takes them, such as "OUT/*.tar" and "OUT::lines".
+    """
+    jobs, report = [], Report()
+    for source in sources:
+        pattern, _, rule = parse_source(source)
+        jobs += [(path, rule) for path in shards.expand_pattern(pattern)]
+    for of_shard in shards.map_processes(check_shard, jobs, workers, "check"):
+        report.add(of_shard)
+    if not report.pairs:
+        report.note("no pairs", sources[0])
+    print(f"{len(jobs):,} shards, {report.pairs:,} pairs, {report.good_pairs:,} of them good")
+    print(f"  captions: {shards.format_counts(report.captions) or 'none'}")
+    for unit, values in zip(("pixels", "bytes"), zip(*report.images)):
+        low, median, high = (int(q) for q in np.percentile(values, (5, 50, 95)))
+        print(f"  {unit} per image: median {median:,}, 5th to 95th percentile {low:,} to {high:,}")
+    for line in report.lines():
+        print(f"  error: {line}")
+    return report.notes
 
 
 # ---- the command ----
 
 def main(argv=None):
     """Read the command line, then pack or check."""
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.pack", description=__doc__.split("\n\nThe same input")[0],
+    parser = ArgumentParser(
+        prog="python -m extras.pack", description=__doc__.split("\n\nFrom top")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser(
@@ -267,7 +504,10 @@ def main(argv=None):
     images.add_argument("out", metavar="OUT", help="a new or empty folder for the shards")
     images.add_argument("inputs", nargs="+", metavar="INPUT",
                         help="a folder of images with their captions, or a .csv or .tsv")
-    images.add_argument("--shard-pairs", type=int, default=SHARD_PAIRS, metavar="N",
+    images.add_argument("--columns", nargs="+", type=_column, default=[], metavar="COLUMN",
+                        help="the columns of tables to read: image=NAME, caption=NAME or "
+                             "LANGUAGE=NAME; in folders, cat.NAME.txt is then a caption, too")
+    images.add_argument("--shard-pairs", type=number(int, 1), default=SHARD_PAIRS, metavar="N",
                         help="pairs in a shard (default: %(default)s)")
     classes = commands.add_parser(
         "classes", help="make a test set from class folders",
@@ -277,31 +517,45 @@ def main(argv=None):
     classes.add_argument("folder", metavar="FOLDER", help="has one folder of images per class")
     classes.add_argument("--split", default="test", metavar="NAME",
                          help="the name of these images in the set (default: %(default)s)")
-    checks = commands.add_parser("check", help="read and decode everything, report errors")
+    checks = commands.add_parser(
+        "check", help="read and decode everything, report errors",
+        description="Read and decode all pairs, and report what a run would skip. The exit status "
+                    "is 1 if there is anything.")
     checks.add_argument("shards", nargs="+", metavar="SHARDS",
-                        help="tars, folders, globs or brace ranges")
+                        help="tars, folders, globs or brace ranges, with options as in --data")
     for command in (images, classes, checks):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
-                             help="processes (default: the number of cores)")
+        command.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(),
+                             metavar="N", help="processes (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.command == "check":
-        paths = []
-        for pattern in args.shards:
-            paths += shards.expand_pattern(pattern.partition("::")[0])
-        check(paths, args.workers)
+        if check(args.shards, args.workers):
+            sys.exit(1)
         return
     if args.command == "images":
-        if args.shard_pairs < 1:
-            raise ValueError(f"--shard-pairs {args.shard_pairs}: at least 1")
-        count, skipped = pack_images(args.out, args.inputs, args.shard_pairs, args.workers)
-        line = f"{args.out}: {count:,} pairs"
+        report = pack_images(args.out, args.inputs, args.shard_pairs, args.workers, args.columns)
+        print(one_line(f"{args.out}: {report.pairs:,} pairs"))
+        print(f"  captions: {shards.format_counts(report.captions) or 'none'}")
+        if not report.captions:
+            print("  train_clip.py needs captions; for folders of classes, there is `python -m "
+                  "extras.pack classes OUT FOLDER`")
     else:
-        count, names, skipped = pack_classes(args.out, args.folder, args.split, args.workers)
-        line = f"{args.out}: {count:,} images of {len(names):,} classes"
-    if skipped:
-        line += f"; {len(skipped):,} skipped, such as {skipped[0]}"
-    print(line)
+        report, names = pack_classes(args.out, args.folder, args.split, args.workers)
+        print(one_line(f"{args.out}: {report.pairs:,} images of {len(names):,} classes"))
+    for line in report.lines():
+        print(f"  {line}")
+
+
+def _column(text):
+    """An argparse type: "en=Title" -> ("title", "en.txt"), "image=file" -> ("file", "image")."""
+    role, _, name = text.lower().partition("=")
+    suffix = "image" if role == "image" else _caption_suffix(role)
+    if name and suffix:
+        return compose(name), suffix
+    meant = f"; {role} is a country, the language is {COUNTRIES[role]}" if role in COUNTRIES else ""
+    raise argparse.ArgumentTypeError("must be image=NAME, caption=NAME or LANGUAGE=NAME, such as "
+                                     f"en=title, not {text!r}{meant}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     run_command(main)

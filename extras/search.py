@@ -9,16 +9,19 @@
 Prints the ten nearest images and writes a page, search.html, with forty. Vectors of images are
 cached (extras/features.py), so later searches start at once.
 
-From top to bottom: a folder of images as a set, the query, the command.
+From top to bottom: files in folders, a folder of images as a set, the query, the command.
 
 Not included: an approximate index. Searching a million images is one matrix product.
 """
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
+import stat
 import sys
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -36,29 +39,91 @@ PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
 SIDE = 112               # of an image on the page, in pixels
 
 
+# ---- files in folders ----
+
+def walk_files(root):
+    """Walk a folder and its subfolders: yields (path of a folder, [names of its files]), sorted.
+
+    Links are followed, but no folder is visited twice. Hidden files and folders are ignored, such
+    as the ._1.jpg that macOS adds to 1.jpg. Raises OSError when a folder cannot be read.
+    """
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above it, or to one that was walked before
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in files if not name.startswith("."))
+
+
+def _raise(error):
+    raise error
+
+
+def suffix_of(name):
+    """The suffix of a file's name, in lower case and without the dot: 'a/b.JPG' -> 'jpg'."""
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def read_file(path, limit=shards.MAX_PAIR):
+    """The bytes of a regular file. Raises ValueError(reason) if it is none, or is too large."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise ValueError(f"file of more than {limit:,} bytes")
+            return file.read(size)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+
+
+def compose(text):
+    """A text in NFC. macOS decomposes the letters in names of files (NFD), which looks the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def on_disk(path):
+    """A path as it is on disk, where its letters may be composed or decomposed."""
+    if os.path.lexists(path):
+        return path
+    found = ""
+    for name in Path(path).parts:
+        if not os.path.lexists(os.path.join(found, name)):
+            name = _composed_names(found).get(compose(name))
+            if name is None:
+                return path
+        found = os.path.join(found, name)
+    return found
+
+
+@functools.cache
+def _composed_names(folder):
+    """{name in NFC: name} of what is in a folder."""
+    try:
+        return {compose(name): name for name in os.listdir(folder or ".")}
+    except (OSError, ValueError):
+        return {}
+
+
 # ---- a folder of images ----
 
 class ImageFolder:
-    """The images in a folder and its subfolders, sorted by name, with data.Pairs's interface.
+    """The images that walk_files finds in a folder, with data.Pairs's interface.
 
-    Links are followed, hidden files and folders are ignored. `shards` are the files, each a Shard
-    of one image. `keys` are their paths inside the folder. Raises FileNotFoundError when there is
-    no image, and OSError when a folder cannot be read.
+    `shards` are the files, each a Shard of one image. `keys` are their paths inside the folder.
+    Raises FileNotFoundError when there is no image, and OSError when a folder cannot be read.
     """
 
     def __init__(self, root):
         self.shards, self.keys, self.skipped = [], [], {}
         root = str(root)
-        seen = set()
-        for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above it, or to one that was walked before
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if name.startswith(".") or name.rpartition(".")[2].lower() not in IMAGE_SUFFIXES:
+        for folder, files in walk_files(root):
+            for name in files:
+                if suffix_of(name) not in IMAGE_SUFFIXES:
                     continue
                 path = os.path.join(folder, name)
                 # A link without its target is an unreadable image, not an error here.
@@ -66,7 +131,7 @@ class ImageFolder:
                 self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1))
                 key = os.path.relpath(path, root).replace(os.sep, "/")
                 # Names from old archives may not be UTF-8.
-                self.keys.append(os.fsencode(key).decode("utf-8", "replace"))
+                self.keys.append(os.fsencode(key).decode("utf-8", "backslashreplace"))
         if not self.keys:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise FileNotFoundError(f"{root}: no images there ({suffixes})")
@@ -75,16 +140,12 @@ class ImageFolder:
         return len(self.keys)
 
     def __getitem__(self, i):
-        """Image i, as a Pair. Raises ValueError("image unreadable: why")."""
+        """Image i, as a Pair. Raises ValueError("reason: key") when it cannot be read."""
         try:
-            image = Path(self.shards[i].path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"image unreadable: {error}") from None
+            image = read_file(self.shards[i].path)
+        except ValueError as error:
+            raise ValueError(f"{error}: {self.keys[i]}") from None
         return Pair(self.keys[i], image, {}, {}, ["no caption"])
-
-
-def _raise(error):
-    raise error
 
 
 def holds_images(source):
@@ -97,7 +158,7 @@ def holds_images(source):
         return True
     for pattern in ("*.*", "*/*.*"):
         for path in folder.glob(pattern):
-            if path.suffix[1:].lower() in IMAGE_SUFFIXES:
+            if suffix_of(path) in IMAGE_SUFFIXES:
                 raise ValueError(f"{folder} holds {tar.name} and {path.relative_to(folder)}: "
                                  f"shards or images? Give '{folder}/*.tar', or a folder of images")
     return False
@@ -128,12 +189,8 @@ def query_vector(model, tokenizer, plus=(), like=None, minus=()):
 def _image_vector(model, path):
     """The unit vector of an image file: float32 [D]."""
     preprocess = kelip.preprocess(model.config["image_resolution"])
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--like {path}: no such file")
-    if os.path.getsize(path) > shards.MAX_PAIR:
-        raise ValueError(f"--like {path}: more than {shards.MAX_PAIR:,} bytes")
     try:
-        image = preprocess(shards.decode(Path(path).read_bytes()))           # [3, size, size]
+        image = preprocess(shards.decode(read_file(on_disk(path))))          # [3, size, size]
     except ValueError as error:
         raise ValueError(f"--like {path}: {error}") from None
     image = image[None].to(model.logit_scale.device)
@@ -162,7 +219,8 @@ def main(argv=None):
     folder = Path(args.out or folder_of(args.model))
     if args.out or folder.is_dir():
         check_writable(folder)
-    pairs = ImageFolder(args.images) if holds_images(args.images) else data.Pairs(args.images)
+    source = on_disk(args.images)
+    pairs = ImageFolder(source) if holds_images(source) else data.Pairs(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
 
