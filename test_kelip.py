@@ -2528,6 +2528,8 @@ def test_index_command_prints_what_is_there(tmp_path, data_command):
     ("{}{이/가}", "", "가")])
 def test_particles_follow_the_sound_of_the_name(template, name, prompt):
     assert classes.format_prompt(template, name) == prompt
+    decomposed = unicodedata.normalize("NFD", name)  # as macOS names files
+    assert unicodedata.normalize("NFC", classes.format_prompt(template, decomposed)) == prompt
 
 
 def test_a_template_of_many_particles_takes_linear_time():

@@ -190,7 +190,7 @@ def _read_table(path, report):
         raise ValueError(f"{path}, line {line}: {NOT_UTF8}")
     text = content.decode("utf-8-sig")
     excel = re.match(r'sep=([^"\r\n])\r?\n', text)  # a line with which Excel may begin
-    separator = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+    separator = next((mark for mark in "\t,;" if mark in text.partition("\n")[0]), ",")
     try:
         rows = _split(path, text, excel[1] if excel else separator, csv.QUOTE_MINIMAL)
     except ValueError as error:
@@ -269,7 +269,7 @@ def _join_captions(image, captions, report):
             name = shards.caption_language(suffix) or "caption"
             further[name] = others
             report.note(f"images with several captions in {name}, of which a run reads the first, "
-                      f"and all with --data OUT::{name}={name}", image)
+                        f"and all with --data OUT::{name}={name}", image)
     if further:
         members["json"] = json.dumps(further, ensure_ascii=False)
     return members
@@ -379,10 +379,6 @@ def pack_classes(out, folder, split="test", workers=1):
     images, report = ImageFolder(folder), Report()
     name_of = _class_names(folder)
     names = sorted(set(name_of.values()))
-    text = "".join(f"{name}\n" for name in names).encode()
-    names_file = pathlib.Path(out, "classnames.txt")
-    if names_file.exists() and names_file.read_bytes() != text:
-        raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
     numbers = {name: str(i) for i, name in enumerate(names)}
     items = []
     for key, image in zip(images.keys, images.shards):
@@ -392,10 +388,16 @@ def pack_classes(out, folder, split="test", workers=1):
             items.append((f"{len(items):09d}", image.path, {"cls": cls}))
         else:
             report.note("images that are not in the folder of a class", image.path)
+    if not items:
+        raise ValueError(f"{folder}: no folders of images there, one for each class")
     with_images = {others["cls"] for _, _, others in items}
     for name in names:
         if numbers[name] not in with_images:
             report.note("classes without images", name)
+    text = "".join(f"{name}\n" for name in names).encode()
+    names_file = pathlib.Path(out, "classnames.txt")
+    if names_file.exists() and names_file.read_bytes() != text:
+        raise ValueError(f"{names_file}: lists other classes than {folder}: name another OUT")
     try:
         with shards.new_folder(os.path.join(out, split)) as temporary:
             paths = [f"{temporary}/{i}.tar" for i in range(ceil_div(len(items), SHARD_PAIRS))]
@@ -425,8 +427,6 @@ def _class_names(folder):
         raise ValueError(f"{folder}: {', '.join(splits)} are splits, not classes; pack one at a "
                          f"time: `python -m extras.pack classes OUT "
                          f"{os.path.join(folder, one)} --split {one}`")
-    if not name_of:
-        raise ValueError(f"{folder}: no folders of images there, one for each class")
     return name_of
 
 

@@ -1,6 +1,7 @@
 """Tests of extras: python -m pytest extras/test_extras.py."""
 
 import argparse
+import csv
 import functools
 import gzip
 import importlib.util
@@ -45,8 +46,10 @@ from conftest import (
     SHAPES,
     TRAIN,
     digests,
+    encoded,
     here,
     image_bytes,
+    photograph,
     shape_image,
     small_model,
     write_bad_corpus,
@@ -210,7 +213,7 @@ def command(*arguments):
 
 @pytest.fixture
 def pack_command(monkeypatch, capsys):
-    """Run extras.pack in this process: arguments -> (stdout, error or "")."""
+    """Run extras.pack in this process: arguments -> (stdout, error or exit status or "")."""
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", [pack.__file__, *map(str, arguments)])
@@ -219,9 +222,29 @@ def pack_command(monkeypatch, capsys):
             run_command(pack.main)
         except SystemExit as end:
             error = end.code
-        return capsys.readouterr().out, error
+        out, err = capsys.readouterr()
+        return out, err or error
 
     return command
+
+
+def write_files(folder, files):
+    """Write {name: content}. None stands for a small image, and a text is written in UTF-8."""
+    for i, (name, content) in enumerate(files.items()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = image_bytes(i) if content is None else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def captions_of(source):
+    """The captions of all pairs in shards, sorted, as texts: ["ko: 사과", "a", ""]."""
+    texts = []
+    for pair in data.Pairs(str(source)):
+        captions = [f"{language}: {text}" if language else text
+                    for language, texts in pair.captions.items() for text in texts]
+        texts.append(" / ".join(captions))
+    return sorted(texts)
 
 
 # ---- helpers for features.py, search.py and probe.py ----
@@ -1220,11 +1243,17 @@ def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
         'image\ten\tko\na.0.jpg\tsaid "apple\t사과\na.1.jpg\t\t배\nnone.jpg\tx\ty\n')
     (folder / "t.csv").write_text('path,caption\na.2.jpg,"one, two"\n')
     inputs = [str(folder), str(folder / "t.tsv"), str(folder / "t.csv")]
-    count, skipped = pack.pack_images(f"{tmp_path}/one", inputs, 5)
-    assert count == 12 and len(skipped) == 1 and "none.jpg" in skipped[0]
+    report = pack.pack_images(f"{tmp_path}/one", inputs, 5)
+    assert report.pairs == 11 and report.captions == {"": 8, "en": 1, "ko": 3}
     out, error = pack_command(
         "images", tmp_path / "two", *inputs, "--shard-pairs", 5, "--workers", 2)
-    assert not error and "12 pairs; 1 skipped, such as" in out
+    assert not error and set(out.splitlines()) == {
+        f"{tmp_path}/two: 11 pairs",
+        "  captions: 8 unnamed, 1 en, 3 ko",
+        f"  1 files of another kind: .csv (first: {folder}/t.csv)",
+        f"  1 files of another kind: .tsv (first: {folder}/t.tsv)",
+        f"  1 images skipped: not an image (first: {folder}/deep/c.jpg)",
+        f"  1 images skipped: No such file or directory (first: {folder}/none.jpg)"}
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert list(digests(tmp_path / "one")) == ["000000.tar", "000001.tar", "000002.tar"]
 
@@ -1232,11 +1261,12 @@ def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
     found = Counter(tuple(sorted((x, text) for x, [text] in pair.captions.items()))
                     for pair in pairs)
     assert found[("", "number 3"),] == 1 and found[("ko", "사과"),] == 1
-    assert found[("", "one, two"),] == 1 and found[("ko", "배"),] == 1 and found[()] == 1
+    assert found[("", "one, two"),] == 1 and found[("ko", "배"),] == 1
     assert found[("en", 'said "apple'), ("ko", "사과")] == 1
+    images = {path.read_bytes() for path in folder.rglob("*.*g")}
+    assert {pair.image for pair in pairs} == images - {b"broken"}
     out, error = pack_command("check", tmp_path / "one")
-    assert not error and "12 pairs, 11 of them good" in out
-    assert "error: 1 not an image" in out and "3 ko" in out
+    assert not error and "11 pairs, 11 of them good" in out and "3 ko" in out
 
 
 def test_errors_of_pack_are_one_line(tmp_path, pack_command):
@@ -1244,46 +1274,376 @@ def test_errors_of_pack_are_one_line(tmp_path, pack_command):
     (tmp_path / "in/a.jpg").write_bytes(image_bytes())
     (tmp_path / "in/t.csv").write_text("file,label\na.jpg,cat\n")
     (tmp_path / "empty").mkdir()
+    write_files(tmp_path / "loose", {"a.jpg": None, "cat/notes.txt": ""})
     for arguments, line in (
         (("images", tmp_path / "in", tmp_path / "in"), "name a new folder"),
         (("images", tmp_path / "n", tmp_path / "no.tsv"), "no.tsv"),
         (("images", tmp_path / "n", tmp_path / "in/a.jpg"), "neither a folder"),
+        (("images", tmp_path / "n", tmp_path / "t.jsonl"), "nor a table (.csv, .tsv)"),
         (("images", tmp_path / "n", tmp_path / "in/t.csv"), "its header is 'file, label'"),
         (("images", tmp_path / "n", tmp_path / "empty"), "no images there"),
-        (("images", tmp_path / "n", tmp_path / "in", "--shard-pairs", 0), "--shard-pairs 0"),
         (("classes", tmp_path / "n", tmp_path / "in"), "no folders of images there"),
+        (("classes", tmp_path / "n", tmp_path / "loose"), "no folders of images there"),
         (("classes", tmp_path / "n", tmp_path / "nothing"), "nothing"),
         (("check", tmp_path / "empty"), "no shards there"),
     ):
         out, error = pack_command(*arguments)
         assert not out and line in error
         assert error.startswith("extras.pack: ") and "\n" not in error
+    for flags, line in (
+        (("--shard-pairs", 0), "--shard-pairs: must be at least 1, not '0'"),
+        (("--workers", 3000), "--workers: must be from 0 to 512, not '3000'"),
+        (("--columns", "kr=label"), "kr is a country, the language is ko"),
+        (("--columns", "label"), "such as en=title, not 'label'"),
+    ):
+        out, error = pack_command("images", tmp_path / "n", tmp_path / "in", *flags)
+        assert not out and line in error and error.count("\n") == 1
     assert not (tmp_path / "n").exists()
+
+
+def test_what_is_not_packed_is_said(tmp_path, pack_command):
+    folder = tmp_path / "in"
+    write_files(folder, {
+        "a.jfif": None, "a.txt": "read", "photo.JPG": None, "photo.TXT": "read, too",
+        "b.heic": b"ftypheic", "b.txt": "of no image", "alone.txt": "of no image", "notes.md": "",
+        "empty.jpg": None, "empty.txt": " ", "list.jpg": None,
+        "list.json": '{"caption": ["x", ""]}', "bad.jpg": b"<html>", "none.jpg": b"",
+        "meta.jpg": None, "meta.json": '{"width": 9}',
+        "._a.jpg": None, ".hidden/c.jpg": None})
+    write_files(tmp_path / "elsewhere", {"far.jpg": None, "far.txt": "linked"})
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)  # a loop
+    out, error = pack_command("images", tmp_path / "out", folder)
+    assert not error and out.splitlines() == [
+        f"{tmp_path}/out: 6 pairs",
+        "  captions: 4 unnamed",
+        f"  2 texts without an image (first: {folder}/alone.txt)",
+        f"  2 captions skipped: empty caption (first: {folder}/empty.txt)",
+        f"  2 images without captions (first: {folder}/empty.jpg)",
+        f"  1 files of another kind: .heic (first: {folder}/b.heic)",
+        f"  1 files of another kind: .md (first: {folder}/notes.md)",
+        f"  1 images skipped: empty image (first: {folder}/none.jpg)",
+        f"  1 images skipped: not an image (first: {folder}/bad.jpg)"]
+    assert captions_of(tmp_path / "out") == ["", "", "linked", "read", "read, too", "x"]
+    assert len(search.ImageFolder(folder)) == 8  # the same, and the two that are bad
+
+    write_files(folder, {f"more/{i}.{i}": "" for i in range(30)})
+    out, error = pack_command("images", tmp_path / "many", folder)
+    assert len(out.splitlines()) == 23 and out.endswith("  and for 17 other reasons\n")
+
+
+def test_folders_of_classes_have_no_captions(tmp_path, pack_command):
+    write_files(tmp_path / "in", {"cat/1.jpg": None, "dog/2.jpg": None})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
+    assert not error and "2 pairs\n  captions: none\n" in out
+    assert "python -m extras.pack classes OUT FOLDER" in out and "2 images without captions" in out
+    write_files(tmp_path / "bad", {"cat/1.jpg": "<html>", "cat/2.jpg": "<html>"})
+    out, error = pack_command("images", tmp_path / "none", tmp_path / "bad")
+    assert error.startswith("extras.pack: nothing to pack: 2 images skipped: not an image (first: ")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_text_belongs_to_the_image_of_its_name(tmp_path, pack_command):
+    """A dot in a name does not begin a language."""
+    names = ["my.cat", "trip.img_0001", "a.big.dog", "a.ko", "plain"]
+    write_files(tmp_path / "in", {f"{name}.jpg": None for name in names})
+    write_files(tmp_path / "in", {f"{name}.txt": name for name in names})
+    write_files(tmp_path / "in", {
+        "plain.KO.txt": "평범", "plain.en-US.txt": "region", "plain.zh-Hant.txt": "script",
+        "plain.tags.txt": "no language", "my.cat.caption.txt": "no language",
+        "my.fr.txt": "of no image"})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
+    assert not error and "captions: 5 unnamed, 1 en-us, 1 ko, 1 zh-hant" in out
+    assert "1 texts .tags.txt, which is no language (see --columns)" in out
+    assert "1 texts .caption.txt, which" in out and "1 texts without an image" in out
+    plain = "ko: 평범 / en-us: region / plain / zh-hant: script"
+    assert captions_of(tmp_path / "out") == sorted([*names[:-1], plain])
+    out, error = pack_command("images", tmp_path / "more", tmp_path / "in", "--columns", "fr=tags",
+                              "caption=caption")
+    assert not error and "captions: 5 unnamed, 1 en-us, 1 fr, 1 ko" in out
+    assert "1 further texts of the same name" in out
+
+
+@pytest.mark.parametrize("country, language", [("kr", "ko"), ("jp", "ja"), ("cn", "zh")])
+def test_a_country_is_answered_with_its_language(tmp_path, pack_command, country, language):
+    folder = tmp_path / "in"
+    write_files(folder, {"a.jpg": None, f"a.{country}.txt": "x"})
+    write_files(folder, {"t.csv": f"image,{country}\na.jpg,x"})
+    for source, where in ((folder, folder / f"a.{country}.txt"), (folder / "t.csv",) * 2):
+        out, error = pack_command("images", tmp_path / "out", source)
+        assert error == (f"extras.pack: {where}: {country} is a country; the language is "
+                         f"{language}: rename it, or add --columns {language}={country}")
+        out, error = pack_command("images", tmp_path / f"of {source.name}", source, "--columns",
+                                  f"{language}={country}")
+        assert not error and captions_of(tmp_path / f"of {source.name}") == [f"{language}: x"]
+
+
+@pytest.mark.parametrize("name, content, flags, captions", [
+    ("t.csv", 'image,caption\r\n0.jpg,"a, b"\r\n\r\n,\r\n', [], ["a, b"]),
+    ("t.csv", "image,caption\r0.jpg,a\r1.jpg,b\r", [], ["a", "b"]),
+    ("t.csv", b"\xef\xbb\xbfimage,caption\n0.jpg,a\n", [], ["a"]),
+    ("t.csv", 'image,caption\n0.jpg,"two\nlines, 1.jpg"\n1.jpg,b\n', [], ["b", "two lines, 1.jpg"]),
+    ("t.csv", "image,caption\n0.jpg," + "가" * 200_000, [], ["가" * 200_000]),
+    ("t.csv", "image;caption\n0.jpg;a, b\n", [], ["a, b"]),
+    ("t.csv", "sep=;\nimage;caption\n0.jpg;a, b\n", [], ["a, b"]),
+    ("T.TSV", "Image\tEN\n0.jpg\ta, b\n", [], ["en: a, b"]),
+    ("t.tsv", 'image\ten\n0.jpg\t"said ""hi"""\n1.jpg\t"two\nlines"\n', [],
+     ['en: said "hi"', "en: two lines"]),
+    ("t.tsv", 'image\ten\n0.jpg\t"so" red\n1.jpg\t"open\n2.jpg\tb\n', [],
+     ['en: "open', 'en: "so" red', "en: b"]),
+    ("t.csv", "width,filepath,Title,id\n9,0.jpg,a,7\n", ["image=filepath", "en=title"],
+     ["en: a"]),
+    ("t.csv", "image,english,korean\n0.jpg,a,가\n", ["en=english", "ko=korean"],
+     ["en: a / ko: 가"]),
+    ("t.csv", "path,caption,alt\n0.jpg,a,b\n", ["caption=caption", "caption=alt"], ["a / b"]),
+])
+def test_tables(tmp_path, pack_command, name, content, flags, captions):
+    write_files(tmp_path, {"0.jpg": None, "1.jpg": None, "2.jpg": None, name: content})
+    columns = ["--columns", *flags] if flags else []
+    out, error = pack_command("images", tmp_path / "out", tmp_path / name, *columns)
+    assert not error and captions_of(tmp_path / "out") == captions
+    assert ("2 columns that --columns does not name" in out) == ("width" in str(content))
+    assert ("quotes belong to the text (first: " in out) == ('"open' in str(content))
+
+
+@pytest.mark.parametrize("content, message", [
+    ('image,caption\n0.jpg,"open\n1.jpg,b\n2.jpg,"c"\n', ", line 2: a quoted field does not end"),
+    ('image,caption\n0.jpg,a\n1.jpg,"open\n2.jpg,b\n', ", line 3: a quoted field does not end"),
+    ('image,caption\n0.jpg,"open\n1.jpg,close"\n', ", line 2: a quoted field does not end"),
+    ("filepath,title\n0.jpg,x\n", ": its header is 'filepath, title', which must be image and"),
+    ("image,english\n0.jpg,x\n", ": its header is 'image, english', which must be image and then "
+     "caption or languages, such as image,en,ko; or say what its columns are: --columns"),
+    ("image,path,caption\n0.jpg,0.jpg,x\n", ": its header is 'image, path, caption'"),
+    ("", ": its header is ''"),
+    ("image,caption\n0.jpg,x\n1.jpg,사과\n".encode("cp949"),
+     ", line 3: not UTF-8: save it as UTF-8 (Excel writes CP949)"),
+    ("image\tcaption\n0.jpg\tx\n".encode("utf-16"), ", line 1: not UTF-8"),
+    ("image,caption\n", ": no images there"),
+])
+def test_errors_of_tables_are_one_line(tmp_path, pack_command, content, message):
+    write_files(tmp_path, {"0.jpg": None, "1.jpg": None, "2.jpg": None, "t.csv": content})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "t.csv")
+    assert not out and error.startswith(f"extras.pack: {tmp_path}/t.csv{message}")
+    assert "\n" not in error
+
+
+def test_rows_with_more_or_fewer_fields_are_not_packed(tmp_path, pack_command):
+    write_files(tmp_path, {"0.jpg": None, "t.csv": "image,caption\n0.jpg,a,b\n0.jpg\n0.jpg,c\n"})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "t.csv")
+    assert not error and captions_of(tmp_path / "out") == ["c"]
+    assert (f"2 rows with more or fewer fields than the header (first: {tmp_path}/t.csv, line 2: "
+            "3, and the header has 2)") in out
+    out, error = pack_command("images", tmp_path / "n", tmp_path / "t.csv", "--columns", "en=title")
+    assert "its header is 'image, caption'" in error
+
+
+@pytest.mark.slow
+def test_many_tables_are_read_as_they_were_written(tmp_path):
+    check_tables(tmp_path, 5000)
+
+
+def test_tables_are_read_as_they_were_written(tmp_path):
+    check_tables(tmp_path, 20)
+
+
+def check_tables(tmp_path, examples):
+    """Captions of any characters come back. A damaged table is read or refused in one line."""
+    path = tmp_path / "t.csv"
+    letters = st.one_of(st.sampled_from("\"',;\t\n |"),
+                        st.characters(codec="utf-8", exclude_characters="\0"))
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.lists(st.text(letters), min_size=1, max_size=5), st.sampled_from(",;\t"),
+           st.integers(0, 40), st.binary(max_size=3))
+    def check(texts, separator, where, damage):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=separator)
+            writer.writerow(["image", "en"])
+            writer.writerows([f"{i}.jpg", text] for i, text in enumerate(texts))
+        pairs = pack._table_pairs(str(path), {}, pack.Report())
+        assert pairs == [(str(tmp_path / f"{i}.jpg"), {"en.txt": text} if text.strip() else {})
+                         for i, text in enumerate(texts)]
+        content = path.read_bytes()
+        path.write_bytes(content[:where] + damage + content[where + 1:])
+        try:
+            pack._table_pairs(str(path), {}, pack.Report())
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+    check()
+
+
+def test_several_captions_of_an_image_are_one_pair(tmp_path, pack_command):
+    write_files(tmp_path, {
+        "0.jpg": None, "1.jpg": None,
+        "t.csv": "image,caption\n0.jpg,a\n1.jpg,c\n./0.jpg,b\n0.jpg,a\n",
+        "u.csv": "image,en,ko\n0.jpg,a,가\n0.jpg,b,나\n1.jpg,c,\n"})
+    out, error = pack_command("images", tmp_path / "one", tmp_path / "t.csv")
+    assert not error and "2 pairs\n  captions: 3 unnamed\n" in out
+    assert captions_of(tmp_path / "one") == ["a / b", "c"]
+    out, error = pack_command("images", tmp_path / "two", tmp_path / "u.csv")
+    assert not error and "2 pairs\n  captions: 2 en, 1 ko\n" in out
+    assert ("1 images with several captions in ko, of which a run reads the first, and all with "
+            f"--data OUT::ko=ko (first: {tmp_path}/0.jpg)") in out
+    assert captions_of(tmp_path / "two") == ["en: a / ko: 가", "en: c"]
+    assert captions_of(f"{tmp_path}/two::en=en::ko=ko") == [
+        "en: a / en: b / ko: 가 / ko: 나", "en: c"]
+
+
+@pytest.mark.parametrize("on_disk, typed", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_composed_and_decomposed_names_are_the_same(tmp_path, pack_command, on_disk, typed):
+    def spell(form, text):
+        return unicodedata.normalize(form, text)
+
+    folder = tmp_path / spell(on_disk, "사진")
+    write_files(folder, {
+        spell(on_disk, "고양이.jpg"): None, spell(typed, "고양이.ko.txt"): "울음",
+        spell(on_disk, "폴더/개.jpg"): None,
+        spell(on_disk, "폴더/") + spell(typed, "개.txt"): "dog"})
+    write_files(tmp_path, {"t.csv": spell(
+        typed, "image,제목\n사진/고양이.jpg,울음\n사진/폴더/개.jpg,dog\n")})
+    out, error = pack_command("images", tmp_path / "one", tmp_path / spell(typed, "사진"))
+    assert not error and captions_of(tmp_path / "one") == ["dog", "ko: 울음"]
+    out, error = pack_command("images", tmp_path / "two", tmp_path / "t.csv", "--columns",
+                              spell(on_disk, "ko=제목"))
+    assert not error
+    assert captions_of(tmp_path / "two") == ["ko: dog", spell("NFC", "ko: ") + spell(typed, "울음")]
+    write_files(tmp_path / "classes", {
+        spell(on_disk, "개/1.jpg"): None, spell(typed, "개/2.jpg"): None, "고양이/3.jpg": None})
+    out, error = pack_command("classes", tmp_path / "set", tmp_path / "classes")
+    assert not error and "3 images of 2 classes" in out
+    assert (tmp_path / "set/classnames.txt").read_text(encoding="utf-8") == "개\n고양이\n"
+
+
+def test_captions_that_are_not_text_are_said_with_their_line(tmp_path, pack_command):
+    write_files(tmp_path / "in", {
+        "a.jpg": None, "a.txt": "fine\n사과".encode("cp949"), "a.en.txt": "an apple",
+        "b.jpg": None, "b.txt": b"\xef\xbb\xbfmarked", "c.jpg": None, "c.json": "{bad"})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
+    assert not error and captions_of(tmp_path / "out") == ["", "en: an apple", "marked"]
+    assert ("1 captions skipped: not UTF-8: save it as UTF-8 (Excel writes CP949) (first: "
+            f"{tmp_path}/in/a.txt, line 2)") in out
+    assert f"1 captions skipped: bad json (first: {tmp_path}/in/c.json)" in out
+
+
+def test_only_regular_files_that_decode_are_packed(tmp_path, pack_command):
+    folder = tmp_path / "in"
+    write_files(folder, {
+        "ok.jpg": None, "dir.jpg/inside.jpg": None, "secret.key": "secret", "large.jpg": "",
+        "t.csv": f"image,caption\n/etc/passwd,x\nsecret.key,x\nlink.jpg,x\n../in/ok.jpg,a\n"
+                 f"dir.jpg,x\na\0b.jpg,x\n{'d/' * 3000}e.jpg,x\n{folder}/dir.jpg/inside.jpg,b\n"})
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "self.jpg").symlink_to("self.jpg")
+    (folder / "link.jpg").symlink_to(folder / "secret.key")
+    (folder / "ok.ko.txt").symlink_to("/dev/zero")
+    os.truncate(folder / "large.jpg", 20 << 30)
+    out, error = pack_command("images", tmp_path / "one", folder)
+    assert not error and f"{tmp_path}/one: 2 pairs" in out
+    for reason in ("2 images skipped: not a regular file", "not an image (first: "
+                   f"{folder}/link.jpg)", "1 images skipped: Too many levels of symbolic links",
+                   f"1 images skipped: file of more than {shards.MAX_PAIR:,} bytes",
+                   "1 captions skipped: not a regular file"):
+        assert reason in out
+    out, error = pack_command("images", tmp_path / "two", folder / "t.csv")
+    assert not error and captions_of(tmp_path / "two") == ["a", "b"]
+    assert b"secret" not in (tmp_path / "two/000000.tar").read_bytes()
+    assert "2 images skipped: not named as an image (first: " in out
+    images = search.ImageFolder(folder)
+    for name, reason in (("pipe", "not a regular file"), ("zero", "not a regular file"),
+                         ("large", "file of more than"), ("self", "Too many levels")):
+        with pytest.raises(ValueError, match=f"{reason}.*: {name}.jpg"):
+            images[images.keys.index(f"{name}.jpg")]
+    os.mkfifo(folder / "pipe.csv")
+    (folder / "large.csv").write_text("")
+    os.truncate(folder / "large.csv", 20 << 30)
+    for name, reason in (("pipe", "not a regular file"), ("large", "file of more than ")):
+        out, error = pack_command("images", tmp_path / "n", folder / f"{name}.csv")
+        assert error.startswith(f"extras.pack: {folder}/{name}.csv: {reason}")
+
+
+def test_bad_images_and_large_pairs_are_not_packed(tmp_path, pack_command, monkeypatch):
+    good = image_bytes(size=(300, 200))
+    large = encoded(Image.new("1", (400, 200)))
+    scans = encoded(photograph(0, 64, 48), "JPEG", progressive=True)
+    start = scans.rindex(b"\xff\xda")  # the last scan, again and again
+    write_files(tmp_path / "in", {
+        "cut.jpg": good[:2000], "ok.jpg": good, "pixels.png": large, "text.jpg": None,
+        "scans.jpg": scans[:start] + scans[start:-2] * 200 + scans[-2:], "text.txt": "x" * 100_000})
+    monkeypatch.setattr(pack, "MAX_PAIR", 100_000)
+    monkeypatch.setattr(shards, "MAX_PIXELS", 70_000)
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
+    assert not error and [pair.image for pair in data.Pairs(f"{tmp_path}/out")] == [good]
+    for reason in ("not an image", "too many pixels", "too many scans", "pair too large"):
+        assert f"1 images skipped: {reason} (first: " in out
+
+
+def test_names_that_are_no_text(tmp_path, pack_command):
+    """Names of old archives are not UTF-8, and others hold a terminal's commands."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/in/\xb0\xed")
+    write_files(Path(folder), {"1.jpg": None, "1.txt": "x", "\x1b[31m\n.jpg": "bad"})
+    write_files(Path(folder + os.fsdecode(b"\xb0")), {"2.jpg": None})
+
+    done = subprocess.run(
+        [sys.executable, "-m", "extras.pack", "images", f"{folder}/out", f"{tmp_path}/in"],
+        cwd=HERE, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    assert done.returncode == 0 and not done.stderr
+    assert "2 pairs\n  captions: 1 unnamed\n" in done.stdout and "\x1b" not in done.stdout
+    assert re.search(r"not an image \(first: .*\\x1b\[31m\\n.jpg\)", done.stdout)
+    out, error = pack_command("classes", tmp_path / "out", tmp_path / "in")
+    assert not out and "the name of a class must be UTF-8: rename it" in error
+
+
+def test_check_ends_with_status_1_when_a_pair_is_bad(tmp_path, pack_command):
+    image = image_bytes()
+    for name, members, status, line in (
+        ("good", {"txt": b"x"}, "", "1 pairs, 1 of them good"),
+        ("class", {"cls": b"0"}, "", "1 pairs, 1 of them good"),
+        ("bare", {}, 1, "error: 1 no caption"),
+        ("other", {"ocr.txt": b"x"}, 1, "error: 1 no caption"),
+        ("blank", {"txt": b" "}, 1, "error: 1 empty caption"),
+        ("image", {"png": b"", "txt": b"x"}, "", "1 pairs, 1 of them good"),
+    ):
+        shards.write_shard(tmp_path / f"{name}.tar", [("1", {"jpg": image, **members})])
+        out, error = pack_command("check", tmp_path / f"{name}.tar")
+        assert error == status and line in out
+    shards.write_shard(tmp_path / "no.tar", [])
+    assert pack_command("check", tmp_path / "no.tar")[1] == 1
+    out, error = pack_command("check", f"{tmp_path}/other.tar::ko=ocr")
+    assert not error and "captions: 1 ko" in out
+    assert "kr is a country" in pack_command("check", f"{tmp_path}/other.tar::kr")[1]
+
+
+def test_the_disk_must_have_room_for_the_images(tmp_path, pack_command, monkeypatch):
+    write_files(tmp_path / "in", {"cat/1.jpg": None, "dog/2.jpg": None})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    for command in ("images", "classes"):
+        out, error = pack_command(command, tmp_path / "out", tmp_path / "in")
+        assert not out and error == ("extras.pack: the images have 0 MB, and the disk of OUT has "
+                                     "only 0 MB free")
+        assert os.listdir(tmp_path) == ["in"]
 
 
 def test_check_reports_every_error(tmp_path):
     write_bad_corpus(tmp_path / "x")
-    errors = pack.check(shards.expand_pattern(str(tmp_path / "x")))
+    errors = pack.check([str(tmp_path / "x")])
     assert errors == {
         "empty image": 18, "not an image": 36, "too many pixels": 18, "empty caption": 18,
         "no caption": 12, "caption not UTF-8": 12, "bad json": 12, "no image": 12,
         "duplicate key": 6, "truncated tar": 2, "damaged tar": 1}
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    (tmp_path / "in").mkdir()
-    for i in range(40):
-        (tmp_path / f"in/{i}.jpg").write_bytes(image_bytes(i, (200, 200)))
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "extras.pack", "images", f"{tmp_path}/out", f"{tmp_path}/in",
-         "--workers", "1"], cwd=HERE, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr and "000000.tar" in done.stderr
-    assert os.listdir(tmp_path) == ["in"]
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, pack_command):
+    write_files(tmp_path / "in", {f"class/{i}.jpg": image_bytes(i, (200, 200)) for i in range(40)})
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["images", "--shard-pairs", 20, "--workers", 2], ["classes"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit))
+        try:
+            out, error = pack_command(*command, tmp_path / "out", tmp_path / "in")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        assert not out and re.fullmatch("extras.pack: .*File too large: '.*/0+.tar'", error)
+        assert os.listdir(tmp_path) == ["in"]
 
 
 # ---- pack.py: folders of classes ----
@@ -1303,19 +1663,22 @@ def test_a_folder_of_classes_becomes_a_set_in_clip_benchmarks_layout(tmp_path, p
     (folder / "empty").mkdir()
     out = tmp_path / "set"
     text, error = pack_command("classes", out, folder)
-    assert not error and "5 images of 2 classes; 2 skipped, such as" in text
-    assert "outside.jpg: not in the folder of a class" in text
+    assert not error and text.splitlines() == [
+        f"{out}: 5 images of 3 classes",
+        f"  1 images that are not in the folder of a class (first: {folder}/outside.jpg)",
+        "  1 classes without images (first: empty)",
+        f"  1 images skipped: No such file or directory (first: {folder}/ant/broken.jpg)"]
     assert sorted(os.listdir(out)) == ["classnames.txt", "test"]
-    assert (out / "classnames.txt").read_text() == "ant\nzebra_red\n"
+    assert (out / "classnames.txt").read_text() == "ant\nempty\nzebra red\n"
     assert (out / "test/nshards.txt").read_text().strip() == "1"
     assert sorted(os.listdir(out / "test")) == ["0.tar", "nshards.txt"]
     pairs = list(data.Pairs(str(out / "test/0.tar")))
-    assert [pair.members["cls"] for pair in pairs] == [b"0", b"0", b"0", b"1", b"1"]
+    assert [pair.members["cls"] for pair in pairs] == [b"0", b"0", b"0", b"2", b"2"]
     assert [pair.image for pair in pairs] == [image_bytes(seed) for seed in (3, 2, 4, 1, 0)]
     assert all(set(pair.members) == {"jpg", "cls"} for pair in pairs)
     opened = classes.open_set([str(out)])
-    assert opened.classes["classnames"] == {"en": ["ant", "zebra red"]}
-    assert classes.labels_of(opened.pairs, opened.classes) == [0, 0, 0, 1, 1]
+    assert opened.classes["classnames"] == {"en": ["ant", "empty", "zebra red"]}
+    assert classes.labels_of(opened.pairs, opened.classes) == [0, 0, 0, 2, 2]
 
 
 def test_splits_of_the_same_classes_go_into_one_set(tmp_path, pack_command):
@@ -1333,6 +1696,23 @@ def test_splits_of_the_same_classes_go_into_one_set(tmp_path, pack_command):
         f"extras.pack: {out}/classnames.txt: lists other classes")
     error = pack_command("classes", out, tmp_path / "train", "--split", "train")[1]
     assert "name a new folder" in error
+
+
+def test_splits_are_no_classes(tmp_path, pack_command):
+    write_files(tmp_path, {f"in/{split}/{name}/1.jpg": None
+                           for split in ("train", "val") for name in ("cat", "dog")})
+    write_files(tmp_path, {"in/annotations/1.json": "{}"})
+    out, error = pack_command("classes", tmp_path / "set", tmp_path / "in")
+    assert error == (
+        f"extras.pack: {tmp_path}/in: train, val are splits, not classes; pack one at a time: "
+        f"`python -m extras.pack classes OUT {tmp_path}/in/train --split train`")
+    for split in ("train", "val"):
+        assert not pack_command("classes", tmp_path / "set", tmp_path / "in" / split, "--split",
+                                split)[1]
+    assert (tmp_path / "set/classnames.txt").read_text() == "cat\ndog\n"
+    for split in ("../x", "", "."):
+        error = pack_command("classes", tmp_path / "x", tmp_path / "in/val", "--split", split)[1]
+        assert "must be the name of a folder in OUT" in error
 
 
 def test_classes_in_several_shards_are_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
@@ -1542,11 +1922,11 @@ def test_image_folders_with_links_hidden_files_and_odd_names(tmp_path):
     folder = search.ImageFolder(root)
     decomposed = unicodedata.normalize("NFD", "고양이")
     assert sorted(folder.keys) == sorted([
-        "0.JPEG", "cat/1.jpg", "cat/gone.jpg", "dog/고양이/a.jpg", "dog/\ufffd\ufffd.jpg",
+        "0.JPEG", "cat/1.jpg", "cat/gone.jpg", "dog/고양이/a.jpg", "dog/\\xb0\\xed.jpg",
         f"wolf/{decomposed}/a.jpg"])
     assert len(folder) == len(folder.shards) == 6
     gone = folder.keys.index("cat/gone.jpg")
-    with pytest.raises(ValueError, match="image unreadable: .*gone.jpg"):
+    with pytest.raises(ValueError, match="No such file or directory: cat/gone.jpg"):
         folder[gone]
     assert Image.open(io.BytesIO(folder[folder.keys.index("cat/1.jpg")].image)).size == (96, 80)
     (tmp_path / "empty").mkdir()
@@ -1607,11 +1987,14 @@ def test_search_explains_what_is_wrong_with_a_query(small_run, tmp_path):
         here(search.main, *flags, "red", "--minus", "red")
     with pytest.raises(ValueError, match="--like .*broken.png: not an image"):
         here(search.main, *flags, "--like", photos / "broken.png")
-    for path in (photos / "gone.png", photos, "/dev/zero"):
-        with pytest.raises(FileNotFoundError, match=f"^--like {path}: no such file$"):
+    os.mkfifo(photos / "pipe.png")
+    for path, reason in ((photos / "gone.png", "No such file or directory"),
+                         (photos, "not a regular file"), ("/dev/zero", "not a regular file"),
+                         (photos / "pipe.png", "not a regular file")):
+        with pytest.raises(ValueError, match=f"^--like {path}: {reason}$"):
             here(search.main, *flags, "--like", path)
     os.truncate(photos / "broken.png", 1 << 40)
-    with pytest.raises(ValueError, match="--like .*broken.png: more than 67,108,864 bytes"):
+    with pytest.raises(ValueError, match="--like .*broken.png: file of more than 67,108,864 bytes"):
         here(search.main, *flags, "--like", photos / "broken.png")
 
 
@@ -1646,6 +2029,19 @@ def test_search_prints_no_control_characters_of_names(small_run, tmp_path):
     printed = here(search.main, small_run, "red", "--images", tmp_path / "photos", "--out",
                    tmp_path / "page")
     assert "\\x1b[31mred\\n.jpg" in printed and "\x1b" not in printed
+
+
+def test_search_finds_and_shows_names_of_any_bytes(small_run, tmp_path):
+    folder = tmp_path / unicodedata.normalize("NFD", "사진")
+    write_image(folder / "\x1b[31m.jpg")
+    write_image(Path(os.fsdecode(os.fsencode(folder) + b"/\xb0\xed/1.jpg")), "blue")
+    os.mkfifo(folder / "pipe.jpg")
+    like = folder / os.fsdecode(b"\xb0\xed") / "1.jpg"
+    printed = here(search.main, small_run, "--images", tmp_path / "사진", "--like", like, "--out",
+                   tmp_path / "page").splitlines()
+    assert printed[0] == "skipped: 1 not a regular file"
+    assert [line[6:] for line in printed[1:3]] == ["  \\xb0\\xed/1.jpg", "  \\x1b[31m.jpg"]
+    assert "\\xb0\\xed/1.jpg" in (tmp_path / "page/search.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("module, example", [
