@@ -97,8 +97,10 @@ def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1, columns=()):
             found += _folder_pairs(path, names, report)
         elif suffix_of(path) in ("csv", "tsv"):
             found += _table_pairs(path, names, report)
-        else:
+        elif os.path.exists(path):
             raise ValueError(f"{path}: neither a folder of images nor a table (.csv, .tsv)")
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"{', '.join(inputs)}: no images there ({suffixes})")

@@ -1273,13 +1273,15 @@ def test_errors_of_pack_are_one_line(tmp_path, pack_command):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jpg").write_bytes(image_bytes())
     (tmp_path / "in/t.csv").write_text("file,label\na.jpg,cat\n")
+    (tmp_path / "in/t.jsonl").write_text('{"image": "a.jpg", "caption": "cat"}')
     (tmp_path / "empty").mkdir()
     write_files(tmp_path / "loose", {"a.jpg": None, "cat/notes.txt": ""})
     for arguments, line in (
         (("images", tmp_path / "in", tmp_path / "in"), "name a new folder"),
         (("images", tmp_path / "n", tmp_path / "no.tsv"), "no.tsv"),
         (("images", tmp_path / "n", tmp_path / "in/a.jpg"), "neither a folder"),
-        (("images", tmp_path / "n", tmp_path / "t.jsonl"), "nor a table (.csv, .tsv)"),
+        (("images", tmp_path / "n", tmp_path / "in/t.jsonl"), "nor a table (.csv, .tsv)"),
+        (("images", tmp_path / "n", tmp_path / "gone"), "gone: no such file or folder"),
         (("images", tmp_path / "n", tmp_path / "in/t.csv"), "its header is 'file, label'"),
         (("images", tmp_path / "n", tmp_path / "empty"), "no images there"),
         (("classes", tmp_path / "n", tmp_path / "in"), "no folders of images there"),
