@@ -230,9 +230,9 @@ class Shard(NamedTuple):
     size: int             # bytes
     mtime: int            # time of last change, nanoseconds
     count: int            # pairs
-    languages: dict = {}  # language -> number of captions; "" for those whose name has none
+    languages: dict = {}  # language -> pairs with captions in it; "" for those that name none
     skipped: dict = {}    # reason -> number of pairs or members that are not in the index
-    fields: dict = {}     # what else may be a caption -> its number: "url.txt", "ko.json"
+    fields: dict = {}     # what else may be a caption -> pairs that have it: "url.txt", "ko.json"
     digest: str = ""      # of all headers and .json members; it tells tars of equal size apart
     first_row: int = 0    # where its rows begin in rows_file, which several shards have in common
     rows_file: str = ""   # "" for a shard that is missing
@@ -316,8 +316,8 @@ def _count_captions(members, read, languages, fields):
         record = _parse_json(read(members["json"].size, members["json"].body)) or {}
         fields.update([f"{name}.json" for name, value in record.items()
                        if isinstance(value, (str, list)) and len(name) <= 64])
-        if not has_caption and _texts(record.get("caption")):
-            languages[""] += 1
+        if not has_caption:
+            languages.update({language for language, _ in _by_language(record.get("caption"))})
 
 
 def index_shards(paths, workers=0):
@@ -579,7 +579,8 @@ class CaptionRule(NamedTuple):
     """Which members of a pair are captions.
 
     KEY.txt is a caption, and KEY.LANGUAGE.txt for a language of ISO 639-1, such as ko or en-us.
-    Without either, "caption" in KEY.json is: a text or a list of texts.
+    Without either, "caption" in KEY.json is: a text, a list of texts, or either by language,
+    {"en": ["red apple", "apple"], "ko": "사과"}.
     """
     language: str = ""   # of captions whose name has none
     fields: tuple = ()   # further captions, as (language, name): KEY.NAME.txt, or NAME in KEY.json
@@ -675,7 +676,8 @@ def read_captions(members, rule=DEFAULT_RULE):
             record = {}
             errors.append("bad json")
     if not is_named:
-        found = [(rule.language, text) for text in _texts(record.get("caption"))]
+        found = [(language or rule.language, text)
+                 for language, text in _by_language(record.get("caption"))]
     for language, name in rule.fields:
         suffix = f"{name.lower()}.txt"
         if suffix in members and caption_language(suffix) is None:
@@ -716,6 +718,13 @@ def _parse_json(content):
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else {}
+
+
+def _by_language(value):
+    """The captions in "caption" of a .json: [(language, text)], "" where it says none."""
+    values = value if isinstance(value, dict) else {"": value}
+    return [(language, text) for language, texts in values.items()
+            if not language or is_language(language) for text in _texts(texts)]
 
 
 def _texts(value):

@@ -2037,6 +2037,8 @@ def test_captions_are_read_and_cleaned():
     assert read({"txt": b"\xef\xbb\xbfbom"}) == ({"": ["bom"]}, [])
     assert read({"json": b'{"caption": ["a", 3, "b"]}'}) == ({"": ["a", "b"]}, [])
     assert read({"json": b'{"caption": "a\\ud800"}'}) == ({"": ["a\ufffd"]}, [])
+    record = b'{"caption": {"en": ["a", "b"], "ko": "c", "": "d", "kr": "e", "ja": 3}}'
+    assert read({"json": record}, rule("fr")) == ({"en": ["a", "b"], "ko": ["c"], "fr": ["d"]}, [])
     for members, error in (
         ({}, "no caption"),
         ({"txt": b" &nbsp;\n"}, "empty caption"),

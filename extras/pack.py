@@ -178,8 +178,7 @@ def _table_pairs(path, names, report):
         for suffix, text in zip(suffixes, row):
             if suffix and suffix != "image" and text.strip():
                 captions.setdefault(suffix, []).append(text)
-    return [(image, _join_captions(image, captions, report))
-            for image, captions in images.items()]
+    return [(image, _join_captions(captions)) for image, captions in images.items()]
 
 
 def _read_table(path, report):
@@ -255,26 +254,16 @@ def _caption_suffix(name):
     return f"{name}.txt" if is_language(name) else None
 
 
-def _join_captions(image, captions, report):
+def _join_captions(captions):
     """The members of a pair, {suffix: text}, from {suffix: [captions]}.
 
-    If no caption has a language, several are a list in the .json. Of several in one language, the
-    .json has all but the first, and only an option reads them.
+    If a language has several captions, all are in the .json.
     """
     captions = {suffix: list(dict.fromkeys(texts)) for suffix, texts in captions.items()}
-    if list(captions) == ["txt"] and len(captions["txt"]) > 1:
-        return {"json": json.dumps({"caption": captions["txt"]}, ensure_ascii=False)}
-    members, further = {}, {}
-    for suffix, (first, *others) in captions.items():
-        members[suffix] = first
-        if others:
-            name = shards.caption_language(suffix) or "caption"
-            further[name] = others
-            report.note(f"images with several captions in {name}, of which a run reads the first, "
-                        f"and all with --data OUT::{name}={name}", image)
-    if further:
-        members["json"] = json.dumps(further, ensure_ascii=False)
-    return members
+    if all(len(texts) == 1 for texts in captions.values()):
+        return {suffix: text for suffix, [text] in captions.items()}
+    by_language = {shards.caption_language(suffix): texts for suffix, texts in captions.items()}
+    return {"json": json.dumps({"caption": by_language}, ensure_ascii=False)}
 
 
 # ---- writing shards ----
