@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kelip import atomic_write
+from tokenizer import atomic_write
 
 LOG_EVERY = 10       # steps between lines of the log
 BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run

@@ -19,11 +19,9 @@ train_clip.py), and weights of other libraries (extras/convert.py).
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import math
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -937,29 +935,9 @@ def load_checkpoint(path):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values, atomically."""
+    from tokenizer import atomic_write
     with atomic_write(path) as file:
         torch.save(state, file)
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Open a binary file that replaces `path` once it is complete and on disk.
-
-    If writing fails, `path` stays as it was. An OSError names `path`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def main():

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -193,6 +194,14 @@ def with_model(**values):
     return lambda spec: spec["model"].update(values)
 
 
+def with_vocab(**values):
+    return lambda spec: spec["model"]["vocab"].update(values)
+
+
+def with_merge(merge):
+    return lambda spec: spec["model"]["merges"].append(merge)
+
+
 def with_pre_tokenizer(*parts, **byte_level):
     parts = [*parts, tokenizer.BYTE_LEVEL | byte_level]
     return lambda spec: spec.update(
@@ -224,8 +233,20 @@ LLAMA = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}}
 
 
+ROBERTA = {"type": "RobertaProcessing", "sep": ["<|endoftext|>", 299], "cls": ["[PAD]", 297],
+           "trim_offsets": True, "add_prefix_space": False}
+
+
 WORDS = {"type": "Split", "behavior": "Removed", "invert": True,
          "pattern": {"Regex": r"\p{L}+|\p{N}"}}
+
+
+def with_normalizers(*parts):
+    return lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": [*parts]})
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
 
 
 FILES = {
@@ -241,7 +262,93 @@ FILES = {
     "removed, a string": with_pre_tokenizer(
         WORDS | {"pattern": {"String": "a."}, "invert": False}),
     "removed, prefix space": with_pre_tokenizer(WORDS, LLAMA, add_prefix_space=True),
+    "normalizers": with_normalizers(
+        {"type": "NFKC"}, replace({"Regex": r"\s+"}, " "), replace({"Regex": "[ab]"}, r"\1$0\\"),
+        replace({"String": "a."}, ""), {"type": "Lowercase"}),
 }
+
+
+# Values that replace others in a tokenizer.json.
+JUNK = [None, True, 0, -1, 1.5, 64, 299, 10**9, 10**30, float("nan"), "", "a", "<|endoftext|>",
+        "((", "x*", "\ud800", "\\1", "BPE", "Sequence", "Replace", "Split", "NFKD", "a b",
+        "a" * 300, [], {}, [[]], [None], ["a", "b"], {"type": "Sequence"}, {"type": "ByteLevel"}]
+
+
+@functools.cache
+def specs_to_change():
+    """Small tokenizers of several kinds."""
+    plain = Tokenizer.train(SENTENCES, 300, progress=False).spec
+    other = json.loads(json.dumps(plain))
+    with_pre_tokenizer(LLAMA, use_regex=False)(other)
+    with_normalizers({"type": "NFC"}, replace({"Regex": r"\s+"}, " "), {"type": "Lowercase"})(other)
+    unknown = json.loads(json.dumps(plain))
+    with_model(unk_token="<|endoftext|>", ignore_merges=True)(unknown)
+    unknown.update(post_processor=ROBERTA, padding={"pad_token": "[PAD]", "pad_id": 297})
+    letters = [*tokenizer.ALPHABET, *(char + "</w>" for char in tokenizer.ALPHABET)]
+    suffix = tokenizer.build_spec([*letters, "ab"], [["a", "b"]], suffix="</w>")
+    return [plain, other, unknown, suffix]
+
+
+def parts_of(content, rng):
+    """(list or object, key) of every value in parsed JSON, but a few of long lists and objects."""
+    items = enumerate(content) if isinstance(content, list) else content.items()
+    items = [*items]
+    found = []
+    for key, value in items if len(items) < 30 else rng.sample(items, 6):
+        found.append((content, key))
+        if isinstance(value, (list, dict)):
+            found += parts_of(value, rng)
+    return found
+
+
+def changed_file(rng):
+    """A tokenizer.json, as bytes, in which some values are dropped, replaced or repeated."""
+    spec = json.loads(json.dumps(rng.choice(specs_to_change())))
+    for _ in range(rng.randint(1, 3)):
+        parts = parts_of(spec, rng)
+        if not parts:
+            break
+        parent, key = rng.choice(parts)
+        other_parent, other_key = rng.choice(parts)
+        value = rng.choice([rng.choice(JUNK), rng.choice(JUNK), other_parent[other_key]])
+        value = json.loads(json.dumps(value))  # a copy
+        if rng.random() < 0.2:
+            del parent[key]
+        elif rng.random() < 0.2 and isinstance(parent, list):
+            parent.append(value)
+        else:
+            parent[key] = value
+    data = bytearray(json.dumps(spec).encode())
+    if rng.random() < 0.2:
+        for _ in range(3):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    return data
+
+
+def check_changed_file(seed, folder):
+    """Load a changed file: either a ValueError in one line, or a tokenizer that works."""
+    path = folder / "tokenizer.json"
+    path.write_bytes(changed_file(random.Random(seed)))
+    try:
+        tok = Tokenizer.load(path)
+    except ValueError as error:
+        message = str(error)
+        assert str(path) in message and "Error" not in message and len(message) < 400, message
+        assert "\n" not in message
+        return
+    special = {token["id"] for token in tok.spec.get("added_tokens") or []}
+    unknown_id = tok.spec["model"]["vocab"].get(tok.spec["model"].get("unk_token"))
+    special -= {unknown_id, tok.pad_id}
+    special |= {tok.sot_id, tok.eot_id}
+    for text in SENTENCES:
+        ids = tok.encode_ordinary(text)
+        assert all(0 <= i < len(tok) for i in ids) and not special & {*ids}, text
+        tok.decode(ids)
+    if None not in (tok.sot_id, tok.eot_id):
+        assert tok.encode(SENTENCES).shape == (len(SENTENCES), 77)
+    tok.save(path)
+    again = Tokenizer.load(path)
+    assert (again.spec, again.digest) == (tok.spec, tok.digest)
 
 
 def run_tokenizer(*arguments, cwd, text=""):
@@ -253,7 +360,7 @@ def run_script(body, folder, name="script.py", on_interrupt=None):
     """Run a script whose main() is `body` and that ends in run_command."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"import os, signal\nfrom tokenizer import run_command\n"
+    path.write_text(f"import os, resource, signal\nfrom tokenizer import Tokenizer, run_command\n"
                     f"def main():\n    {body}\nrun_command(main, {on_interrupt!r})\n")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(tokenizer.__file__)}
     return subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
@@ -637,6 +744,27 @@ def test_text_never_becomes_a_special_token():
         assert tok.decode(tok.encode_ordinary(text)) == plain_normalize(text)
 
 
+def test_an_unknown_byte_is_dropped_if_the_unknown_token_is_the_end_token():
+    spec = json.loads(json.dumps(trained().spec))
+    spec["model"].update(unk_token="<|endoftext|>", merges=[])
+    del spec["model"]["vocab"]["q"]
+    tok = Tokenizer(spec)
+    vocab = spec["model"]["vocab"]
+    assert tok.encode_ordinary("a q") == [vocab["a"], vocab["Ġ"]]
+    assert tok.encode(["a q"])[0, :4].tolist() == [tok.sot_id, vocab["a"], vocab["Ġ"], tok.eot_id]
+
+
+def test_no_merge_makes_the_end_token_even_if_it_is_not_an_added_token():
+    spec = json.loads(json.dumps(trained().spec))
+    word = "heart"
+    expected = trained().encode_ordinary(word)
+    for ignore_merges in (False, True):
+        spec["model"]["ignore_merges"] = ignore_merges
+        tok = Tokenizer(spec, {"eos_token": word})
+        assert expected == [tok.eot_id] and tok.eot_id not in tok.encode_ordinary(word)
+        assert tok.decode(tok.encode_ordinary(word)) == word
+
+
 def test_encode_makes_padded_rows():
     torch = pytest.importorskip("torch")
     tok = trained()
@@ -662,6 +790,28 @@ def test_save_load_pickle_and_workers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+@pytest.mark.parametrize("text", [
+    "A red apple on a table. ", "빨간 사과가 식탁 위에 있다. ", "日本語の文章には空白がない。",
+    "ภาษาไทย", "가나다라마", "e\u0301", "-=", "!", "1", "x" * 700 + " ", "a" + " " * 900 + "\n"])
+def test_long_texts_are_cut_before_they_are_encoded(text, monkeypatch):
+    text = "Two. " + text * 400
+    collapsed = " ".join(text.split())
+    short = collapsed[:1200]
+    expected = trained().encode_ordinary(text)[:10]
+    expected_of_short = trained().encode_ordinary(short)[:10]
+    encode_ordinary, lengths = Tokenizer.encode_ordinary, []
+
+    def spy(tok, text):
+        lengths.append(len(text))
+        return encode_ordinary(tok, text)
+
+    monkeypatch.setattr(Tokenizer, "encode_ordinary", spy)
+    for tok, part, ids in ((trained(), text, expected), (by_texts(), collapsed, expected),
+                           (trained(), short, expected_of_short)):
+        assert tok.encode(part, context_length=12)[0, 1:len(ids) + 1].tolist() == ids
+        assert lengths.pop() <= 1200
+
+
 def test_digest_is_that_of_vocabulary_merges_start_and_end(tmp_path):
     tok = Tokenizer.train(SENTENCES, 400, progress=False)
     assert Tokenizer.load(saved(tok, tmp_path)).digest == tok.digest
@@ -683,23 +833,21 @@ def test_digest_is_that_of_vocabulary_merges_start_and_end(tmp_path):
     assert digest(reorder) == digest(with_merges_as_lines) == tok.digest
     assert digest(lambda spec: None, {"pad_token": "a"}) == tok.digest  # it changes no feature
     others = {digest(swap_ids), digest(lambda spec: spec["model"]["merges"].reverse()),
-              digest(lambda spec: None, {"eos_token": "a"})}
+              digest(lambda spec: None, {"eos_token": "[PAD]"})}
     assert len(others | {tok.digest}) == 4
 
 
-def test_saving_is_atomic(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path):
     path = saved(trained(), tmp_path)
     before = path.read_bytes()
-    write_text = tokenizer.Path.write_text
-
-    def write_half(file, text, **options):
-        write_text(file, text[:len(text) // 2], **options)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokenizer.Path, "write_text", write_half)
-    with pytest.raises(OSError, match="No space"):
-        by_texts().save(path)
+    done = run_script("resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+                      f"Tokenizer.load({str(path)!r}).save({str(path)!r})", tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"script.py: {path}: File too large\n")
+    (tmp_path / "script.py").unlink()
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError) as caught:
+        trained().save(tmp_path / "nowhere" / "tokenizer.json")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "tokenizer.json")
 
 
 def test_progress_is_printed_only_where_asked_for(monkeypatch, capsys):
@@ -730,6 +878,20 @@ def test_training_on_a_very_long_word():
     rng = random.Random(0)
     line = "".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(50_000))
     assert len(Tokenizer.train([line, *SENTENCES], 2000, progress=False)) == 2000
+
+
+def test_training_reads_only_the_start_of_an_endless_word(monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_TRAINED", 6)
+    found = Tokenizer.train(["abcdefgh" * 9, "12 34"], 400, progress=False)
+    assert found.spec == Tokenizer.train(["abcdef", "12 34"], 400, progress=False).spec
+
+
+def test_training_on_any_text():
+    texts = ["\ud800", "\udc00a", "\x00", "", " ", "\u0301" * 300, "&#" + "9" * 5000 + ";",
+             "ﷺ" * 99, "\u202e\ufeff", "[PAD]<|endoftext|>" * 9, "\U0010ffff" * 9]
+    for workers in (1, 2):
+        tok = Tokenizer.train(texts, 280, progress=False, workers=workers)
+        assert len(tok) == 280 and tok.decode(tok.encode_ordinary("\ud800")) == "\ufffd"
 
 
 # ---- tokenizer.py: compared with the package tokenizers ----
@@ -812,15 +974,12 @@ def test_special_tokens_are_read_from_the_config_else_from_the_template(tmp_path
     assert (tok.sot_id, tok.eot_id) == (trained().sot_id, None)
 
 
-ROBERTA = {"type": "RobertaProcessing", "sep": ["<|endoftext|>", 299], "cls": ["[PAD]", 297],
-           "trim_offsets": True, "add_prefix_space": False}
-
-
 @pytest.mark.parametrize("post_processor", [None, tokenizer.BYTE_LEVEL, ROBERTA])
 @pytest.mark.parametrize("config", [
     {}, {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"},
     {"eos_token": {"content": "<|endoftext|>"}}, {"bos_token": "<|startoftext|>"},
-    {"bos_token": "[PAD]", "eos_token": "a", "pad_token": "<|endoftext|>"}, {"pad_token": "a"},
+    {"bos_token": "[PAD]", "eos_token": "<|startoftext|>", "pad_token": "<|endoftext|>"},
+    {"pad_token": "a"},
 ])
 def test_a_saved_file_names_the_special_tokens_by_itself(tmp_path, post_processor, config):
     spec = Tokenizer.train(SENTENCES, 300, progress=False).spec
@@ -844,8 +1003,14 @@ def test_a_saved_file_names_the_special_tokens_by_itself(tmp_path, post_processo
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (b"not json", "Expecting value"), (b"[1]", "not a tokenizer"), (b"{}", "KeyError.*model"),
-    (b'{"model": {"type": "Unigram"}}', "Unigram"),
+    (b"not json", "Expecting value"), (b"[1]", "not a tokenizer"), (b"{}", "model is missing"),
+    (b'{"model": {"type": "Unigram"}}', "Unigram"), (b"", "Expecting value"),
+    (b'{"model": []}', "model is \\[\\], not an object"), (b'{"a": "\xb0\xa1"}', "not UTF-8"),
+    (b"[" * 100_000, "nest too deeply"), (b'{"a":' * 400 + b"1" + b"}" * 400, "model is missing"),
+    (b'{"model": {}, "a":' + b"[" * 99 + b"]" * 99 + b"}", "nest too deeply"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "thousands of digits"), (b'{"a": "\\ud800"}', "half a char"),
+    (b'{"model": {"vocab": {}}}', "model.merges is missing"),
+    (b'{"model": {"vocab": {}, "merges": 5}}', "model.merges is 5, not a list"),
     (gzip.compress(b"hello"), "extras.convert"), (b"\x1f\x8b\x08", "extras.convert"),
 ])
 def test_bad_files_are_named(tmp_path, content, complaint):
@@ -869,18 +1034,131 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     (with_model(byte_fallback=True), "byte_fallback"),
     (lambda spec: spec["added_tokens"].append({"id": 300, "content": "<tool>", "special": False}),
      "<tool>"),
-    (lambda spec: spec["model"]["merges"].append(["a", "가"]), "KeyError.*a가"),
+    (lambda spec: spec["model"]["merges"].append(["a", "가"]), r"\['a', '가'\]"),
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(a)|b"}}), r"\(a\)"),
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "("}}), r"\("),
     (with_pre_tokenizer(WORDS | {"behavior": "MergedWithNext"}), "MergedWithNext"),
+    (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(" * 4000}}), "no regular expression"),
+    (with_pre_tokenizer(WORDS | {"pattern": "a"}), "pre_tokenizer.pattern is 'a', not an object"),
+    (with_pre_tokenizer(WORDS | {"invert": None}), "pre_tokenizer.invert is missing"),
+    (with_pre_tokenizer(*[WORDS] * 99), "more than 64 steps"),
+    (with_pre_tokenizer(use_regex=1), "pre_tokenizer.use_regex is 1, not true or false"),
+    (lambda spec: spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "missing"),
+    (with_normalizers(*[replace({"String": "a"}, "aa")] * 34), "1,000 times"),
+    (with_normalizers(*[replace({"Regex": "x*"}, "b")] * 12), "1,000 times"),
+    (with_normalizers(replace({"String": "a"}, "a" * 1000)), "1,000 times"),
+    (with_normalizers(*[replace({"String": "a"}, "")] * 65), "more than 64 steps"),
+    (with_normalizers("NFC"), "normalizer.normalizers holds 'NFC', which is not an object"),
+    (with_normalizers(replace({"String": 5}, "")), "normalizer.pattern.String is 5, not a string"),
+    (with_vocab(zz=-1), "'zz' is -1"), (with_vocab(zz=1.5), "'zz' is 1.5"),
+    (with_vocab(zz=True), "'zz' is True"), (with_vocab(zz=None), "'zz' is None"),
+    (with_vocab(zz=30_000_000), "'zz' is 30000000, not a whole number from 0 to "),
+    (with_vocab(zz=64), "'a' and 'zz' have the same id, 64"),
+    (lambda spec: spec["added_tokens"].append({"id": 64, "content": "<a>", "special": True}),
+     "'a' and '<a>' have the same id, 64"),
+    (lambda spec: spec["added_tokens"].append({"id": 64, "content": "a", "special": True}),
+     "the id 64 is also a byte of text"),
+    (lambda spec: spec["added_tokens"].append({"id": 65, "content": "a", "special": True}),
+     "'a' has the ids 64 and 65"),
+    (lambda spec: spec["added_tokens"].append({"id": 6000, "content": "<b>"}),
+     "added_tokens.special is missing"),
+    (lambda spec: spec["added_tokens"].append("<b>"), "added_tokens holds '<b>'"),
+    (with_merge("a b c"), "a b c"), (with_merge(["a"]), r"\['a'\]"), (with_merge(5), "holds 5"),
+    (with_merge([["a"], ["b"]]), r"\[\['a'\], \['b'\]\]"), (with_merge({}), "{}"),
+    (with_model(unk_token=5), "model.unk_token is 5, not a string"),
+    (with_model(end_of_word_suffix=["a"]), r"model.end_of_word_suffix is \['a'\]"),
+    (lambda spec: spec.update(post_processor={"type": "TemplateProcessing"}), "single is missing"),
+    (lambda spec: spec.update(post_processor={"cls": ["a", 64]}), "post_processor.sep is missing"),
+    (lambda spec: spec.update(post_processor={"cls": [5], "sep": [5]}), "bos_token is 5"),
+    (lambda spec: spec.update(padding={"pad_token": {}}), "pad_token.content is missing"),
+    (lambda spec: spec.update(post_processor=tokenizer.build_template("a", None, {"a": 64})),
+     "the id 64 is also a byte of text"),
 ])
 def test_other_tokenizers_are_refused(tmp_path, change, complaint):
     spec = json.loads(json.dumps(trained().spec))
     change(spec)
     path = tmp_path / "other.json"
     path.write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=complaint) as caught:
         Tokenizer.load(path)
+    assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 400
+
+
+def test_steps_of_a_normalizer_make_texts_no_longer_than_they_say():
+    characters = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
+    for kind, longest in tokenizer.GROWTH.items():
+        (step, growth), = tokenizer.read_normalizer_steps({"type": kind})
+        assert max(len(step(char)) for char in characters) == longest == growth
+    (step, growth), = tokenizer.read_normalizer_steps(replace({"Regex": "x*"}, "--"))
+    assert step("a") == "--a--" and growth == 3
+    (step, growth), = tokenizer.read_normalizer_steps(tokenizer.NORMALIZER)
+    assert max(len(step(char)) for char in characters) <= growth
+
+
+@pytest.mark.parametrize("change", [
+    with_normalizers(replace({"Regex": "(a|aa)+$"}, "")),
+    with_pre_tokenizer(LLAMA | {"pattern": {"Regex": "(?:a|aa)+$"}})])
+def test_a_pattern_that_takes_exponential_time_is_an_error(change, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PATTERN_SECONDS", 0.05)
+    spec = json.loads(json.dumps(trained().spec))
+    change(spec)
+    tok = Tokenizer(spec)
+    assert tok.encode_ordinary("baab aab")
+    with pytest.raises(ValueError, match=r"aa\)\+\$.* too long on a text of 61 characters"):
+        tok.encode_ordinary("a" * 60 + "b")
+
+
+@pytest.mark.parametrize("unit", ["가", " ", "\n", " \n", "\u3000a", "1", "!", "'s", "'", "\u0301"])
+def test_patterns_without_a_time_limit_take_linear_time(unit):
+    text = "b" + unit * 100_000 + " c"
+    for pattern in tokenizer.LINEAR_PATTERNS:  # in quadratic time they would take a minute
+        found = "".join(regex.findall(pattern, text, timeout=5))
+        assert found.strip() == "" if r"\s+" in (pattern, pattern[1:-1]) else found[-1] == "c"
+
+
+def test_only_regular_files_of_moderate_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(20 << 30)
+    for path, complaint in ((tmp_path / "fifo", "a pipe or device, not a file"),
+                            ("/dev/zero", "a pipe or device, not a file"),
+                            (tmp_path, "a folder, not a file"),
+                            (tmp_path / "sparse", "21,474,836,480 bytes, more than")):
+        for read in (Tokenizer.load, tokenizer.read_json):
+            with pytest.raises(ValueError, match=f"^{path}: {complaint}"):
+                read(path)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.load(tmp_path / "nowhere.json")
+
+
+def test_read_json_returns_an_object_or_names_the_file(tmp_path):
+    path = tmp_path / "some.json"
+    path.write_bytes('\ufeff{"a": ["가", "\\ud83d\\ude00"]}'.encode())
+    assert tokenizer.read_json(path) == {"a": ["가", "😀"]}
+    for content, complaint in ((b"[1]", "not a JSON object"), (b"\xb0\xa1", "not JSON: not UTF-8"),
+                               (b"{", "not JSON: Expecting"), (b"[" * 10**5, "not JSON: brackets"),
+                               (b'["\\uD800"]', "not a JSON object"),
+                               (b'{"\xed\xa0\x80": 1}', "not JSON: not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path}: {complaint}"):
+            tokenizer.read_json(path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32))
+def test_changed_files_load_and_work_or_say_why_not(tmp_path_factory, seed):
+    folder = tmp_path_factory.mktemp("changed")
+    for i in range(5):
+        check_changed_file(f"{seed} {i}", folder)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(st.integers(0, 2**32))
+def test_many_changed_files_load_and_work_or_say_why_not(tmp_path_factory, seed):
+    folder = tmp_path_factory.mktemp("changed")
+    for i in range(5):
+        check_changed_file(f"{seed} {i}", folder)
 
 
 # ---- tokenizer.py: the commands ----
@@ -907,22 +1185,59 @@ def test_command_trains_encodes_and_decodes(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    (["train", "nowhere.txt"], "nowhere.txt"),
-    (["train", "empty.txt"], "empty.txt"),
+    (["train", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+    (["train", "empty.txt"], "empty.txt: no text"),
+    (["train", "blank.txt"], "blank.txt: no text"),
     (["train", "shard.tar"], "python data.py captions SHARDS | python tokenizer.py train -"),
-    (["train", "bytes.txt"], "bytes.txt"),
-    (["train", "--vocab-size", "9", "empty.txt"], "at least 259"),
-    (["encode", "a"], "tokenizer.json"),
-    (["encode", "--tokenizer", "empty.txt", "a"], "empty.txt"),
+    (["train", "bytes.txt"], "bytes.txt, line 1: not UTF-8"),
+    (["train", "cp949.txt"], "cp949.txt, line 3: not UTF-8: save it as UTF-8 (Excel writes CP949)"),
+    (["train", "."], ".: Is a directory"),
+    (["train", "--out", ".", "good.txt"], "--out .: a file cannot be written there"),
+    (["train", "--vocab-size", "9", "good.txt"],
+     "argument --vocab-size: must be at least 259, not '9'; see --help"),
+    (["train", "--workers", "-1", "good.txt"],
+     "argument --workers: must be from 0 to 512, not '-1'; see --help"),
+    (["train", "--workers", "3000", "good.txt"], "from 0 to 512"),
+    (["encode", "a"], "tokenizer.json: no such file or folder"),
+    (["encode", "--tokenizer", "empty.txt", "a"], "empty.txt: not a tokenizer"),
+    (["encode", "--tokenizer", "other.json", "a"],
+     "other.json: not a tokenizer that can be read: model is missing"),
+    (["encode", "--tokenizer", "escapes.json", "a"], r"type is '\x1b[31mred\n'"),
+    (["encode", "--tokenizer", ".", "a"], ".: a folder, not a file"),
+    (["decode", "--tokenizer", "good.json", "abc"], "'abc' is not an id, which is a whole number"),
+    (["decode", "--tokenizer", "good.json", "1_0"], "'1_0' is not an id"),
+    (["decode", "--tokenizer", "good.json", "9" * 5000], "is not an id"),
+    (["decode", "--tokenizer", "good.json", "259"], "there is no token 259"),
 ])
 def test_command_says_one_line_on_bad_input(tmp_path, arguments, complaint):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_bytes(b" \n\n")
+    (tmp_path / "good.txt").write_bytes(b"a dog\n")
     (tmp_path / "shard.tar").touch()
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "cp949.txt").write_bytes(b"a\nb\n" + "사과\n".encode("cp949") * 9999)
+    (tmp_path / "other.json").write_text('{"architectures": ["CLIPModel"]}')
+    (tmp_path / "escapes.json").write_text('{"model": {"type": "\\u001b[31mred\\n"}}')
+    Tokenizer.train([], 259, progress=False).save(tmp_path / "good.json")
     done = run_tokenizer(*arguments, cwd=tmp_path)
     lines = done.stderr.decode().splitlines()
-    assert done.returncode == 1 and len(lines) == 1
-    assert lines[0].startswith("tokenizer.py: ") and complaint in lines[0]
+    assert done.returncode == (2 if "argument" in complaint or "512" in complaint else 1)
+    assert len(lines) == 1 and len(lines[0]) < 300
+    assert lines[0].startswith("tokenizer.py") and complaint in lines[0]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\ufeffa dog\n\ufeffb\n", encoding="utf-8")
+        assert list(tokenizer.read_lines(tmp_path / name)) == ["a dog\n", "\ufeffb\n"]
+
+
+def test_a_line_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_LINE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("a\n" + "b" * 998 + "\n", encoding="utf-8")
+    assert len(list(tokenizer.read_lines(tmp_path / "a.txt"))) == 2
+    with pytest.raises(ValueError, match="^/dev/zero, line 1: longer than 1,000 bytes"):
+        list(tokenizer.read_lines("/dev/zero"))
 
 
 def test_help_of_the_commands_names_what_they_take(tmp_path):
@@ -977,6 +1292,18 @@ def test_errors_of_flags_are_one_line(capsys):
 def test_run_command_prints_errors_in_one_line(tmp_path, error, file, name):
     done = run_script(f"raise {error}('no such thing')", tmp_path, file)
     assert (done.returncode, done.stderr) == (1, f"{name}: no such thing\n")
+
+
+@pytest.mark.parametrize("body, message", [
+    ("open('no\\x1b[31m')", r"no\x1b[31m: no such file or folder"),
+    ("open('.')", ".: Is a directory"),
+    ("raise PermissionError(13, 'Permission denied', 'a.pt')", "a.pt: Permission denied"),
+    ("raise OSError(28, 'No space left on device')", "[Errno 28] No space left on device"),
+    ("raise ValueError('a\\nb\\r\\x9b\\u202e 사과')", r"a\nb\r\x9b\u202e 사과"),
+])
+def test_run_command_names_the_file_and_shows_control_characters(tmp_path, body, message):
+    done = run_script(body, tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"script.py: {message}\n")
 
 
 def test_run_command_lets_other_errors_through(tmp_path):

@@ -13,8 +13,9 @@ From the command line:
     python tokenizer.py decode 64 265 258
 
 From top to bottom: BPE in its plain form, which is the definition; how text becomes words,
-pre-tokens and bytes; the class Tokenizer; BPE in a fast form with the same results; the format of
-tokenizer.json; the commands. Merges and ids equal those of the package `tokenizers`, ties included.
+pre-tokens and bytes; the class Tokenizer; BPE in a fast form with the same results; files; the
+format of tokenizer.json; the commands. Merges and ids equal those of the package `tokenizers`, ties
+included.
 
 Not included: models other than byte-level BPE, and special tokens in text. A caption that says
 "<|endoftext|>" is encoded character by character.
@@ -24,19 +25,21 @@ expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
 """
 
 import argparse
+import contextlib
 import hashlib
 import heapq
 import json
 import math
 import os
+import reprlib
 import signal
+import stat
 import sys
 import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, groupby, islice
 from multiprocessing import Pool
 from pathlib import Path
@@ -115,6 +118,7 @@ PATTERN = regex.compile(  # GPT-2's
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 SURROGATE = regex.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot encode
 MANY_COMBINING = regex.compile(r"\p{M}{99,}")
+MAX_TRAINED = 100_000  # characters of a pre-token that training reads; a caption can be one word
 
 
 def bytes_to_unicode():
@@ -194,7 +198,7 @@ def count_pre_tokens(texts, workers=1, progress=False):
     first_words, later_words = Counter(), Counter()
     # Ctrl-C interrupts all processes. Only this one should print an error.
     end_quietly = dict(initializer=signal.signal, initargs=(signal.SIGINT, end_process))
-    with Pool(workers, **end_quietly) if workers > 1 else nullcontext() as pool:
+    with Pool(workers, **end_quietly) if workers > 1 else contextlib.nullcontext() as pool:
         counted = pool.imap(count_words, batches) if pool else map(count_words, batches)
         for first, later in counted:
             first_words.update(first)
@@ -203,7 +207,7 @@ def count_pre_tokens(texts, workers=1, progress=False):
     for before, words in (("", first_words), (" ", later_words)):
         for word, times in words.items():
             for pre_token in pre_tokenize(before + normalize_word(word)):
-                pre_tokens[pre_token] += times
+                pre_tokens[pre_token[:MAX_TRAINED]] += times
     return {text.encode().translate(BYTE_TO_ID): times for text, times in pre_tokens.items()}
 
 
@@ -241,51 +245,57 @@ class Tokenizer:
     """
 
     def __init__(self, spec, config=None):
-        model = spec["model"]
-        check_model(model)
-        vocab = model["vocab"]
-        added = spec.get("added_tokens") or []
-        self._special = {token["id"] for token in added}
-        self._token_to_id = vocab | {token["content"]: token["id"] for token in added}
+        model = read_model(spec)
+        vocab = field(model, "vocab", dict, "model.")
+        added = objects(spec, "added_tokens", optional=True)
+        self._token_to_id = read_token_ids(vocab, added)
         self._size = max(self._token_to_id.values(), default=-1) + 1
 
         names = find_special_tokens(spec, config or {}, self._token_to_id)
         for name in names:
             if name and name not in self._token_to_id:
-                raise ValueError(f"the special token {name!r} is not in the vocabulary")
+                raise ValueError(f"the special token {short(name)} is not in the vocabulary")
         self.sot_id, self.eot_id, pad_id = map(self._token_to_id.get, names)
         self.pad_id = pad_id or 0
         self.spec = set_special_tokens(spec, names, self._token_to_id)
         ordinary = [token["content"] for token in added
-                    if not token["special"] and token["content"] not in names]
+                    if not field(token, "special", bool, "added_tokens.")
+                    and token["content"] not in names]
         if ordinary:
-            raise ValueError(f"the added tokens {ordinary} are not special: these cannot be read")
+            raise ValueError(f"the added tokens {short(ordinary)} are not special: these "
+                             "cannot be read")
 
-        # Older files write a merge as "a b", newer ones as ["a", "b"].
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self._rank_to_id = [vocab[a + b] for a, b in merges]
-        self._pair_to_rank = {}
-        for rank, (a, b) in enumerate(merges):
-            if self._rank_to_id[rank] not in self._special:  # no text becomes a special token
-                self._pair_to_rank[vocab[a], vocab[b]] = rank
+        # No text becomes a special token: not by a merge, as a byte, or as an entire pre-token.
+        self._special = {token["id"] for token in added}
+        special = self._special | {self.sot_id, self.eot_id} - {None}
+        self._pair_to_rank, self._rank_to_id = {}, []
+        for rank, (left, right, merged) in enumerate(read_merges(model, vocab)):
+            self._rank_to_id.append(merged)
+            if merged not in special:
+                self._pair_to_rank[left, right] = rank
 
-        unknown_id = vocab.get(model.get("unk_token"))
-        self._byte_to_id = [vocab.get(char, unknown_id) for char in BYTE_TO_CHAR]
-        self._suffix = model.get("end_of_word_suffix")
-        if self._suffix:
-            self._last_byte_to_id = [vocab[char + self._suffix] for char in BYTE_TO_CHAR]
+        unknown_id = vocab.get(field(model, "unk_token", str, "model.", optional=True))
+        if unknown_id in (self.sot_id, self.eot_id, pad_id):
+            unknown_id = None
+        self._suffix = field(model, "end_of_word_suffix", str, "model.", optional=True)
+        ends = ["", self._suffix or ""]
+        self._byte_to_id, self._last_byte_to_id = (
+            [vocab.get(char + end, unknown_id) for char in BYTE_TO_CHAR] for end in ends)
+        # Padding may be a word, as in CLIP, since what follows the end token has no effect.
+        allowed = {unknown_id, pad_id} - {self.sot_id, self.eot_id}
+        clash = (special - allowed) & {*self._byte_to_id, *self._last_byte_to_id}
+        if clash:
+            raise ValueError(f"the special token with the id {min(clash)} is also a byte of text")
         self._whole_token_to_id = {}
-        if model.get("ignore_merges"):  # a pre-token in the vocabulary is one token
-            self._whole_token_to_id = {
-                token: i for token, i in vocab.items() if i not in self._special}
+        # With ignore_merges, a pre-token in the vocabulary is one token.
+        if field(model, "ignore_merges", bool, "model.", optional=True):
+            self._whole_token_to_id = {token: i for token, i in vocab.items() if i not in special}
 
         # The rules of other files may cross spaces. Then the entire text is encoded as one word.
-        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
+        normalizer = field(spec, "normalizer", dict, optional=True)
+        pre_tokenizer = field(spec, "pre_tokenizer", dict, optional=True)
         self.word_by_word = normalizer == NORMALIZER and pre_tokenizer == BYTE_LEVEL
-        self._normalizers = [normalize_word]
-        if not self.word_by_word:
-            self._normalizers = [
-                lambda text: SURROGATE.sub("\ufffd", text), *read_normalizer(normalizer)]
+        self._normalizers = [normalize_word] if self.word_by_word else read_normalizer(normalizer)
         self._pre_tokenizers = read_pre_tokenizer(pre_tokenizer)
         self._pre_token_ids = Cache(self._encode_pre_token)
         self._first_word_ids = Cache(lambda word: self._encode_word("", word))
@@ -332,29 +342,24 @@ class Tokenizer:
     def load(cls, path):
         """Read a tokenizer.json, and the tokenizer_config.json in the same folder if there is one.
 
-        Raises FileNotFoundError, and ValueError when the file is not a byte-level BPE.
+        Raises OSError, and ValueError when the file is not a byte-level BPE.
         """
         path = Path(path)
-        data = path.read_bytes()
+        data = read_file(path)
         config_path = path.with_name("tokenizer_config.json")
         config = read_json(config_path) if config_path.exists() else None
         try:
             if data.startswith(b"\x1f\x8b"):
                 raise ValueError("a gzip file; if it holds CLIP's merges, extras.convert."
                                  "read_clip_merges(path).save('tokenizer.json') makes one")
-            return cls(json.loads(data), config)
-        except Exception as error:  # a damaged file can raise anything
-            reason = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{path}: not a tokenizer that can be read: {reason}") from error
+            return cls(parse_json(data), config)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a tokenizer that can be read: {error}") from None
 
     def save(self, path):
         """Write a tokenizer.json, atomically. It needs no tokenizer_config.json."""
-        temporary = Path(f"{path}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(self.spec, ensure_ascii=False).encode())
 
     def normalize(self, text):
         """The text that `decode(encode_ordinary(text))` returns."""
@@ -377,7 +382,10 @@ class Tokenizer:
         """Encode a list of texts, or one: LongTensor [N, context_length].
 
         A row holds the start token, the text, the end token and padding. A text that is too long is
-        cut; the end token stays. Raises ValueError when the tokenizer has no start or end token.
+        cut; the end token stays. Only the first 100 * context_length characters of a text are read,
+        after white space is collapsed, so that no text takes long. Normal text has at most a dozen
+        characters per token, so its rows do not change. Raises ValueError when the tokenizer has no
+        start or end token.
         """
         import torch
         if self.sot_id is None or self.eot_id is None:
@@ -393,6 +401,8 @@ class Tokenizer:
         # An array is filled ten times as fast as a tensor.
         rows = array("q", [self.pad_id]) * (len(texts) * context_length)
         for i, text in enumerate(texts):
+            if len(text) > 100 * context_length:
+                text = self._cut(text, 100 * context_length)
             ids = self.encode_ordinary(text)[:context_length - 2]
             row = array("q", [self.sot_id, *ids, self.eot_id])
             start = i * context_length
@@ -425,6 +435,12 @@ class Tokenizer:
             data = bytes(CHAR_TO_BYTE.get(char, ord("?")) for char in chars)
             id_to_bytes[i] = data + b" " if ends_word else data
         return id_to_bytes | dict.fromkeys(self._special, b"")
+
+    def _cut(self, text, length):
+        """The first `length` characters of a text, after white space is collapsed."""
+        if self.word_by_word:  # `length` words have enough characters
+            text = " ".join(text.split(None, length)[:length])
+        return text[:length]
 
     def _split(self, text):
         return text.split() if self.word_by_word else [text]
@@ -616,6 +632,110 @@ def show_progress(items, label, progress):
         print(file=sys.stderr)
 
 
+# ---- files ----
+
+MAX_FILE_BYTES = 1 << 26  # of a JSON file; a vocabulary of 200,000 tokens takes 30 MB
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a binary file that replaces `path` once it is complete and on disk.
+
+    If writing fails, `path` stays as it was. An OSError names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_file(path):
+    """The bytes of a file of moderate size. Raises OSError, or ValueError when it is no such file.
+
+    A pipe could block, and a device such as /dev/zero has no end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+        raise ValueError(f"{path}: {kind}, not a file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that "
+                         "such a file may have")
+    return Path(path).read_bytes()
+
+
+def read_json(path):
+    """Read a JSON file that holds an object. Raises ValueError with its path if it does not."""
+    data = read_file(path)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_json(data):
+    """Parse the bytes or the str of a JSON object, as a dict. Raises ValueError."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        content = json.loads(text)
+        escapes = r"\ud" in text or r"\uD" in text
+        written = json.dumps(content, ensure_ascii=False) if escapes else ""
+    except UnicodeDecodeError:
+        raise ValueError("not JSON: not UTF-8") from None
+    except RecursionError:
+        raise ValueError("not JSON: brackets nest too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except ValueError:
+        raise ValueError("not JSON: a number has thousands of digits") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    if SURROGATE.search(written):
+        raise ValueError("not JSON: it has half a character, as in \\ud800")
+    return content
+
+
+JSON_TYPES = {dict: "an object", list: "a list", str: "a string", int: "a whole number",
+              bool: "true or false"}
+
+
+def short(value):
+    """A value as Python writes it, but at most 60 characters, for errors."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def field(parent, key, kind, where="", optional=False):
+    """parent[key] of parsed JSON. Raises ValueError unless its type is `kind`.
+
+    where: what to write before the key, such as "model.". optional: return None if it is missing or
+    null.
+    """
+    value = parent.get(key)
+    if type(value) is kind or (value is None and optional):  # isinstance would take true for 1
+        return value
+    found = "missing" if value is None else f"{short(value)}, not {JSON_TYPES[kind]}"
+    raise ValueError(f"{where}{key} is {found}")
+
+
+def objects(parent, key, where="", optional=False):
+    """parent[key] of parsed JSON, a list of objects. Raises ValueError if it is anything else."""
+    values = field(parent, key, list, where, optional) or []
+    for value in values:
+        if type(value) is not dict:
+            raise ValueError(f"{where}{key} holds {short(value)}, which is not an object")
+    return values
+
+
 # ---- tokenizer.json ----
 
 PAD, START, END = SPECIALS = ("[PAD]", "<|startoftext|>", "<|endoftext|>")
@@ -626,14 +746,6 @@ NORMALIZER = {"type": "Sequence", "normalizers": [
     {"type": "Lowercase"},
     {"type": "Replace", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "content": " "},  # as str.split()
     {"type": "Strip", "strip_left": True, "strip_right": True}]}
-
-
-def read_json(path):
-    """Read a JSON file. Raises ValueError with its path if it is not JSON."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 def build_spec(tokens, merges, specials=SPECIALS, normalizer=NORMALIZER, pre_tokenizer=BYTE_LEVEL,
@@ -678,20 +790,27 @@ def find_special_tokens(spec, config, token_to_id):
     A name is None if neither has it.
     """
     start = end = None
-    processor = spec.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
+    where = "post_processor."
+    processor = field(spec, "post_processor", dict, optional=True) or {}
+    for part in objects(processor, "processors", where, optional=True) or [processor]:
         if part.get("type") == "TemplateProcessing":
             # [start, text, end], but start or end may be missing. The text gives None.
-            template = [item.get("SpecialToken", {}).get("id") for item in part["single"]]
-            start, end = template[0], template[-1]
+            template = [
+                (field(item, "SpecialToken", dict, where, optional=True) or {}).get("id")
+                for item in objects(part, "single", where)]
+            start, end = (template[0], template[-1]) if template else (None, None)
         elif "cls" in part:  # RobertaProcessing, as in Hugging Face's copy of OpenAI's CLIP
-            start, end = part["cls"][0], part["sep"][0]
+            start, end = ((field(part, key, list, where) or [None])[0] for key in ("cls", "sep"))
     pad = next((name for name in (PAD, "<pad>", "<|pad|>") if name in token_to_id), None)
-    pad = (spec.get("padding") or {}).get("pad_token", pad)
+    pad = (field(spec, "padding", dict, optional=True) or {}).get("pad_token", pad)
     names = []
     for key, name in (("bos_token", start), ("eos_token", end), ("pad_token", pad)):
         name = config.get(key) or name
-        names.append(name["content"] if isinstance(name, dict) else name)
+        if isinstance(name, dict):
+            name = field(name, "content", str, f"{key}.")
+        if not isinstance(name, str | None):
+            raise ValueError(f"the {key} is {short(name)}, not a string")
+        names.append(name)
     return names
 
 
@@ -708,83 +827,216 @@ def set_special_tokens(spec, names, token_to_id):
     return spec
 
 
-def check_model(model):
-    """Raise ValueError unless the "model" of a tokenizer.json is plain byte-level BPE."""
+def read_model(spec):
+    """The "model" of a tokenizer.json. Raises ValueError unless it is plain byte-level BPE."""
+    model = field(spec, "model", dict)
+    check_depth({**spec, "model": {**model, "vocab": None, "merges": None}})
     plain = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "fuse_unk": False,
              "byte_fallback": False}
     for key, value in plain.items():
         if (model.get(key) or value) != value:
-            raise ValueError(
-                f"the model's {key} is {model[key]}: only plain byte-level BPE can be read")
+            raise ValueError(f"the model's {key} is {short(model[key])}: only plain "
+                             "byte-level BPE can be read")
+    return model
 
 
-def pattern_of(spec):
-    """The regular expression of a Replace or a Split; a literal string is escaped."""
-    pattern = spec["pattern"]
-    return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+def check_depth(content, levels=32):
+    """Raise ValueError when lists and objects nest more than `levels` deep.
+
+    Recursive functions, such as read_normalizer and json.dumps, could fail there.
+    """
+    if isinstance(content, (list, dict)):
+        if levels == 0:
+            raise ValueError("brackets nest too deeply")
+        for part in content.values() if isinstance(content, dict) else content:
+            check_depth(part, levels - 1)
+
+
+def read_token_ids(vocab, added_tokens):
+    """{token: id} of the vocabulary and of the added tokens. Each token has an id of its own.
+
+    Ids may have gaps, but since models have a row for each id, at least half of them are used.
+    """
+    token_to_id = dict(vocab)
+    for token in added_tokens:
+        content = field(token, "content", str, "added_tokens.")
+        i = field(token, "id", int, "added_tokens.")
+        if token_to_id.setdefault(content, i) != i:
+            raise ValueError(f"the token {short(content)} has the ids "
+                             f"{short(token_to_id[content])} and {short(i)}")
+    limit = 2 * len(token_to_id) + 1000
+    id_to_token = {}
+    for token, i in token_to_id.items():
+        if type(i) is not int or not 0 <= i < limit:
+            raise ValueError(f"the id of the token {short(token)} is {short(i)}, not "
+                             f"a whole number from 0 to {limit - 1:,}")
+        if id_to_token.setdefault(i, token) != token:
+            raise ValueError(f"the tokens {short(id_to_token[i])} and "
+                             f"{short(token)} have the same id, {i}")
+    return token_to_id
+
+
+def read_merges(model, vocab):
+    """The merges of a model as ids: [(left, right, merged)].
+
+    Older files write a merge as "a b", newer ones as ["a", "b"].
+    """
+    merges = []
+    for merge in field(model, "merges", list, "model."):
+        try:
+            a, b = merge.split(" ") if isinstance(merge, str) else merge
+            merges.append((vocab[a], vocab[b], vocab[a + b]))
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(f"model.merges holds {short(merge)}, which is not two tokens "
+                             "of the vocabulary that make a third") from None
+    return merges
+
+
+def read_pattern(spec, where, form="{}"):
+    """Compile the regular expression of a Replace or a Split. A literal string is escaped."""
+    pattern = field(spec, "pattern", dict, where)
+    if "Regex" in pattern:
+        text = field(pattern, "Regex", str, f"{where}pattern.")
+    else:
+        text = regex.escape(field(pattern, "String", str, f"{where}pattern."))
+    try:
+        if len(text) > 10_000:
+            raise ValueError
+        return regex.compile(form.format(text))
+    except Exception:  # the compiler raises errors of many kinds
+        raise ValueError(f"{where}pattern is {short(text)}, which is no regular expression "
+                         "that can be read") from None
+
+
+PATTERN_SECONDS = 2  # for one text; a caption takes less than a millisecond
+# Common patterns, which take linear time on any text: those of CLIP, Llama 3, Qwen 2 and GPT-2.
+CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LINEAR_PATTERNS = {
+    form.format(pattern) for form in ("{}", "({})") for pattern in (
+        r"\s+", CLIP_PATTERN, f"(?i){CLIP_PATTERN}", LLAMA_PATTERN,
+        LLAMA_PATTERN.replace("{1,3}", ""), PATTERN.pattern)}
+
+
+def apply_pattern(method, *arguments):
+    """Call a method of a compiled pattern. The text is the last of its arguments.
+
+    Some patterns take exponential time or memory on some texts. Then raises ValueError.
+    """
+    pattern, text = method.__self__.pattern, arguments[-1]
+    if pattern in LINEAR_PATTERNS:  # no time limit, which would take as long as a short match
+        return method(*arguments)
+    seconds = PATTERN_SECONDS + len(text) / 100_000
+    try:
+        return method(*arguments, timeout=seconds, concurrent=False)
+    except (TimeoutError, MemoryError):
+        raise ValueError(f"the pattern {short(pattern)} of the tokenizer takes too long on a text "
+                         f"of {len(text):,} characters") from None
+
+
+# How many characters a step of a normalizer can make of one.
+GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2}
 
 
 def read_normalizer(spec):
     """A "normalizer" -> functions from a text to a text, to be called in order."""
+    steps, growth = [], 1
+    for function, factor in read_normalizer_steps(spec):
+        steps.append(function)
+        growth *= factor
+        if growth > 1000 or len(steps) > 64:
+            raise ValueError("the normalizer has more than 64 steps, or could make a text over "
+                             "1,000 times as long")
+    return [*steps, lambda text: SURROGATE.sub("\ufffd", text)]
+
+
+def read_normalizer_steps(spec):
+    """Yield (function from a text to a text, how many times as long the text may become)."""
+    where = "normalizer."
     if spec is None:
-        return []
-    kind = spec["type"]
+        return
+    kind = field(spec, "type", str, where)
     if spec == NORMALIZER:
-        return [lambda text: " ".join(map(normalize_word, text.split()))]
-    if kind == "Sequence":
-        return [step for part in spec["normalizers"] for step in read_normalizer(part)]
-    if kind == "Lowercase":
-        return [lower]
-    if kind == "Replace":
-        pattern = regex.compile(pattern_of(spec))
-        return [lambda text: pattern.sub(lambda match: spec["content"], text)]
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return [lambda text: normalize_unicode(kind, text)]
-    raise ValueError(f"the normalizer is {kind}, which cannot be read")
+        yield lambda text: " ".join(map(normalize_word, text.split())), 6
+    elif kind == "Sequence":
+        for part in objects(spec, "normalizers", where):
+            yield from read_normalizer_steps(part)
+    elif kind == "Lowercase":
+        yield lower, GROWTH[kind]
+    elif kind == "Replace":
+        pattern, content = read_pattern(spec, where), field(spec, "content", str, where)
+        template = content.replace("\\", r"\\")  # it names no groups
+        yield lambda text: apply_pattern(pattern.sub, template, text), len(content) + 1
+    elif kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        yield lambda text: normalize_unicode(kind, text), GROWTH[kind]
+    else:
+        raise ValueError(f"the normalizer is {short(kind)}, which cannot be read")
 
 
 def read_pre_tokenizer(spec):
     """A "pre_tokenizer" -> functions from a text to a list of its parts, to be called in order."""
-    spec = spec or {"type": "missing"}
-    *splits, last = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    if last["type"] != "ByteLevel":
-        raise ValueError(
-            f"the pre-tokenizer is {last['type']}, but that of a byte-level BPE ends in ByteLevel")
+    where = "pre_tokenizer."
+    parts = [spec or {"type": "missing"}]
+    if field(parts[0], "type", str, where) == "Sequence":
+        parts = objects(spec, "pretokenizers", where) or [{"type": "missing"}]
+    *splits, last = parts
+    kind = field(last, "type", str, where)
+    if kind != "ByteLevel":
+        raise ValueError(f"the pre-tokenizer is {short(kind)}, but that of a byte-level BPE "
+                         "ends in ByteLevel")
+    if len(splits) > 64:
+        raise ValueError("the pre-tokenizer has more than 64 steps")
     steps = [read_split(split) for split in splits]
-    if last["add_prefix_space"]:
+    if field(last, "add_prefix_space", bool, where):
         steps.append(lambda text: [text if text.startswith(" ") else " " + text])
-    if last.get("use_regex", True):
+    if field(last, "use_regex", bool, where, optional=True) is not False:
         steps.append(pre_tokenize)
     return steps
 
 
 def read_split(spec):
     """One Split of a "pre_tokenizer" -> the function from a text to a list of its parts."""
-    behavior = spec.get("behavior")
-    if spec["type"] == "Split" and behavior in ("Isolated", "Removed"):
-        pattern = regex.compile(f"({pattern_of(spec)})")
-        if pattern.groups == 1:  # then pattern.split() returns [gap, match, gap, match, ..., gap]
-            if behavior == "Isolated":
-                kept = slice(None)
-            else:
-                kept = slice(1, None, 2) if spec["invert"] else slice(0, None, 2)
-            return lambda text: [part for part in pattern.split(text)[kept] if part]
-    raise ValueError(f"the pre-tokenizer has the part {spec}, which cannot be read")
+    where = "pre_tokenizer."
+    kind = field(spec, "type", str, where)
+    if kind != "Split":
+        raise ValueError(f"the pre-tokenizer has the part {short(kind)}, which cannot be read")
+    behavior = field(spec, "behavior", str, where)
+    if behavior not in ("Isolated", "Removed"):
+        raise ValueError(f"the pre-tokenizer has a Split with the behavior {short(behavior)}, "
+                         "which cannot be read")
+    pattern = read_pattern(spec, where, "({})")
+    if pattern.groups > 1:
+        raise ValueError("the pre-tokenizer has a Split with groups in its pattern, "
+                         f"{short(pattern.pattern)}, which cannot be read")
+    kept = slice(None)  # pattern.split() returns [gap, match, gap, match, ..., gap]
+    if behavior == "Removed":
+        kept = slice(1, None, 2) if field(spec, "invert", bool, where) else slice(0, None, 2)
+    return lambda text: [part for part in apply_pattern(pattern.split, text)[kept] if part]
 
 
 # ---- the commands ----
 
+MAX_LINE_BYTES = 100_000_000  # a device such as /dev/zero has a line without end
+
+
 def read_lines(path):
-    """Yield the lines of a text file or, for "-", of standard input."""
+    """Yield the lines of a text file in UTF-8 or, for "-", of standard input."""
     if ".tar" in Path(path).suffixes:
         raise ValueError(f"{path}: not a text file; to train on shards, use "
                          "`python data.py captions SHARDS | python tokenizer.py train -`")
-    file = 0 if path == "-" else path
-    try:
-        with open(file, encoding="utf-8", newline="\n", closefd=file != 0) as lines:
-            yield from lines
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
+    file, name = (0, "standard input") if path == "-" else (path, path)
+    with open(file, "rb", closefd=file != 0) as lines:
+        for number, line in enumerate(iter(partial(lines.readline, MAX_LINE_BYTES), b""), 1):
+            if len(line) == MAX_LINE_BYTES:
+                raise ValueError(f"{name}, line {number}: longer than {MAX_LINE_BYTES:,} bytes: "
+                                 "write one caption per line")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"{name}, line {number}: not UTF-8: save it as UTF-8 (Excel "
+                                 "writes CP949)") from None
+            yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark
 
 
 def train_command(args):
@@ -794,12 +1046,15 @@ def train_command(args):
 
     def read_texts():
         for number, text in enumerate(chain.from_iterable(map(read_lines, args.inputs))):
-            if number < 10_000 or number % 100 == 0:
+            if (number < 10_000 or number % 100 == 0) and not text.isspace():
                 language = "Korean" if regex.search(r"\p{Hangul}", text) else "English"
                 samples[language].append(text)
             yield text
 
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if Path(args.out).is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {args.out}: a file cannot be written there")
     tok = Tokenizer.train(read_texts(), args.vocab_size, workers=args.workers)
     if not samples:
         raise ValueError(f"{' '.join(args.inputs)}: no text; give files with one caption per line")
@@ -810,6 +1065,14 @@ def train_command(args):
         count = sum(map(len, tok.encode_ordinary_batch(texts)))
         print(f"{language}: {size / max(count, 1):.2f} bytes per token, "
               f"in {len(texts):,} of the captions")
+
+
+def read_ids(text):
+    """The ids in a text: "64 265" -> [64, 265]."""
+    for word in text.split():
+        if not word.isdecimal() or len(word) > 18:
+            raise ValueError(f"{short(word)} is not an id, which is a whole number")
+    return list(map(int, text.split()))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -854,6 +1117,14 @@ def one_line(text):
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def describe_error(error):
+    """The text of an error. Python's "[Errno 13] Permission denied: 'x'" becomes "x: reason"."""
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error)
+    is_missing = isinstance(error, FileNotFoundError)
+    return f"{error.filename}: {'no such file or folder' if is_missing else error.strerror}"
+
+
 def run_command(main, on_interrupt=None):
     """Run `main()` as a command that prints one line, not a traceback, for errors of the user.
 
@@ -874,7 +1145,7 @@ def run_command(main, on_interrupt=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script}: {one_line(describe_error(error))}")
 
 
 TRAIN_HELP = """\
@@ -890,7 +1161,7 @@ train_clip.py trains a tokenizer on its captions unless --tokenizer names one.""
 
 def main():
     """Read the command line and run one of the three commands."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Byte-level BPE: train a tokenizer.json on captions, and use it.",
         epilog="`python tokenizer.py COMMAND --help` explains each command.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -900,11 +1171,11 @@ def main():
     train.add_argument(
         "inputs", nargs="*", default=["-"], metavar="FILE",
         help="text files in UTF-8, one caption per line; - is standard input (default: -)")
-    train.add_argument("--vocab-size", type=int, default=98_000, metavar="N",
+    train.add_argument("--vocab-size", type=number(int, 259), default=98_000, metavar="N",
                        help="number of entries, at least 259 (default: 98000)")
     train.add_argument("--out", default="tokenizer.json", metavar="PATH",
                        help="file to write (default: tokenizer.json)")
-    train.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
+    train.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(), metavar="N",
                        help="processes that count words (default: the number of cores)")
     encode = commands.add_parser(
         "encode", help="texts to ids",
@@ -928,7 +1199,7 @@ def main():
             print(*tok.encode_ordinary(text))
     else:
         for ids in read_lines("-") if from_stdin else [" ".join(args.inputs)]:
-            print(tok.decode(ids.split()))
+            print(tok.decode(read_ids(ids)))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ from folder import (
     link_or_copy,
     older_checkpoints,
 )
-from kelip import Block, atomic_write, load_checkpoint, load_weights, save_checkpoint
-from tokenizer import number
+from kelip import Block, load_checkpoint, load_weights, save_checkpoint
+from tokenizer import atomic_write, number
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0

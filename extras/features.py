@@ -30,6 +30,7 @@ import torch
 import kelip
 import shards
 from evaluate import encode_batch, folder_of, load_batches
+from tokenizer import atomic_write
 
 SAVE_VECTORS, SAVE_SECONDS = 4096, 60  # new vectors are written at least this often
 MAX_FILE = 256 << 20                   # bytes; larger files are ignored
@@ -90,7 +91,7 @@ class FeatureCache:
             vectors = np.stack([self.vectors[location] for location in locations])
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with kelip.atomic_write(path) as file:
+                with atomic_write(path) as file:
                     np.savez(file, keys=np.array(self.new_keys), vectors=vectors)
             except OSError as error:
                 warnings.warn(f"{self.folder}: {error.strerror}: vectors are not cached there",

@@ -40,9 +40,9 @@ import numpy as np
 import shards
 from data import parse_source
 from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
-from kelip import atomic_write, ceil_div
+from kelip import ceil_div
 from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
-from tokenizer import ArgumentParser, number, one_line, run_command
+from tokenizer import ArgumentParser, atomic_write, number, one_line, run_command
 
 SHARD_PAIRS = 10_000
 MAX_REASONS = 20     # that are printed
