@@ -117,7 +117,7 @@ class Packing(NamedTuple):
 
     def pack(self, x):
         """[N, L, W] -> [T, W]."""
-        return x.flatten(0, 1)[self.index]
+        return x.flatten(0, 1).index_select(0, self.index)
 
 
 def make_packing(lengths, L, device):
@@ -130,7 +130,14 @@ def make_packing(lengths, L, device):
     T = ceil_div(len(tokens), 64) * 64
     index = torch.cat([tokens, padding])[:T]
     last = lengths.cumsum(0) - 1
-    return Packing(*(t.to(device, non_blocking=True) for t in (index, is_token, last)))
+    return Packing(*(to_device(t, device) for t in (index, is_token, last)))
+
+
+def to_device(x, device):
+    """Copy a tensor from the CPU to a device without waiting for the device (see crops.py)."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 class Attention(nn.Module):
@@ -418,10 +425,11 @@ class KELIP(nn.Module):
         longest = ceil_div(int(lengths.max()), 8) * 8  # a multiple of 8: fewer different shapes
         L = min(text.shape[1], longest)
         packing = make_packing(lengths, L, device)
-        tokens = text[:, :L].flatten().to(device, non_blocking=True)         # [N * L]
+        tokens = to_device(text[:, :L].flatten(), device)                    # [N * L]
         tokens = tokens[packing.index]                                       # [T]
         x = self.token_embedding(tokens)                                     # [T, W]
-        x = x + self.positional_embedding[packing.index % L]                 # [T, W]
+        # Not by indexing, whose gradient adds in another order each time, on several CPU threads.
+        x = x + F.embedding(packing.index % L, self.positional_embedding)    # [T, W]
         x = self.transformer.forward_one(x, packing.last, packing)           # [N, W]
         x = self.ln_final(x) @ self.text_projection                          # [N, embed_dim]
         return l2_normalize(x) if l2norm else x
@@ -492,7 +500,8 @@ class MAE(nn.Module):
         # Masked patches are dropped before the embedding, to save its cost.
         patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         positions = visual.positions(images)                                 # [1 + L, W]
-        x = visual.embed(patches, positions[0], positions[1:][keep])         # [N, 1 + l, W]
+        patch_positions = F.embedding(keep, positions[1:])  # not positions[1:][keep]: encode_text
+        x = visual.embed(patches, positions[0], patch_positions)             # [N, 1 + l, W]
         return visual.ln_post(visual.transformer(visual.ln_pre(x)))
 
     def forward_decoder(self, latent, restore):
@@ -650,8 +659,7 @@ class _ContrastiveLoss(torch.autograd.Function):
                 logits = (s * image[k, rows]) @ texts.T                      # [chunk, N]
                 G = (logits - row_lse[k, rows, None]).exp_()                 # softmax over rows
                 G += logits.sub_(column_lse[k]).exp_()                       # softmax over columns
-                positive = torch.arange(own.start + rows.start, own.start + rows.stop)
-                G[torch.arange(len(G)), positive] -= 2
+                G.diagonal(own.start + rows.start).sub_(2)
                 d_image[k, rows] = G @ texts
                 d_texts.addmm_(G.T, image[k, rows])
                 d_scale = d_scale + (d_image[k, rows] * image[k, rows]).sum()

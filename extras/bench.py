@@ -3,6 +3,7 @@
     python -m extras.bench                          all parts that measure
     python -m extras.bench train                    one part
     python -m extras.bench tokenizer --size 0.05    on a twentieth of the captions
+    python -m extras.bench gpu --out gpu.md         on a GPU: extras/bench_gpu.py
 
 part        measures                                             peers                 minutes
 data        images from shards to crops, how exact crops are,    open_clip,                  5
@@ -1166,6 +1167,9 @@ def main(argv=None):
         help="rounds of encoding; the best one counts (default: 3)")
     add("--help-pages", default=HELP_PAGES, metavar="FOLDER",
         help="LibreOffice's help, with folders ko and en-US (default: %(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        return importlib.import_module("extras.bench_gpu").main(argv[1:])
     args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
