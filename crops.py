@@ -9,6 +9,9 @@ normalized for the model. Images that are not square lie in the upper left corne
 square S x S, and `aspect` says which part they fill. So a worker process decodes and pads each
 image once (data.py), and everything random happens here, for the entire batch.
 
+Copies to the device have non_blocking=True: without it, the CPU waits at each of them until the GPU
+has done all that was queued before.
+
 From top to bottom: multi_crop, and then its parts: counter-based random numbers, boxes, resampling,
 color distortion and blur. This file needs torch and numpy, and no other file of the project.
 
@@ -79,7 +82,7 @@ def multi_crop(images, crops, seed, sample_index, aspect=None, scale=(0.4, 1.0),
     for crop, view in enumerate(views):
         if flip:
             mirrored = uniform(seed, sample_index, crop, FLIP)[:, 0] < 0.5   # [N]
-            mirrored = to_device(mirrored, view.device)[:, None, None, None]
+            mirrored = mirrored.to(view.device, non_blocking=True)[:, None, None, None]
             view = torch.where(mirrored, view.flip(3), view)
         if augment:
             pixel_scale, offset = (x.view(3, 1, 1) for x in _normalization(view.device))
@@ -101,18 +104,6 @@ def padded_size(crops, scale=(0.4, 1.0), low_scale=(0.05, 0.4)):
         smallest, _ = low_scale if group else scale
         sides.append(size / math.sqrt(smallest * 3 / 4))
     return math.ceil(int(max(sides)) / 64) * 64
-
-
-def to_device(x, device):
-    """Copy a tensor from the CPU to a device without waiting for the device.
-
-    A GPU copies from pinned memory when its turn comes. For a copy from other memory, the CPU would
-    wait until the GPU has done all that was queued before.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 # ---- counter-based random numbers ----
@@ -238,66 +229,81 @@ def resample_each(images, boxes, sizes):
     return [view.view(-1, size, size, 3).permute(0, 3, 1, 2) for view, size in zip(views, sizes)]
 
 
-def resample_batch(images, boxes, sizes, chunk=64):
+def resample_batch(images, boxes, sizes, chunk=None):
     """Resample all boxes at once: a crop is weights_y @ image @ weights_x^T.
 
     Arguments and result are those of resample_each, on any device. Both products are rounded to
-    0..255, as in the integer kernel. chunk: images at a time, to bound the memory of the weights.
+    0..255, as in the integer kernel. chunk: images at a time, to bound the memory of the products
+    (default: about 0.3 GB of pixels). A GPU waits less for a few large tasks than for many small.
     """
     N, _, S, _ = images.shape
     device = images.device
+    chunk = chunk or max(1, (1 << 26) // (3 * S * S))
     scale, offset = (x[:, None] for x in _normalization(device))             # [3, 1] each
     views = [torch.empty(N, size, 3, size, device=device) for size in sizes]
-    boxes = to_device(torch.stack(boxes, dim=1), device)                     # [N, crops, 4]
-    for i in range(0, N, chunk):
-        part = images[i:i + chunk].permute(0, 2, 1, 3).float()               # [n, S, 3, S]
-        part = part.reshape(-1, S * 3, S)  # rows of all channels
-        for crop, (view, size) in enumerate(zip(views, sizes)):
-            x, y, w, h = boxes[i:i + chunk, crop].unbind(dim=1)              # [n] each
-            high, low = (weights.mT for weights in _bicubic_weights(x, w, size, S))
-            rows = torch.baddbmm(part @ low, part, high)                     # [n, S * 3, size]
-            rows = rows.add_(0.5).floor_().clamp_(0, 255).view(-1, S, 3 * size)
-            high, low = _bicubic_weights(y, h, size, S)                      # [n, size, S] each
-            pixels = torch.baddbmm(low @ rows, high, rows)                   # [n, size, 3 * size]
-            pixels = pixels.add_(0.5).floor_().clamp_(0, 255).view(-1, size, 3, size)
-            torch.addcmul(offset, pixels, scale, out=view[i:i + chunk])
+    for size in dict.fromkeys(sizes):  # the K crops of one size together
+        of_size = [crop for crop, other in enumerate(sizes) if other == size]
+        K = len(of_size)
+        box = torch.stack([boxes[crop] for crop in of_size], dim=1)          # [N, K, 4]
+        box = box.to(device, non_blocking=True)
+        for i in range(0, N, chunk):
+            part = images[i:i + chunk].permute(0, 2, 1, 3).float()           # [n, S, 3, S]
+            part, n = part.reshape(-1, 3 * S, S), len(part)                  # rows of all channels
+            start, length = box[i:i + chunk].permute(2, 0, 1).split(2)       # [2, n, K] each
+            high, low = _bicubic_weights(start, length, size, S)             # [2, n, K, size, S]
+            weights_x = torch.stack([high[0], low[0]], dim=1).view(n, -1, S)  # [n, 2*K*size, S]
+            products = (part @ weights_x.mT).view(n, S, 3, 2, K, size)
+            products = products.permute(3, 0, 4, 1, 2, 5)                    # [2, n, K, S, 3, size]
+            rows = torch.empty(n, K, S, 3, size, device=device)
+            torch.add(products[0], products[1], out=rows)
+            rows = _round(rows).view(n * K, S, 3 * size)
+            high, low = high[1].reshape(-1, size, S), low[1].reshape(-1, size, S)
+            pixels = (low @ rows).baddbmm_(high, rows)                       # [n*K, size, 3*size]
+            pixels = _round(pixels).view(n, K, size, 3, size)
+            for k, crop in enumerate(of_size):
+                torch.addcmul(offset, pixels[:, k], scale, out=views[crop][i:i + chunk])
     return [view.permute(0, 2, 1, 3) for view in views]                      # [N, 3, size, size]
+
+
+def _round(pixels):
+    """Round to integers in 0..255, in place."""
+    return pixels.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _bicubic_weights(start, length, size, S):
     """Weights that resample [start, start + length) of S pixels to `size` pixels.
 
-    start, length: int64 [N]. As in Pillow: Keys' cubic with a = -0.5, stretched when the box
+    start, length: int64 [...]. As in Pillow: Keys' cubic with a = -0.5, stretched when the box
     shrinks, and cut off at the edges of the box. Each row sums to 1. Returns two tensors
-    [N, size, S], whose sum is the weights (_to_fixed_point).
+    [..., size, S], whose sum is the weights (_to_fixed_point).
     """
     device = start.device
-    start, length = start.double()[:, None, None], length.double()[:, None, None]  # [N, 1, 1]
-    step = length / size
-    center = start + (torch.arange(size, device=device)[:, None] + 0.5) * step  # [N, size, 1]
+    start, length = start.double()[..., None, None], length.double()[..., None, None]
+    step = length / size                                                     # [..., 1, 1]
+    center = start + (torch.arange(size, device=device)[:, None] + 0.5) * step  # [..., size, 1]
     # Only the pixels within 2 * max(1, step) of the center count: T of them, from `first` on.
     T = min(S, int(4 * max(1, S / size)) + 3)
-    first = (center - 2 * step.clamp(min=1)).floor().clamp(0, S - T)         # [N, size, 1]
-    index = first.long() + torch.arange(T, device=device)                    # [N, size, T]
+    first = (center - 2 * step.clamp(min=1)).floor().clamp(0, S - T)
+    index = first.long() + torch.arange(T, device=device)                    # [..., size, T]
     pixel = index + 0.5
-    x = ((pixel - center) / step.clamp(min=1)).abs()                         # [N, size, T]
+    x = ((pixel - center) / step.clamp(min=1)).abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     cubic = cubic * ((pixel > start) & (pixel < start + length))
-    parts = _to_fixed_point(cubic / cubic.sum(dim=2, keepdim=True))
-    return [part.new_zeros(len(part), size, S).scatter_(2, index, part) for part in parts]
+    parts = _to_fixed_point(cubic / cubic.sum(dim=-1, keepdim=True))
+    return [part.new_zeros(*part.shape[:-1], S).scatter_(-1, index, part) for part in parts]
 
 
 def _to_fixed_point(weights):
-    """Round weights as torch's integer kernel does: float64 [N, size, T] -> two parts, float32.
+    """Round weights as torch's integer kernel does: float64 [..., size, T] -> two of float32.
 
     The kernel stores weights as 16-bit integers, with as many binary digits as the largest weight
     of the box allows. With the same rounding, GPU and CPU return the same crops, except for rare
     pixels that differ by one of 255 levels. The sum of the two parts is the weights. Each has 8
     digits, because the matrix units of a GPU read only 11 digits of a float32 (TF32).
     """
-    largest = weights.amax(dim=(1, 2), keepdim=True)                         # [N, 1, 1]
+    largest = weights.amax(dim=(-2, -1), keepdim=True)                       # [..., 1, 1]
     unit = torch.exp2((32767.5 / largest).log2().floor())
     integers = (weights * unit).round()
     high = (integers / 256).round() * 256
@@ -306,7 +312,7 @@ def _to_fixed_point(weights):
 
 def _normalization(device):
     """(scale, offset), [3] each: scale * pixels + offset normalizes pixels in 0..255."""
-    mean, std = to_device(torch.tensor([MEAN, STD]), device)
+    mean, std = torch.tensor([MEAN, STD]).to(device, non_blocking=True)
     return 1 / (255 * std), -mean / std
 
 
@@ -325,23 +331,24 @@ def distort(x, seed, sample_index, crop):
     The difference from SimCLR: hue is rotated in YIQ, where a rotation is linear, and not in HSV.
     """
     draws = uniform(seed, sample_index, crop, JITTER, 9).float()             # [N, 9]
-    amounts = to_device(2 * draws[:, :4] - 1, x.device)                      # [N, 4], in -1..1
+    amounts = (2 * draws[:, :4] - 1).to(x.device, non_blocking=True)         # [N, 4], in -1..1
     order = draws[:, 4:8].argsort(dim=1)                                     # [N, 4], permutations
     has_jitter = draws[:, 8] < 0.8                                           # [N]
     for step in range(4):
         for k, adjust in enumerate(JITTERS):  # apply each to the images that have it at this step
-            rows = to_device(((order[:, step] == k) & has_jitter).nonzero()[:, 0], x.device)
+            rows = ((order[:, step] == k) & has_jitter).nonzero()[:, 0]
+            rows = rows.to(x.device, non_blocking=True)
             x[rows] = adjust(x[rows], amounts[rows, k].view(-1, 1, 1, 1)).clamp(0, 1)
 
     is_gray = uniform(seed, sample_index, crop, GRAY)[:, 0] < 0.2            # [N]
-    rows = to_device(is_gray.nonzero()[:, 0], x.device)
+    rows = is_gray.nonzero()[:, 0].to(x.device, non_blocking=True)
     x[rows] = _luma(x[rows]).expand(-1, 3, -1, -1)
 
     draws = uniform(seed, sample_index, crop, BLUR, 2).float()               # [N, 2]
     rows = (draws[:, 0] < 0.5).nonzero()[:, 0]
     if len(rows):
-        sigma = to_device(0.1 + 1.9 * draws[rows, 1], x.device)
-        rows = to_device(rows, x.device)
+        sigma = (0.1 + 1.9 * draws[rows, 1]).to(x.device, non_blocking=True)
+        rows = rows.to(x.device, non_blocking=True)
         x[rows] = blur(x[rows], sigma).clamp(0, 1)
     return x
 
@@ -402,5 +409,5 @@ def _luma(x):
 
 def _weighted_sum(x, weights):
     """Sum over channels with a weight each: [N, 3, H, W] -> [N, 1, H, W]."""
-    weights = to_device(torch.tensor(weights), x.device)                     # [3]
+    weights = torch.tensor(weights).to(x.device, non_blocking=True)          # [3]
     return (x * weights.view(3, 1, 1)).sum(1, keepdim=True)

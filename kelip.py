@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,21 +72,30 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-def attend(q, k, v, heads, mask):
+# The other kernels compute 128 positions at a time, and are slower on short sequences.
+SHORT_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend(q, k, v, heads, mask=None, causal=False):
     """Multi-head attention: softmax(q k^T / sqrt(d)) v for each head of width d.
 
-    q [N, M, W], k and v [N, L, W] -> [N, M, W]. mask: None or bool, True where a query may attend:
-    [M, L] for all sequences, or [N, M, L].
+    q [N, M, W], k and v [N, L, W] -> [N, M, W]. mask: None or bool [N, M, L], True where a query
+    may attend. causal: a query attends only to its own position and those before it (M = L).
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     N, H, M, d = q.shape                                                     # k, v: [N, H, L, d]
     if q.device.type != "cpu":
-        if mask is not None and mask.ndim == 3:
+        if mask is not None:
             mask = mask.unsqueeze(1)                                         # [N, 1, M, L]
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        is_short = k.shape[2] <= 64
+        with sdpa_kernel(SHORT_KERNELS) if is_short else contextlib.nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        return x.transpose(1, 2).flatten(2)
     # On a CPU in bfloat16, the fused kernel's backward pass takes five times as long as this.
     q, k, v = (t.reshape(N * H, -1, d) for t in (q, k, v))
     scores = q @ k.transpose(1, 2) * d ** -0.5                               # [N * H, M, L]
+    if causal:
+        mask = torch.ones(1, M, M, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         mask = mask.view(-1, 1, M, mask.shape[-1])                           # [1 or N, 1, M, L]
         scores = scores.view(N, H, M, -1).masked_fill(~mask, float("-inf"))
@@ -130,14 +140,7 @@ def make_packing(lengths, L, device):
     T = ceil_div(len(tokens), 64) * 64
     index = torch.cat([tokens, padding])[:T]
     last = lengths.cumsum(0) - 1
-    return Packing(*(to_device(t, device) for t in (index, is_token, last)))
-
-
-def to_device(x, device):
-    """Copy a tensor from the CPU to a device without waiting for the device (see crops.py)."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return Packing(*(t.to(device, non_blocking=True) for t in (index, is_token, last)))
 
 
 class Attention(nn.Module):
@@ -155,11 +158,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)            # [N, L, 3W]
         if packing:
             qkv = packing.unpack(qkv)                                        # [T, 3W] -> [N, L, 3W]
-        mask = None
-        if self.causal:
-            L = qkv.shape[1]
-            mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-        x = attend(*qkv.chunk(3, dim=-1), self.heads, mask)                  # [N, L, W]
+        x = attend(*qkv.chunk(3, dim=-1), self.heads, causal=self.causal)    # [N, L, W]
         if packing:
             x = packing.pack(x)                                              # [T, W]
         return self.out_proj(x)
@@ -425,7 +424,7 @@ class KELIP(nn.Module):
         longest = ceil_div(int(lengths.max()), 8) * 8  # a multiple of 8: fewer different shapes
         L = min(text.shape[1], longest)
         packing = make_packing(lengths, L, device)
-        tokens = to_device(text[:, :L].flatten(), device)                    # [N * L]
+        tokens = text[:, :L].flatten().to(device, non_blocking=True)         # [N * L]
         tokens = tokens[packing.index]                                       # [T]
         x = self.token_embedding(tokens)                                     # [T, W]
         # Not by indexing, whose gradient adds in another order each time, on several CPU threads.
@@ -565,8 +564,11 @@ def sine_positions(grid, width):
 
 # ---- stage 2: contrastive loss ----
 
+GPU_LOGITS = 1 << 26  # logits at a time on a GPU, 0.3 GB: with fewer, it waits for the CPU
+
+
 def contrastive_loss(image_features, text_features, logit_scale, group=None, valid=None,
-                     per_pair=False, chunk=512):
+                     per_pair=False, chunk=None, compile=False):
     """InfoNCE between N images and their N texts, in both directions (CLIP, arXiv 2103.00020).
 
     The definition, as in the paper's figure 3:
@@ -590,14 +592,17 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
         valid: bool [n], False for pairs that the loss must ignore.
         per_pair: also return the loss of each pair, [n], without gradient. The mean over all valid
             pairs is the loss.
-        chunk: rows of logits to compute at a time. Memory grows with chunk * N.
+        chunk: rows of logits to compute at a time. Memory grows with chunk * N. The default is 512
+            on a CPU, and as many as make GPU_LOGITS on a GPU.
+        compile: torch.compile what lies between the matrix products: slower to start, faster on
+            GPUs.
 
     Returns a scalar, float32 (float64 for float64 features).
     """
     if image_features.ndim == 2:
         image_features = image_features[None]                                # [K, n, D]
     loss, per_pair_loss = _ContrastiveLoss.apply(
-        image_features, text_features, logit_scale, group, valid, chunk)
+        image_features, text_features, logit_scale, group, valid, chunk, compile)
     return (loss, per_pair_loss) if per_pair else loss
 
 
@@ -619,7 +624,7 @@ class _ContrastiveLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, image, text, scale, group, valid, chunk):
+    def forward(ctx, image, text, scale, group, valid, chunk, compile):
         ctx.dtypes = [t.dtype for t in (image, text, scale)]
         dtype = torch.promote_types(image.dtype, torch.float32)
         image, text, s = (t.detach().to(dtype) for t in (image, text, scale))
@@ -637,14 +642,18 @@ class _ContrastiveLoss(torch.autograd.Function):
         texts, all_valid = _gather(text, group), _gather(valid, group)       # [N, D], [N]
         row_mask, column_mask = torch.log(valid), torch.log(all_valid)       # 0 if valid, else -inf
         count = K * all_valid.sum().clamp(min=1)
+        if chunk is None:
+            chunk = 512 if image.device.type == "cpu" else max(512, GPU_LOGITS // len(texts))
+        logsumexps, softmaxes = _logsumexps, _softmaxes
+        if compile:
+            logsumexps, softmaxes = _compiled(logsumexps), _compiled(softmaxes)
         chunks = [(k, slice(i, min(i + chunk, n))) for k in range(K) for i in range(0, n, chunk)]
 
         row_lse = image.new_empty(K, n)
         column_lse = image.new_full((K, world_size * n), float("-inf"))      # over this rank's rows
         for k, rows in chunks:
             logits = (s * image[k, rows]) @ texts.T                          # [chunk, N]
-            row_lse[k, rows] = torch.logsumexp(logits.add_(column_mask), dim=1)
-            part = torch.logsumexp(logits.add_(row_mask[rows, None]), dim=0)  # [N]
+            row_lse[k, rows], part = logsumexps(logits, row_mask[rows], column_mask)
             column_lse[k] = torch.logaddexp(column_lse[k], part)
         column_lse = _logsumexp_over_ranks(column_lse, group)                # [K, N], over all rows
         column_lse.masked_fill_(all_valid == 0, float("inf"))
@@ -657,8 +666,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             d_image, d_texts, d_scale = torch.empty_like(image), torch.zeros_like(texts), 0
             for k, rows in chunks:
                 logits = (s * image[k, rows]) @ texts.T                      # [chunk, N]
-                G = (logits - row_lse[k, rows, None]).exp_()                 # softmax over rows
-                G += logits.sub_(column_lse[k]).exp_()                       # softmax over columns
+                G = softmaxes(logits, row_lse[k, rows], column_lse[k])
                 G.diagonal(own.start + rows.start).sub_(2)
                 d_image[k, rows] = G @ texts
                 d_texts.addmm_(G.T, image[k, rows])
@@ -677,7 +685,26 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grads = [(grad * d).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def _logsumexps(logits, row_mask, column_mask):
+    """The logsumexp of every row, of valid columns, and of every column, of valid rows.
+
+    logits [n, N], row_mask [n], column_mask [N] -> [n], [N].
+    """
+    logits = logits + column_mask
+    return torch.logsumexp(logits, dim=1), torch.logsumexp(logits + row_mask[:, None], dim=0)
+
+
+def _softmaxes(logits, row_lse, column_lse):
+    """Softmax over rows + softmax over columns: logits [n, N] -> [n, N]."""
+    return (logits - row_lse[:, None]).exp_() + (logits - column_lse).exp_()
 
 
 def _logsumexp_over_ranks(x, group):

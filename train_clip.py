@@ -291,7 +291,8 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
     features = torch.cat(image_features, dim=1), torch.cat(text_features), logit_scales[0]
     for feature in features:                                                 # [K, n, D], [n, D], []
         feature.requires_grad_()
-    loss, per_pair_loss = kelip.contrastive_loss(*features, run.group, valid, per_pair=True)
+    loss, per_pair_loss = kelip.contrastive_loss(*features, run.group, valid, per_pair=True,
+                                                 compile=run.args.compile)
     run.backward(loss)
     d_image, d_text, d_scale = (feature.grad for feature in features)
 
@@ -393,7 +394,8 @@ def train(args, run):
                     views, batch.tokens)                                     # [K, n, D], [n, D], []
             # The loss of the global batch, of all ranks: every image against every text.
             loss, per_pair_loss = kelip.contrastive_loss(
-                image_features, text_features, logit_scale, run.group, valid, per_pair=True)
+                image_features, text_features, logit_scale, run.group, valid, per_pair=True,
+                compile=args.compile)
             run.backward(loss)
         scale = model.logit_scale.detach().exp()  # the one that this loss used, for the log
         grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients

@@ -85,7 +85,7 @@ def prepare(batch, args, mae, device):
     n_patches = len(mae.decoder_positions) - 1  # without the class token
     noise = crops.uniform(args.seed, batch.sample_index, crop=0, purpose=crops.MASK,
                           draws=n_patches).float()
-    return images.to(mae.mask_token.dtype), crops.to_device(noise, device)
+    return images.to(mae.mask_token.dtype), noise.to(device, non_blocking=True)
 
 
 @torch.no_grad()

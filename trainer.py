@@ -501,6 +501,9 @@ def _join_processes():
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError("torchrun --nproc-per-node: each process needs a GPU, and this "
+                             f"machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
