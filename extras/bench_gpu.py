@@ -31,6 +31,7 @@ Not included: several GPUs, and the quality of models.
 
 import argparse
 import collections
+import gc
 import io
 import json
 import os
@@ -151,6 +152,12 @@ class Clock:
     def synchronize(self):
         if self.is_gpu:
             torch.cuda.synchronize()
+
+    def free_memory(self):
+        """Free the models of the last result, which refer to themselves where they are compiled."""
+        gc.collect()
+        if self.is_gpu:
+            torch.cuda.empty_cache()
 
     def seconds(self, *functions, budget=1.0, least=3, calls=4):
         """The median seconds of each function, timed in turns after one call to warm up.
@@ -687,8 +694,7 @@ def measure(clock, sizes, args, title):
                 text = str(error).strip().partition("\n")[0]
                 add(Result(row, None, "", note=f"{type(error).__name__}: {text[:200]}", row=row))
                 traceback.print_exc()
-            if clock.is_gpu:
-                torch.cuda.empty_cache()
+            clock.free_memory()
         print(f"{row}: {time.monotonic() - start:.0f} s", flush=True)
     return results
 
