@@ -1435,6 +1435,21 @@ def test_resampling_in_a_batch_gives_the_same_crops():
         assert difference.max() < 1.01 and difference.mean() < 1e-4
         [parts] = crops.resample_batch(images, boxes, [size], chunk=4)
         assert torch.equal(parts, b)
+    sizes = [64, 24, 64]
+    boxes = [crops.crop_boxes(1, torch.arange(6), crop, 200) for crop in range(3)]
+    together = crops.resample_batch(images, boxes, sizes, chunk=4)
+    for view, box, size in zip(together, boxes, sizes):
+        assert torch.equal(view, crops.resample_batch(images, [box], [size])[0])
+
+
+def test_weights_of_crops_are_two_parts_that_matrix_units_hold_exactly():
+    start, length = torch.tensor([0, 13, 150]), torch.tensor([200, 57, 8])
+    for size in (224, 96, 8):
+        parts = crops._bicubic_weights(start, length, size, 200)             # [3, size, 200] each
+        for part in parts:  # bfloat16 holds 8 binary digits, TF32 11
+            assert torch.equal(part.bfloat16().float(), part)
+        assert torch.allclose(sum(parts).sum(dim=-1), torch.tensor(1.0), atol=1e-3)
+        assert (parts[1] != 0).any()  # 8 digits alone would not do
 
 
 def test_crops_depend_on_seed_and_sample_index_alone():
@@ -1788,6 +1803,29 @@ def test_mae_trains_the_whole_encoder_except_proj():
     untrained = [name for name, p in mae.named_parameters()
                  if p.grad is None or not p.grad.abs().sum() > 0]
     assert untrained == ["visual.proj"]
+
+
+def test_gradients_are_the_same_each_time_on_several_threads():
+    """Captions and images share positions, whose gradients are sums over all of them."""
+    model = small_model(dtype=torch.float32, transformer_layers=1, vision_layers=1)
+    mae = kelip.MAE(model.visual)
+    tokens = some_tokens([6 + i % 14 for i in range(1024)])
+    images, noise = torch.randn(128, 3, 56, 56), torch.rand(128, 49)
+
+    def gradients():
+        model.zero_grad()
+        model.encode_text(tokens).square().sum().backward()
+        mae(images, noise)[0].backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = [gradients() for _ in range(6)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
 # ---- kelip.py: the contrastive loss ----
@@ -3697,8 +3735,16 @@ def test_a_state_of_another_optimizer_is_refused(damage, message):
         trainer.load_optimizer(optimizer, saved, "x.pt")
 
 
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="each process needs a GPU, and this machine has 1"):
+        trainer._join_processes()
+
+
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same():
+def test_compiled_blocks_and_loss_compute_the_same():
     plain = small_model(vision_layers=2, transformer_layers=2)
     compiled = small_model(vision_layers=2, transformer_layers=2)
     trainer.compile_blocks(compiled)
@@ -3706,7 +3752,8 @@ def test_compiled_blocks_compute_the_same():
     tokens = some_tokens([5, 9, 3])
     for model in (plain, compiled):
         image_features, text_features, scale = train_clip.Encoders(model)([images], tokens)
-        kelip.contrastive_loss(image_features, text_features, scale).backward()
+        kelip.contrastive_loss(image_features, text_features, scale, compile=model is compiled,
+                               chunk=2).backward()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     agree({name: p.grad for name, p in plain.named_parameters()},
           {name: p.grad for name, p in compiled.named_parameters()}, 1e-5)

@@ -897,21 +897,25 @@ def step_row(device, name, sizes, peer_name=""):
                + describe_flops(flops * rates[0], device))
 
 
-def training_step(model, device, encode, loss):
-    """A function that takes a step: forward pass in bfloat16, loss, backward pass, AdamW.
+def training_step(model, device, encode, loss, dtype="bfloat16"):
+    """A function that takes a step: forward pass in half precision, loss, backward pass, AdamW.
 
     encode() -> the arguments of loss: image features, text features, the factor on the cosines.
+    dtype: of the forward pass, bfloat16 or float16.
     """
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     optimizer = trainer.make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6,
                                        weight_decay=0.2)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, getattr(torch, dtype)):
             features = encode()
-        loss(*features).backward()
+        scaler.scale(loss(*features)).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.MAX_GRAD_NORM)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
     return step
 
 
@@ -979,13 +983,13 @@ def processes_row():
                "train_clip.py, tiny, the demo's pairs, 128 of them per process, gloo, torchrun")
 
 
-def run_train_clip(folder, launcher, *flags, **environment):
-    """Run train_clip.py without evaluations: the lines of its metrics.jsonl.
+def run_train_clip(folder, launcher, *flags, evaluations=0, **environment):
+    """Run train_clip.py: the lines of its metrics.jsonl.
 
     launcher: arguments of python before the script. Raises ValueError when it fails.
     """
     command = [sys.executable, *launcher, "train_clip.py", "--out", f"{folder}/run",
-               "--evals", "0", *map(str, flags)]
+               "--evals", str(evaluations), *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, text=True,
                           capture_output=True)
     if done.returncode:

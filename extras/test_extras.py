@@ -54,7 +54,7 @@ from conftest import (
     small_model,
     write_bad_corpus,
 )
-from extras import bench, convert, features, findings, pack, probe, search
+from extras import bench, bench_gpu, convert, features, findings, pack, probe, search
 from extras.bench import image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer, run_command
 
@@ -2490,3 +2490,88 @@ def test_network_traffic_by_arithmetic(capsys):
     assert rows["all"] == ["1591", "5.3", "63.6", "24.2%"]
     with pytest.raises(ValueError, match="parts: no such part; choose from data, tokenizer"):
         bench.main(["parts"])
+
+
+# ---- bench_gpu.py ----
+
+def test_the_command_for_gpus_measures_toy_sizes_on_a_cpu(tmp_path, capsys):
+    rows = ["limits", "waits"]
+    bench.main(["gpu", "--toy", "--out", str(tmp_path / "gpu.md"), "--rows", *rows])
+    printed = capsys.readouterr().out
+    assert "| waits | a step with 1x224+1x96, --augment, eager | 0 | calls |" in printed
+    assert printed.endswith("Look at first:\n- nothing: all goals are met\n")
+    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert table.startswith("CPU, toy sizes, torch") and table.strip() in printed
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [r["row"] for r in written["results"]] == ["limits"] * 3 + ["waits"]
+    assert all(r["value"] > 0 for r in written["results"][:3])
+
+
+def test_a_row_that_fails_or_comes_too_late_is_a_line_of_the_table(capsys):
+    def fails():
+        yield bench_gpu.Result("first", 1.0, "s")
+        raise RuntimeError("out of memory\nand a long traceback")
+
+    def works():
+        yield lambda: bench_gpu.Result("second", 2.0, "s", peer="other", peer_value=4.0)
+
+    written = []
+    rows = {"a": fails, "b": works}
+    results = bench_gpu.measure(rows, 1, lambda results: written.append(len(results)))
+    assert [(r.row, r.what, r.value) for r in results] == [
+        ("a", "first", 1.0), ("a", "failed", None), ("b", "second", 2.0)]
+    assert results[1].note == "RuntimeError: out of memory" and written == [1, 2, 3]
+    assert "| b | second | 2 | s |  |  | other | 4 | 0.5 |  |" in capsys.readouterr().out
+    [late] = bench_gpu.measure({"b": works}, 0, lambda results: None)
+    assert late.note == "out of time: raise --minutes"
+
+
+def test_what_to_look_at_first_is_what_misses_a_goal():
+    Result = bench_gpu.Result
+    step = Result("ViT-B/32, 1x224, bfloat16, compiled", 149, "images/s", row="train",
+                  peer="open_clip, compiled", peer_value=100)
+    large = Result("ViT-L/14, 1x224, bfloat16, compiled", 800, "images/s", mfu=0.44, row="train")
+    loss = Result("batch 8,192, ours, compiled", 3, "ms", row="loss", peer="its products alone",
+                  peer_value=2)
+    waits = Result("a step", 2, "calls", note="crops.py:90", row="waits")
+    failed = Result("failed", note="RuntimeError: no", row="mae")
+    assert bench_gpu.look_at_first([step, large, loss, waits, failed]) == [
+        "ViT-B/32, 1x224, bfloat16, compiled: 1.49 times open_clip, compiled; the goal is 1.5",
+        "ViT-L/14, 1x224, bfloat16, compiled: MFU 44.0%; the goal is 45%",
+        "batch 8,192, ours, compiled: 1.50 times its products alone; the goal is 1.1",
+        "a step: 2: crops.py:90", "mae: failed: RuntimeError: no"]
+    met = [step._replace(value=151), large._replace(mfu=0.46), loss._replace(value=2.1),
+           waits._replace(value=0)]
+    assert bench_gpu.look_at_first(met) == ["nothing: all goals are met"]
+
+
+def test_kernels_belong_to_the_parts_of_a_step():
+    for kernel, part in (
+            ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_splitK_NTN", "matrix products"),
+            ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+            ("triton_per_fused__to_copy_add_native_layer_norm_view_10",
+             "compiled kernels: LayerNorm, GELU, sums"),
+            ("Memcpy HtoD (Pageable -> Device)", "copies between CPU and GPU"),
+            ("void at::native::reduce_kernel<128, 4>", "other kernels")):
+        assert bench_gpu.part_of(kernel) == part
+
+
+def test_webp_keeps_every_pixel_of_a_drawing():
+    noise = np.random.default_rng(0).integers(0, 256, (72, 72, 4), dtype=np.uint8)
+    noise[:, :20, 3] = 0  # transparent, with colors below
+    for image in (Image.fromarray(noise), Image.fromarray(noise[..., :3]),
+                  Image.fromarray(noise).convert("P")):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        webp = Image.open(io.BytesIO(bench_gpu.as_webp(file.getvalue())))
+        assert webp.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
+
+
+def test_the_command_for_gpus_says_in_one_line_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+            ([], "torch finds no GPU; --toy tries the command"),
+            (["--rows", "speed"], "--rows speed: no such row; choose from limits, crops"),
+            (["--rows", "demo"], "--rows demo: name the folder of the demo's shards")):
+        with pytest.raises(ValueError, match=message):
+            bench.main(["gpu", "--out", str(tmp_path / "gpu"), *arguments])
