@@ -82,7 +82,8 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
-        help="torch.compile the transformer blocks: slower to start, faster on GPUs")
+        help="torch.compile the transformer blocks and the contrastive loss: slower to start, "
+             "faster on GPUs")
     add("--seed", type=number(int, 0, (1 << 63) - 1), default=0, metavar="N",
         help="seed of the initial weights, the order of samples and the crops (default: 0)")
     add("--workers", type=number(int, 0, MAX_WORKERS), metavar="N",
