@@ -19,6 +19,7 @@ train_clip.py), and weights of other libraries (extras/convert.py).
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
