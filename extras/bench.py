@@ -3,7 +3,7 @@
     python -m extras.bench                          all parts that measure
     python -m extras.bench train                    one part
     python -m extras.bench tokenizer --size 0.05    on a twentieth of the captions
-    python -m extras.bench gpu --out gpu.md         on a GPU: extras/bench_gpu.py
+    python -m extras.bench gpu --out gpu.md --rows loss crops    on a GPU: extras/bench_gpu.py
 
 part        measures                                             peers                 minutes
 data        images from shards to crops, how exact crops are,    open_clip,                  5
