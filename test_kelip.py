@@ -3970,6 +3970,15 @@ def test_a_disk_without_room_for_checkpoints_is_one_line(shapes, tmp_path, monke
     assert not (tmp_path / "x").exists()
 
 
+def test_rank_zero_alone_says_what_all_ranks_found(shapes, tmp_path):
+    for flags, line in ((["--data", "none.tar"], "train_clip.py: none.tar: no shards there"),
+                        (["--lr", "nan"], "train_clip.py: argument --lr: must be a number")):
+        done = clip(shapes, tmp_path / "x", *flags, processes=2, check=False)
+        assert done.returncode != 0 and done.stderr.count(line) == 1
+        assert done.stderr.index(line) < done.stderr.index("torch.distributed.elastic")
+    assert not (tmp_path / "x").exists()
+
+
 def test_half_an_environment_of_torchrun_is_one_line(shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -1079,7 +1079,18 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but an error is one line, without the usage. Subparsers inherit this."""
 
     def error(self, message):
+        wait_for_rank_zero()
         self.exit(2, f"{self.prog}: {one_line(message)}; see --help\n")
+
+
+def wait_for_rank_zero():
+    """Under torchrun, let rank zero be the one that prints an error that all ranks have.
+
+    When one process ends with an error, torchrun ends the others.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
 
 
 def number(kind, low=None, high=None, above=None):
@@ -1134,6 +1145,8 @@ def run_command(main, on_interrupt=None):
     """
     path = Path(sys.argv[0])
     script = f"extras.{path.stem}" if path.parent.name == "extras" else path.name
+    if sys.platform == "win32":
+        sys.exit(f"{script}: runs on Linux and macOS; on Windows, use WSL")
     if on_interrupt:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -1145,6 +1158,7 @@ def run_command(main, on_interrupt=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, ImportError) as error:
+        wait_for_rank_zero()
         sys.exit(f"{script}: {one_line(describe_error(error))}")
 
 
