@@ -83,8 +83,9 @@ def attend(q, k, v, heads, mask=None, causal=False):
     q [N, M, W], k and v [N, L, W] -> [N, M, W]. mask: None or bool [N, M, L], True where a query
     may attend. causal: a query attends only to its own position and those before it (M = L).
     """
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    N, H, M, d = q.shape                                                     # k, v: [N, H, L, d]
+    N, M, W = q.shape
+    L, H, d = k.shape[1], heads, W // heads
+    q, k, v = (t.view(N, t.shape[1], H, d).transpose(1, 2) for t in (q, k, v))  # [N, H, M or L, d]
     if q.device.type != "cpu":
         if mask is not None:
             mask = mask.unsqueeze(1)                                         # [N, 1, M, L]
@@ -93,14 +94,14 @@ def attend(q, k, v, heads, mask=None, causal=False):
             x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return x.transpose(1, 2).flatten(2)
     # On a CPU in bfloat16, the fused kernel's backward pass takes five times as long as this.
-    q, k, v = (t.reshape(N * H, -1, d) for t in (q, k, v))
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))                           # [N * H, M or L, d]
     scores = q @ k.transpose(1, 2) * d ** -0.5                               # [N * H, M, L]
     if causal:
         mask = torch.ones(1, M, M, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        mask = mask.view(-1, 1, M, mask.shape[-1])                           # [1 or N, 1, M, L]
-        scores = scores.view(N, H, M, -1).masked_fill(~mask, float("-inf"))
-    weights = scores.view(N * H, M, -1).softmax(-1, dtype=v.dtype)           # [N * H, M, L]
+        mask = mask.view(-1, 1, M, L)                                        # [1 or N, 1, M, L]
+        scores = scores.view(N, H, M, L).masked_fill(~mask, float("-inf"))
+    weights = scores.view(N * H, M, L).softmax(-1, dtype=v.dtype)            # [N * H, M, L]
     return (weights @ v).view(N, H, M, d).transpose(1, 2).flatten(2)         # [N, M, H * d]
 
 
@@ -280,7 +281,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.conv1.weight, std=(3 * patch_size ** 2) ** -0.5)
 
     def forward(self, images):
-        x = self.patchify(images.to(self.conv1.weight.dtype))                # [N, g*g, 3*P*P]
+        x = self.patchify(images).to(self.conv1.weight.dtype)                # [N, g*g, 3*P*P]
         positions = self.positions(images)                                   # [1 + g*g, W]
         x = self.embed(x, positions[0], positions[1:])                       # [N, 1 + g*g, W]
         class_token = (slice(None), 0)                                       # x[:, 0]
@@ -301,13 +302,22 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding + class_position                  # [W]
         # A convolution with stride equal to its kernel size is a matrix product over patches.
         x = F.linear(patches, self.conv1.weight.flatten(1)) + patch_positions  # [N, L, W]
-        return torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)      # [N, 1 + L, W]
+        # x.shape[0] and not len(x), which traces and exports would keep as a constant.
+        return torch.cat([class_token.expand(x.shape[0], 1, -1), x], dim=1)  # [N, 1 + L, W]
 
     def patchify(self, images):
         """Cut images [N, 3, size, size] into patches [N, g*g, 3*P*P].
 
-        The pixels of a patch are ordered as in conv1's kernel: channel, row, column.
+        The pixels of a patch are ordered as in conv1's kernel: channel, row, column. Raises
+        TypeError or ValueError when images are of another type or shape.
         """
+        if not torch.is_tensor(images) or not images.is_floating_point():
+            found = images.dtype if torch.is_tensor(images) else type(images).__name__
+            raise TypeError(f"images are {found}: the image encoder takes normalized floats "
+                            "[N, 3, size, size], as preprocess returns them for one image")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {list(images.shape)}: the image encoder takes "
+                             "[N, 3, size, size]; image[None] makes a batch of one image")
         N, C, H, W = images.shape
         P = self.patch_size
         if H % P or W % P or H != W:
@@ -414,8 +424,13 @@ class KELIP(nn.Module):
         same features without computing padding. Keep text on the CPU even if the model is on a GPU:
         the lengths are needed there, and copying them back would wait for the GPU.
         """
-        if not torch.is_tensor(text):
-            raise TypeError("text must be token ids [N, L]: tokenizer.encode(texts) makes them")
+        if not torch.is_tensor(text) or text.dtype not in (torch.int64, torch.int32):
+            found = text.dtype if torch.is_tensor(text) else type(text).__name__
+            raise TypeError(f"text is {found}: the text encoder takes token ids, int64 [N, L]; "
+                            "tokenizer.encode(texts) makes them")
+        if text.ndim != 2 or 0 in text.shape:
+            raise ValueError(f"text of shape {list(text.shape)}: the text encoder takes token ids "
+                             "[N, L]; tokenizer.encode(texts) makes them")
         text = text.cpu()
         if text.shape[1] > len(self.positional_embedding):
             raise ValueError(f"text of {text.shape[1]} tokens: context_length is "

@@ -1758,6 +1758,72 @@ def test_sizes_that_do_not_fit_raise():
         small_model().encode_text(["a red apple"])
 
 
+@pytest.mark.parametrize("image, message", [
+    (Image.new("RGB", (56, 56)), "images are Image: the image encoder takes normalized floats"),
+    ([torch.zeros(3, 56, 56)], "images are list"),
+    (np.zeros((1, 3, 56, 56)), "images are ndarray"),
+    (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "images are torch.uint8"),
+    (torch.zeros(3, 56, 56), r"images of shape \[3, 56, 56\]: .*; image\[None\] makes a batch"),
+    (torch.zeros(1, 1, 56, 56), r"images of shape \[1, 1, 56, 56\]"),
+    (torch.zeros(1, 56, 56, 3), r"images of shape \[1, 56, 56, 3\]"),
+])
+def test_images_of_another_type_or_shape_are_named(image, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        small_model()(image, some_tokens([4]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a red apple", "text is str: the text encoder takes token ids, .*tokenizer.encode"),
+    (["a red apple"], "text is list"),
+    (np.zeros((1, 20), np.int64), "text is ndarray"),
+    (torch.zeros(1, 20), "text is torch.float32"),
+    (torch.zeros(1, 20, dtype=torch.bool), "text is torch.bool"),
+    (torch.zeros(1, 20, dtype=torch.uint8), "text is torch.uint8"),
+    (torch.zeros(20, dtype=torch.int64), r"text of shape \[20\]"),
+    (torch.zeros(0, 20, dtype=torch.int64), r"text of shape \[0, 20\]"),
+    (torch.zeros(1, 2, 20, dtype=torch.int64), r"text of shape \[1, 2, 20\]"),
+])
+def test_texts_of_another_type_or_shape_are_named(text, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        small_model()(torch.zeros(1, 3, 56, 56), text)
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_an_empty_batch_of_images_has_no_features():
+    assert small_model().encode_image(torch.zeros(0, 3, 56, 56)).shape == (0, 48)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of sizes that are fixed
+@pytest.mark.parametrize("how", ["export", "trace", "onnx", "onnx of a trace"])
+def test_an_exported_image_encoder_takes_any_batch_size(tmp_path, how):
+    visual = small_model(dtype=torch.float32).visual.eval()
+    two, five = torch.randn(2, 3, 56, 56), torch.randn(5, 3, 56, 56)
+    dynamic = ({0: torch.export.Dim("n")},)
+    if how == "export":
+        exported = torch.export.export(visual, (two,), dynamic_shapes=dynamic).module()
+    elif how == "trace":
+        exported = torch.jit.trace(visual, two)
+    else:
+        pytest.importorskip("onnxscript")
+        onnxruntime = pytest.importorskip("onnxruntime")
+        path = str(tmp_path / "visual.onnx")
+        if how == "onnx":
+            torch.onnx.export(visual, (two,), path, dynamo=True, dynamic_shapes=dynamic,
+                              input_names=["images"], verbose=False)
+        else:
+            torch.onnx.export(visual, (two,), path, dynamo=False, input_names=["images"],
+                              dynamic_axes={"images": {0: "n"}})
+        session = onnxruntime.InferenceSession(path)
+
+        def exported(images):
+            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    for images in (two, five, five[:1]):
+        torch.testing.assert_close(exported(images), visual(images), rtol=1e-4, atol=1e-5)
+
+
 # ---- kelip.py: the masked autoencoder ----
 
 def test_mae_masks_three_quarters_and_its_loss_counts_masked_patches_alone():
