@@ -477,13 +477,18 @@ class MAE(nn.Module):
     The encoder, up to ln_post, sees the class token and the visible patches. A smaller decoder,
     used only here, predicts the pixels of every patch. The loss is the mean squared error on masked
     patches alone. Each target patch is normalized by its own mean and standard deviation.
-    visual.proj is not used. Methods have the names of the authors' code.
+    visual.proj is not used. Methods have the names of the authors' code. Raises ValueError when
+    mask_ratio masks no patch or all.
     """
 
     def __init__(self, visual, mask_ratio=0.75):
         super().__init__()
         encoder_width = visual.conv1.out_channels
         grid = visual.resolution // visual.patch_size
+        n_patches = grid ** 2
+        if not 0 < mask_ratio < 1 or round(n_patches * (1 - mask_ratio)) in (0, n_patches):
+            raise ValueError(f"mask_ratio {mask_ratio} of {n_patches} patches: at least one patch "
+                             "must be masked, and one visible")
         # Half of the encoder, at most He et al.'s decoder for ViT-B and ViT-L: width 512, 8 layers.
         width = min(512, max(64, encoder_width // 2 // 64 * 64))
         layers = min(8, max(2, len(visual.transformer.resblocks) // 2))
@@ -503,7 +508,7 @@ class MAE(nn.Module):
         l = (1 - mask_ratio) L; restore [N, L], which undoes the shuffle; mask [N, L], 1 if masked.
         """
         L = noise.shape[1]
-        n_visible = max(1, round(L * (1 - self.mask_ratio)))
+        n_visible = round(L * (1 - self.mask_ratio))
         shuffle = noise.argsort(dim=1, stable=True)                          # [N, L]
         restore = shuffle.argsort(dim=1)                                     # [N, L]
         return shuffle[:, :n_visible], restore, (restore >= n_visible).float()
@@ -511,7 +516,7 @@ class MAE(nn.Module):
     def forward_encoder(self, images, keep):
         """images [N, 3, size, size], keep [N, l] -> [N, 1 + l, W], the class token first."""
         visual = self.visual
-        patches = visual.patchify(images.to(visual.conv1.weight.dtype))      # [N, L, 3*P*P]
+        patches = visual.patchify(images).to(visual.conv1.weight.dtype)      # [N, L, 3*P*P]
         # Masked patches are dropped before the embedding, to save its cost.
         patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         positions = visual.positions(images)                                 # [1 + L, W]
@@ -672,6 +677,8 @@ class _ContrastiveLoss(torch.autograd.Function):
             row_lse[k, rows], part = logsumexps(logits, row_mask[rows], column_mask)
             column_lse[k] = torch.logaddexp(column_lse[k], part)
         column_lse = _logsumexp_over_ranks(column_lse, group)                # [K, N], over all rows
+        # With +inf here, the softmaxes of invalid rows and columns are zero: exp(logits - inf).
+        row_lse.masked_fill_(valid == 0, float("inf"))
         column_lse.masked_fill_(all_valid == 0, float("inf"))
         diagonal = s * (image * text).sum(dim=-1)                            # [K, n]
         losses = (row_lse + column_lse[:, own]) / 2 - diagonal               # [K, n]

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import base64
+import contextlib
 import functools
 import gzip
 import html
@@ -1894,6 +1895,24 @@ def test_gradients_are_the_same_each_time_on_several_threads():
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
+@pytest.mark.parametrize("ratio", [0, 0.001, 0.01, 0.99, 1, -1, 2, float("nan")])
+def test_a_mask_ratio_masks_some_patches_and_leaves_some(ratio):
+    with pytest.raises(ValueError, match=f"mask_ratio {ratio} of 49 patches: at least one patch"):
+        kelip.MAE(small_model().visual, mask_ratio=ratio)
+    for ratio, n_masked in ((0.02, 1), (0.98, 48)):
+        mask = kelip.MAE(small_model().visual, mask_ratio=ratio).double()(
+            torch.randn(1, 3, 56, 56, dtype=torch.float64))[2]
+        assert mask.sum() == n_masked
+
+
+def test_the_mae_of_invalid_images_alone_has_loss_and_gradients_of_zero():
+    mae = kelip.MAE(small_model().visual).double()
+    loss = mae(torch.zeros(2, 3, 56, 56, dtype=torch.float64), valid=torch.zeros(2).bool())[0]
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in mae.parameters() if p.requires_grad)
+
+
 # ---- kelip.py: the contrastive loss ----
 
 @pytest.mark.parametrize("N, chunk", [(1, 512), (7, 3), (64, 64), (130, 16)])
@@ -1930,8 +1949,21 @@ def test_contrastive_loss_of_crops_is_the_mean_over_crops():
     assert_same_gradients(ours, plain, inputs)
 
 
+@pytest.mark.parametrize("shape", [(6, 24), (3, 6, 24)])
+def test_invalid_pairs_alone_have_a_loss_and_gradients_of_zero(shape):
+    images, texts, scale = inputs = unit_vectors(*shape), unit_vectors(6, 24), scalar(10.0)
+    loss, per_pair_loss = kelip.contrastive_loss(
+        *inputs, valid=torch.zeros(6).bool(), per_pair=True, chunk=4)
+    loss.backward()
+    assert loss == 0 and (per_pair_loss == 0).all()
+    assert all((x.grad == 0).all() for x in inputs)
+
+
 def _gradients_on_ranks(rank, port, folder):
-    """Write the loss and gradients of one batch with an invalid pair, on one and on two ranks."""
+    """Write the loss and gradients of one batch with an invalid pair, on one and on two ranks.
+
+    Those of a batch without a valid pair must be zero.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for world_size in (1, 2):
@@ -1953,6 +1985,12 @@ def _gradients_on_ranks(rank, port, folder):
         if rank == 0:
             gradients = {name: p.grad for name, p in model.named_parameters()}
             torch.save({"loss": loss.detach(), **gradients}, f"{folder}/{world_size}.pt")
+        model.zero_grad()
+        image_features, text_features, scale = encoders([images[own]], tokens[own])
+        loss = kelip.contrastive_loss(image_features[0], text_features, scale,
+                                      group if world_size > 1 else None, valid[own] & False)
+        loss.backward()
+        assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
     dist.barrier()
     dist.destroy_process_group()
 
@@ -1964,6 +2002,18 @@ def test_invalid_pairs_count_on_no_rank(tmp_path):
     two = torch.load(tmp_path / "2.pt", weights_only=True)
     agree(one, two, 1e-9)
     assert one["loss"] > 0.1 and one["visual.proj"].norm() > 1e-3
+
+
+def test_micro_batches_without_a_valid_pair_have_gradients_of_zero():
+    model, batch = small_model(), argparse.Namespace(tokens=some_tokens([5, 7, 3, 9, 4]))
+    images = torch.randn(5, 3, 56, 56, dtype=torch.float64)
+    one_process = argparse.Namespace(
+        group=None, autocast=contextlib.nullcontext, backward=lambda loss: loss.backward(),
+        args=argparse.Namespace(compile=False))
+    loss, _ = train_clip.backward_in_micro_batches(
+        one_process, train_clip.Encoders(model), lambda batch, rows: [images[rows]], batch,
+        torch.zeros(5).bool(), 2)
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
 # ---- kelip.py: preprocessing and weights ----
