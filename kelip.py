@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT = 1000  # from here on, preprocess refuses an image: long side / short side
 
 
 def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, context_length=77):
@@ -755,15 +756,17 @@ def _gather(x, group):
 def to_rgb(image):
     """Convert any PIL image to RGB.
 
-    Applies the EXIF orientation, composites transparency onto white, and scales 16-bit channels and
-    floats to 8 bits. An animation becomes its first frame.
+    Applies the EXIF orientation, composites transparency onto white, and scales channels of more
+    than 8 bits to 8. An animation becomes its first frame. White is 65535 in images of 16 bits.
+    In images of floats or of 32-bit integers, which do not say what white is, it is the smallest of
+    1, 255 and 65535 that no value exceeds.
     """
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        # convert() would clip values at 255. Floats may be in 0..255 or in 0..65535.
-        is_8_bit = image.mode == "F" and image.getextrema()[1] <= 255
-        scale = 255 / (255 if is_8_bit else 65535)
+        # convert() would clip values at 255.
+        highest = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
+        scale = 255 / next((white for white in (1, 255) if highest <= white), 65535)
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -776,12 +779,20 @@ def preprocess(size):
     """Return the transform of evaluation: a callable, PIL image -> float32 [3, size, size].
 
     Bicubic resize of the short side to size, center crop, normalization by MEAN and STD. Equal to
-    torchvision's Resize, CenterCrop, ToTensor and Normalize.
+    torchvision's Resize, CenterCrop, ToTensor and Normalize. The callable raises ValueError when
+    one side of the image is MAX_ASPECT times the other or longer: resized, a file of 2 kB with 1 x
+    1,000,000 pixels would take gigabytes.
     """
     return functools.partial(_preprocess, size=size)
 
 
 def _preprocess(image, size):
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"preprocess takes a PIL image, not {type(image).__name__}: "
+                        "PIL.Image.open(path) opens a file")
+    if max(image.size) >= MAX_ASPECT * min(image.size):
+        w, h = image.size
+        raise ValueError(f"extreme aspect ratio: {w:,} x {h:,} pixels, {MAX_ASPECT}:1 or more")
     image = to_rgb(image)
     w, h = image.size
     if min(w, h) != size:

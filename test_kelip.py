@@ -2031,6 +2031,33 @@ def test_preprocess_resizes_crops_and_normalizes():
     np.testing.assert_allclose(transparent[:, 0, 0], white, rtol=1e-5)
 
 
+@pytest.mark.parametrize("image, message", [
+    ("apple.png", "preprocess takes a PIL image, not str: PIL.Image.open"),
+    (np.zeros((8, 8, 3), np.uint8), "preprocess takes a PIL image, not ndarray"),
+    (Image.new("RGB", (1, 1_000_000)), "extreme aspect ratio: 1 x 1,000,000 pixels"),
+    (Image.new("RGB", (1000, 1)), "extreme aspect ratio: 1,000 x 1 pixels"),
+])
+def test_what_preprocess_does_not_take_is_named(image, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        kelip.preprocess(32)(image)
+    assert kelip.preprocess(32)(Image.new("RGB", (1, 999))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype, white", [
+    (np.float32, 1), (np.float32, 255), (np.float32, 65535),
+    (np.int32, 1), (np.int32, 255), (np.int32, 65535), (np.uint16, 65535)])
+def test_the_range_of_images_of_more_than_8_bits_is_found(dtype, white):
+    levels = np.array([[0, 0.2, 0.4, 1]])
+    image = Image.open(io.BytesIO(encoded(Image.fromarray((white * levels).astype(dtype)), "TIFF")))
+    found = np.asarray(kelip.to_rgb(image))[0, :, 0].tolist()
+    assert found == [0, 51, 102, 255] if white > 1 or dtype != np.int32 else [0, 0, 0, 255]
+
+
+def test_a_dark_image_of_16_bits_stays_dark():
+    image = Image.fromarray(np.full((2, 2), 200, np.uint16))
+    assert np.asarray(kelip.to_rgb(image)).max() == 1
+
+
 def test_a_checkpoint_is_written_atomically_and_a_damaged_one_raises(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     kelip.save_checkpoint(path, {"model": {"a": torch.arange(3)}, "step": 5})
