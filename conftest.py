@@ -4,12 +4,15 @@
 `small_run` an untrained one. Nothing is downloaded.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the training scripts do, before torch
+
 import contextlib
 import hashlib
 import io
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -168,16 +171,16 @@ def signal_handlers_restored():
             signal.signal(number, handler)
 
 
-def here(main, *arguments):
-    """What main() of a script prints, run in this process, on one thread."""
+def here(main, *arguments, threads=1):
+    """What main() of a script prints, run in this process, on one thread or more."""
     printed = io.StringIO()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with signal_handlers_restored(), contextlib.redirect_stdout(printed):
             main([str(argument) for argument in arguments])
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
     return printed.getvalue()
 
 

@@ -3902,6 +3902,33 @@ def test_compiled_blocks_and_loss_compute_the_same():
           {name: p.grad for name, p in compiled.named_parameters()}, 1e-5)
 
 
+@pytest.mark.parametrize("script, flags", [
+    (train_mae, ["--batch-size", "128"]),
+    (train_clip, ["--batch-size", "64", "--crops", "1x64+2x32"]),
+    (train_clip, ["--batch-size", "64", "--micro-batch", "32"]),
+])
+def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flags):
+    """A run, and one that resumes it after two of four steps: threads must not race in sums."""
+    if script is train_clip:
+        flags = [*flags, "--tokenizer", shapes / "tokenizer.json"]
+
+    def train(out, *more):
+        here(script.main, "--data", shapes / "train-*.tar", "--out", out, *TRAIN, "--steps", "4",
+             "--save-every", "2", "--keep", "9", *flags, *more, threads=2)
+        return kelip.load_checkpoint(out / "last.pt")
+
+    one = train(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
+    two = train(tmp_path / "two", "--resume")
+    assert one["step"] == two["step"] == 4
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+    for i, moments in one["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, two["optimizer"]["state"][i][name]), (i, name)
+
+
 # ---- train_mae.py ----
 
 def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path):
