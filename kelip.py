@@ -21,10 +21,11 @@ train_clip.py), and weights of other libraries (extras/convert.py).
 import argparse
 import contextlib
 import functools
-import json
 import math
+import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -835,18 +836,21 @@ def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
     if checkpoint.is_stage_1:
         raise ValueError(f"{checkpoint.path}: a run of stage 1, which is an image encoder alone; "
                          "start stage 2 from it with `train_clip.py --init`")
-    try:
-        model = KELIP(**checkpoint.config)
-    except TypeError as error:
-        raise ValueError(f"{checkpoint.path}: its configuration does not fit: {error}") from None
+    model = KELIP(**checkpoint.config)
     load_weights(model, checkpoint.weights, checkpoint.path)
     model.to(device).eval()
     return model, preprocess(checkpoint.config["image_resolution"]), checkpoint.tokenizer
 
 
 WEIGHT_FILES = ("last.pt", "pytorch_model.bin", "model.safetensors")
-NOT_KELIP = ("{0}: neither a run nor released KELIP; `python -m extras.convert {0} OUT` converts "
-             "weights of other libraries into a folder that can be opened")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights
+# All keys of a configuration, and those of the text encoder.
+DEFAULTS = {**PRESETS["tiny"], **default_options(PRESETS["tiny"])}
+TEXT_KEYS = ("context_length", "vocab_size", "transformer_width", "transformer_heads",
+             "transformer_layers", "transformer_mlp_width")
+NOT_KELIP = ("{0}: neither a run with config and model nor released KELIP with its "
+             "config.json; `python -m extras.convert {0} OUT` converts weights of other libraries "
+             "into a folder that can be opened")
 
 
 def open_checkpoint(name_or_path):
@@ -855,35 +859,76 @@ def open_checkpoint(name_or_path):
     name_or_path: that of build_model. Raises FileNotFoundError, or ValueError when the file is
     damaged or from another library, or when its tokenizer does not fit.
     """
-    from tokenizer import Tokenizer, read_json
     path = _find_weights(name_or_path)
     state = read_weights(path)
-    if isinstance(state, dict) and isinstance(state.get("config"), dict):  # a run
-        weights, config, tokenizer = state["model"], state["config"]["model"], None
-        if "tokenizer" in state:
-            tokenizer = Tokenizer(json.loads(state["tokenizer"]))
-    else:
-        config_path = path.with_name("config.json")
-        released = read_json(config_path) if config_path.is_file() else {}
-        if "embed_dim" not in released:  # a key that only KELIP's config.json has
-            raise ValueError(NOT_KELIP.format(path))
-        known = {*PRESETS["tiny"], *default_options(PRESETS["tiny"])}
-        config = {key: value for key, value in released.items() if key in known}
-        weights = {key.removeprefix("model."): value.float() for key, value in state.items()}
-        tokenizer = _released_tokenizer(path.parent)
-    checkpoint = Checkpoint(path, weights, config, tokenizer)
+    is_run = "config" in state and "model" in state
+    checkpoint = read_run(path, state) if is_run else _read_released(path, state)
     if not checkpoint.is_stage_1:
         check_vocabulary(checkpoint)
     return checkpoint
 
 
+def read_run(path, state):
+    """The Checkpoint in a run's last.pt, of which `state` is the content.
+
+    Raises ValueError, with the path and the key, when something is missing or does not fit.
+    """
+    from tokenizer import Tokenizer, parse_json
+    config = _entry(state, "config", dict, f"{path}: ")
+    config = _entry(config, "model", dict, f"{path}: config.")
+    weights, tokenizer = _entry(state, "model", dict, f"{path}: "), None
+    check_weights(weights, path)
+    if "tokenizer" in state or "token_embedding.weight" in weights:  # stage 2
+        tokenizer = _entry(state, "tokenizer", str, f"{path}: ")
+        try:
+            tokenizer = Tokenizer(parse_json(tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{path}: tokenizer cannot be read: {error}") from None
+    else:  # stage 1 has no text encoder: no weight shows its sizes, and nothing needs them
+        config = {**config, **{key: DEFAULTS[key] for key in TEXT_KEYS}}
+    check_config(config, weights, path, f"{path}: config.model.", has_text=tokenizer is not None)
+    return Checkpoint(path, weights, config, tokenizer)
+
+
+def _read_released(path, state):
+    """The Checkpoint of released KELIP, whose pytorch_model.bin or model.safetensors is `state`."""
+    from tokenizer import read_json
+    config_path = path.with_name("config.json")
+    released = read_json(config_path) if config_path.is_file() else {}
+    if "embed_dim" not in released:  # a key that only KELIP's config.json has
+        raise ValueError(NOT_KELIP.format(path))
+    check_weights(state, path)
+    weights = {key.removeprefix("model."): value.float() for key, value in state.items()}
+    config = {key: value for key, value in released.items()
+              if key in DEFAULTS and value is not None}
+    check_config(config, weights, path, f"{config_path}: ")
+    return Checkpoint(path, weights, config, _released_tokenizer(path.parent))
+
+
+def _entry(content, key, kind, where):
+    """content[key]. Raises ValueError unless it is of this type. where: what to write before it."""
+    if key not in content:
+        raise ValueError(f"{where}{key} is missing")
+    if not isinstance(content[key], kind):
+        raise ValueError(f"{where}{key} is {_describe(content[key])}, where a {kind.__name__} is "
+                         "expected")
+    return content[key]
+
+
+def _describe(value):
+    """A value of a file in a few words. Others than plain values may be large, or damaged."""
+    if isinstance(value, (int, float, str, type(None))):
+        return f"{value!r:.40}"
+    return f"a {type(value).__name__}"
+
+
 def _find_weights(name_or_path):
     """The file of weights for a name or path."""
     path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
-    if path.is_file() and path.suffix != ".json":
+    if path.exists() and not path.is_dir() and path.suffix != ".json":
         return path
     for name in WEIGHT_FILES:
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     files = [path] if path.is_file() else path.glob("*")
     if any(file.suffix in (".pt", ".bin", ".safetensors", ".json") for file in files):
@@ -892,6 +937,99 @@ def _find_weights(name_or_path):
         f"{name_or_path}: no checkpoint there: give the folder of a run (last.pt), a folder with "
         "released KELIP (config.json, pytorch_model.bin or model.safetensors, tokenizer.json), or "
         f"a preset ({', '.join(PRESETS)}), which looks in ./weights")
+
+
+def check_config(config, weights, path, where, has_text=True):
+    """Raise ValueError unless a configuration fits the weights.
+
+    It is compared with their shapes and nothing is built, since a damaged file may ask for a model
+    of any size. path: the file of the weights. where: what to write before a key. has_text: whether
+    the weights have a text encoder.
+    """
+    for key, value in config.items():
+        if key not in DEFAULTS:
+            raise ValueError(f"{where}{_describe(key)} is not a key of KELIP's configuration")
+        if key == "activation":
+            fits, expected = value in [*ACTIVATIONS], " or ".join(ACTIVATIONS)
+        else:
+            fits, expected = type(value) is int and value > 0, "a positive integer"
+        if not fits:
+            raise ValueError(f"{where}{key} is {_describe(value)}, where {expected} is expected")
+    for key in PRESETS["tiny"]:
+        if key not in config:
+            raise ValueError(f"{where}{key} is missing")
+    config = {**default_options(config), **config}
+    for key, size in read_sizes(path, weights, has_text=has_text).items():
+        if config[key] != size:
+            raise ValueError(f"{where}{key} is {_describe(config[key])}, and the weights have "
+                             f"{size}")
+    for encoder in ("vision", "transformer"):
+        width, heads = config[f"{encoder}_width"], config[f"{encoder}_heads"]
+        if heads < 1 or width % heads:
+            raise ValueError(f"{where}{encoder}_heads is {_describe(heads)}, which must divide the "
+                             f"width, {width}")
+
+
+def read_sizes(path, weights, name_in_file=str, has_text=True):
+    """The part of KELIP's configuration that the shapes of its weights show.
+
+    name_in_file: that of load_weights. Raises ValueError with the path and the parameter when the
+    weights are not those of a CLIP with a ViT.
+    """
+    def shape(name, dimensions):
+        if name not in weights or weights[name].ndim != dimensions:
+            raise ValueError(f"{path}: has no {name_in_file(name)} of {dimensions} dimensions, "
+                             "which every CLIP with a ViT has")
+        return weights[name].shape
+
+    def count_layers(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in weights
+                    if name.startswith(prefix)})
+
+    vision, text = "visual.transformer.resblocks.", "transformer.resblocks."
+    vision_width, _, _, patch = shape("visual.conv1.weight", 4)
+    positions = shape("visual.positional_embedding", 2)[0]
+    grid = math.isqrt(max(0, positions - 1))
+    if grid == 0 or positions != grid ** 2 + 1:
+        raise ValueError(f"{path}: {name_in_file('visual.positional_embedding')} has {positions} "
+                         "row(s), where a ViT has one for the class token and g x g for patches")
+    sizes = dict(
+        embed_dim=shape("visual.proj", 2)[1],
+        image_resolution=grid * patch,
+        vision_layers=count_layers(vision),
+        vision_width=vision_width,
+        vision_patch_size=patch,
+        vision_mlp_width=shape(f"{vision}0.mlp.c_fc.weight", 2)[0])
+    if has_text:
+        context_length, text_width = shape("positional_embedding", 2)
+        sizes |= dict(
+            context_length=context_length,
+            vocab_size=shape("token_embedding.weight", 2)[0],
+            transformer_width=text_width,
+            transformer_layers=count_layers(text),
+            transformer_mlp_width=shape(f"{text}0.mlp.c_fc.weight", 2)[0])
+    return sizes
+
+
+def check_weights(weights, path):
+    """Raise ValueError unless weights are dense tensors of floating-point numbers by name."""
+    stored = {}  # address -> bytes, of memory that several tensors may share
+    for name, value in weights.items():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+            raise ValueError(f"{path}: {_describe(name)} is not a name of a parameter")
+        if type(value) not in (torch.Tensor, nn.Parameter):
+            raise ValueError(f"{path}: {name} is {_describe(value)}, where weights are tensors")
+        if (value.layout != torch.strided or value.is_nested or value.is_meta
+                or value.dtype not in FLOATS):
+            raise ValueError(f"{path}: {name} is {value.dtype}, {value.layout}, on {value.device}, "
+                             "where weights are dense tensors of floating-point numbers")
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+    # Expanded tensors repeat their elements, so that a small file could ask for any memory.
+    claimed = sum(value.nbytes for value in weights.values())
+    if claimed > 2 * sum(stored.values()):
+        raise ValueError(f"{path}: its tensors have {claimed:,} bytes, and it stores "
+                         f"{sum(stored.values()):,}")
 
 
 def check_vocabulary(checkpoint):
@@ -923,7 +1061,11 @@ def _released_tokenizer(folder):
     if "Lowercase" not in str(normalizer):
         steps = [{"type": "Lowercase"}] + ([normalizer] if normalizer else [])
         spec = {**spec, "normalizer": {"type": "Sequence", "normalizers": steps}}
-    return Tokenizer(spec, special_tokens)
+    try:
+        return Tokenizer(spec, special_tokens)
+    except ValueError as error:
+        raise ValueError(f"{folder}: special_tokens_map.json or tokenizer_config.json does not "
+                         f"fit tokenizer.json: {error}") from None
 
 
 def init_from(model, checkpoint, new_text=False):
@@ -952,6 +1094,7 @@ def load_weights(model, weights, path, name_in_file=str):
 
     name_in_file: a function from our name of a parameter to the file's, if they differ.
     """
+    check_weights(weights, path)
     own = model.state_dict()
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights:
@@ -973,40 +1116,72 @@ def read_weights(path):
         from safetensors.torch import load_file
     except ImportError:
         raise ImportError(f"{path}: reading it needs a package: pip install safetensors") from None
+    _check_is_file(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete checkpoint ({error})") from None
+    except SafetensorError:
+        raise ValueError(f"{path}: {INCOMPLETE}") from None
+
+
+INCOMPLETE = "not a complete checkpoint: it is damaged, cut short or of another format"
 
 
 def load_checkpoint(path):
-    """Read a file of torch.save onto the CPU. Only tensors and plain values are ever unpickled.
+    """Read a dict from a file of torch.save. Only tensors and plain values are ever unpickled.
 
-    Raises FileNotFoundError, and ValueError when the file is damaged or holds other objects.
+    The tensors are on the CPU. Raises FileNotFoundError, and ValueError when the file is damaged or
+    holds other objects.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+    _check_is_file(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not
+    error = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns twice about a TorchScript archive
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                records = archive.infolist()
+            if any(record.filename.endswith("constants.pkl") for record in records):
+                error = ("a TorchScript archive, which is a program and never run; plain weights "
+                         "are at huggingface.co/openai, clip-vit-base-patch32 and others")
+            elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                error = "a compressed archive, which torch.save does not write"
+        if not error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                error = f"holds {_describe(state)}, where a checkpoint is a dict"
     except pickle.UnpicklingError:  # its message advises an unsafe load
-        raise ValueError(f"{path}: holds objects other than tensors and plain values, or is "
-                         "damaged; such objects are never loaded") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path}: a TorchScript archive, which is a program and never run; plain weights "
-                "are at huggingface.co/openai, clip-vit-base-patch32 and others") from None
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a complete checkpoint ({reason})") from None
+        error = ("holds objects other than tensors and plain values, or is damaged; such objects "
+                 "are never loaded")
+    except OSError as problem:
+        error = f"cannot be read: {problem.strerror}"
+    except Exception:  # a damaged file can raise anything
+        error = INCOMPLETE
+    if error:
+        raise ValueError(f"{path}: {error}")
+    return state
+
+
+def _check_is_file(path):
+    """Raise FileNotFoundError, or ValueError for a folder, a pipe, or a device without end."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or device"
+        raise ValueError(f"{path}: {kind}, not a file")
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values, atomically."""
+    """Write a dict of tensors and plain values, atomically. An OSError names `path`."""
     from tokenizer import atomic_write
     with atomic_write(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch raises after an OSError, such as a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def main():

@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -27,6 +28,7 @@ import tarfile
 import time
 import unicodedata
 import urllib.parse
+import zipfile
 from collections import Counter
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -2072,21 +2074,93 @@ def test_a_checkpoint_is_written_atomically_and_a_damaged_one_raises(tmp_path, m
             kelip.save_checkpoint(path, {"step": 6})
     assert kelip.load_checkpoint(path)["step"] == 5 and os.listdir(tmp_path) == ["last.pt"]
 
-    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="cut.pt: not a complete checkpoint"):
-        kelip.load_checkpoint(tmp_path / "cut.pt")
+    damaged = {"cut": path.read_bytes()[:-200], "empty": b"", "zeros": bytes(3000),
+               "text": b"a red apple" * 50, "zip": b"PK\3\4" + bytes(60)}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            kelip.load_checkpoint(tmp_path / name)
+        assert re.fullmatch(
+            f"{tmp_path / name}: (not a complete checkpoint: it is damaged, cut short or of another"
+            " format|holds objects other than tensors and plain values, or is damaged; .*)",
+            str(caught.value)), caught.value
     torch.save({"model": Fraction(1, 2)}, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match="pickle.pt: holds objects other than tensors") as caught:
         kelip.load_checkpoint(tmp_path / "pickle.pt")
     assert "weights_only" not in str(caught.value)  # torch's own advice
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         kelip.load_checkpoint(tmp_path / "none.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt: holds a list, where a checkpoint is a dict"):
+        kelip.load_checkpoint(tmp_path / "list.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+    with pytest.raises(ValueError, match="script.pt: a TorchScript archive"):
+        kelip.load_checkpoint(tmp_path / "script.pt")
+    kelip.save_checkpoint(tmp_path / "large.pt", {"model": torch.zeros(10 ** 6)})
+    with (zipfile.ZipFile(tmp_path / "large.pt") as plain,
+          zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as compressed):
+        for name in plain.namelist():
+            compressed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match="small.pt: a compressed archive"):
+        kelip.load_checkpoint(tmp_path / "small.pt")
+
+
+def test_only_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, kind in (("pipe", "a pipe or device"), ("/dev/zero", "a pipe or device"),
+                       ("", "a folder")):
+        with pytest.raises(ValueError, match=f"{kind}, not a file"):
+            kelip.load_checkpoint(tmp_path / name)
+    os.mkfifo(tmp_path / "last.pt")
+    (tmp_path / "model.safetensors").mkdir()
+    for path, message in ((tmp_path, "last.pt: a pipe"), (tmp_path / "pipe", "pipe: a pipe"),
+                          (tmp_path / "model.safetensors", "neither|no checkpoint there")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            kelip.build_model(path)
+
+
+def test_a_program_in_a_checkpoint_never_runs(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for is_zip in (True, False):
+        torch.save({"model": Program()}, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(ValueError, match="such objects are never loaded"):
+            kelip.load_checkpoint(tmp_path / "x.pt")
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize("limit", [0, 3000, 30_000, 401_000, 799_000])
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, limit):
+    """Torch's own writer raises another error after that of the disk."""
+    path = tmp_path / "last.pt"
+    kelip.save_checkpoint(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # bytes that a file may have
+    try:
+        with pytest.raises(OSError) as caught:
+            weights = [torch.zeros(50_000) for _ in range(4)]
+            kelip.save_checkpoint(path, {"step": 2, "model": weights})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"[Errno 27] File too large: '{path}'"
+    assert kelip.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("change, message", [
     ({"ln_final.bias": None}, "x.pt: has no ln_final.bias"),
     ({"extra": torch.zeros(1)}, "x.pt: holds extra"),
     ({"visual.proj": torch.zeros(2, 2)}, r"x.pt: visual.proj is \[2, 2\], the model's is"),
+    ({"logit_scale": 2.0}, "x.pt: logit_scale is 2.0, where weights are tensors"),
+    ({"logit_scale": torch.tensor(2)}, "x.pt: logit_scale is torch.int64, .* floating-point"),
+    ({"logit_scale": torch.tensor(2j)}, "x.pt: logit_scale is torch.complex64"),
+    ({"visual.proj": torch.zeros(128, 48, device="meta")}, "x.pt: visual.proj is .* on meta"),
+    ({"visual.proj": torch.zeros(128, 48).to_sparse()}, "x.pt: visual.proj is .* torch.sparse_coo"),
+    ({"visual.proj": torch.zeros(1).expand(10 ** 9, 10 ** 6)}, "x.pt: its tensors have 4,000,0.*"),
+    ({"a\nb": torch.zeros(1)}, r"x.pt: 'a\\nb' is not a name of a parameter"),
+    ({5: torch.zeros(1)}, "x.pt: 5 is not a name of a parameter"),
 ])
 def test_weights_that_do_not_fit_are_named(change, message):
     model = small_model(dtype=torch.float32)
@@ -2094,6 +2168,180 @@ def test_weights_that_do_not_fit_are_named(change, message):
     weights = {key: value for key, value in weights.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         kelip.load_weights(model, weights, "x.pt")
+
+
+def replaced(content, keys, value):
+    """Nested dicts with another value at these keys, or without the last key if it is None."""
+    key, *rest = keys
+    if rest:
+        value = replaced(content[key], rest, value)
+    return {**{k: v for k, v in content.items() if k != key},
+            **({} if value is None else {key: value})}
+
+
+BAD_SIZES = [
+    ("vision_layers", 10 ** 9, "is 1000000000, and the weights have 2"),
+    ("vocab_size", 10 ** 12, "is 1000000000000, and "),
+    ("transformer_width", 10 ** 30, "is 10000000000000000000000000000"),
+    ("image_resolution", 65, "is 65, and the weights have 64"),
+    ("embed_dim", -256, "is -256, where a positive integer is expected"),
+    ("vision_width", 192.0, "is 192.0, where a positive integer is expected"),
+    ("vision_patch_size", True, "is True, where a positive integer is expected"),
+    ("context_length", "77", "is '77', where a positive integer is expected"),
+    ("transformer_heads", 0, "is 0, where a positive integer is expected"),
+    ("transformer_heads", 5, "is 5, which must divide the width, 192"),
+    ("transformer_layers", [1], "is a list, where a positive integer is expected"),
+    ("transformer_mlp_width", 10, "is 10, and the weights have 768"),
+    ("activation", "relu", "is 'relu', where quick_gelu or gelu is expected"),
+    ("embed_dim", None, "is missing"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", BAD_SIZES)
+def test_sizes_are_compared_with_the_weights_before_anything_is_built(
+        small_run, tmp_path, key, value, message):
+    state = kelip.load_checkpoint(small_run / "last.pt")
+    kelip.save_checkpoint(tmp_path / "last.pt", replaced(state, ["config", "model", key], value))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/last.pt: config.model.{key} {message}"):
+        kelip.build_model(tmp_path)
+    if key == "embed_dim" and value is None:  # a folder without it is not released KELIP
+        return
+    os.remove(tmp_path / "last.pt")
+    shutil.copy(small_run / "tokenizer.json", tmp_path)
+    torch.save(state["model"], tmp_path / "pytorch_model.bin")
+    released = replaced(state["config"]["model"], [key], value)
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: {key} {message}"):
+        kelip.build_model(tmp_path)
+
+
+@pytest.mark.parametrize("keys, value, message", [
+    (["config"], 5, "config is 5, where a dict is expected"),
+    (["config", "model"], None, "config.model is missing"),
+    (["config", "model", "depth"], 2, "config.model.'depth' is not a key"),
+    (["model"], None, "neither a run with config and model nor released"),
+    (["model"], [], "model is a list, where a dict is expected"),
+    (["model"], {}, "has no visual.conv1.weight of 4 dimensions"),
+    (["model", "visual.proj"], torch.zeros(3), "has no visual.proj of 2 dimensions"),
+    (["model", "visual.positional_embedding"], torch.zeros(4, 192), "has 4 row"),
+    (["model", "ln_final.weight"], "x", "ln_final.weight is 'x', where weights are tensors"),
+    (["tokenizer"], None, "tokenizer is missing"),
+    (["tokenizer"], b"{}", "tokenizer is a bytes, where a str is expected"),
+    (["tokenizer"], "[" * 10 ** 5, "tokenizer cannot be read: "),
+])
+def test_what_is_missing_or_of_another_type_in_a_run_is_named(
+        small_run, tmp_path, keys, value, message):
+    state = kelip.load_checkpoint(small_run / "last.pt")
+    kelip.save_checkpoint(tmp_path / "last.pt", replaced(state, keys, value))
+    with pytest.raises(ValueError) as caught:
+        kelip.build_model(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/last.pt: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", "[]", "config.json: not a JSON object"),
+    ("config.json", "{}", "pytorch_model.bin: neither a run with config"),
+    ("config.json", "{", "config.json: not JSON"),
+    ("special_tokens_map.json", "[]", "special_tokens_map.json: not a JSON object"),
+    ("special_tokens_map.json", '{"bos_token": 5}', "_map.json.*: the bos_token is 5"),
+    ("pytorch_model.bin", "", "pytorch_model.bin: not a complete checkpoint"),
+    ("model.safetensors", "x" * 99, "model.safetensors: not a complete checkpoint"),
+])
+def test_damaged_files_of_released_kelip_are_named(small_run, tmp_path, name, content, message):
+    if name == "model.safetensors":
+        pytest.importorskip("safetensors")
+    else:
+        torch.save(weights_of(small_run), tmp_path / "pytorch_model.bin")
+    config = kelip.load_checkpoint(small_run / "last.pt")["config"]["model"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(small_run / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as caught:
+        kelip.build_model(tmp_path)
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_stage_1_needs_no_sizes_of_a_text_encoder(small_run, tmp_path):
+    state = kelip.load_checkpoint(small_run.parent / "mae" / "last.pt")
+    config = {**state["config"]["model"], "vocab_size": 10 ** 12, "transformer_layers": "x"}
+    kelip.save_checkpoint(tmp_path / "last.pt", replaced(state, ["config", "model"], config))
+    opened = kelip.open_checkpoint(tmp_path)
+    assert opened.is_stage_1 and opened.config["vision_layers"] == 2
+    kelip.init_from(kelip.KELIP(**opened.config), opened)
+
+
+@functools.cache
+def small_checkpoints():
+    """The content of a last.pt of each stage, of a model that is as small as possible."""
+    tok = Tokenizer.train(["a red apple", "빨간 사과"], 270, progress=False)
+    config = dict(embed_dim=16, image_resolution=16, vision_layers=1, vision_width=64,
+                  vision_patch_size=8, context_length=12, vocab_size=len(tok), transformer_width=64,
+                  transformer_heads=1, transformer_layers=1)
+    model = kelip.KELIP(**config)
+    return [{"config": {"model": config, "stage": "clip"}, "model": dict(model.state_dict()),
+             "tokenizer": json.dumps(tok.spec), "step": 3},
+            {"config": {"model": config, "stage": "mae"}, "step": 3,
+             "model": dict(kelip.MAE(model.visual).state_dict())}]
+
+
+def every_key(content, above=()):
+    """The keys of nested dicts, each with those above it."""
+    for key, value in content.items():
+        yield [*above, key]
+        if isinstance(value, dict):
+            yield from every_key(value, [*above, key])
+
+
+OTHER_VALUES = [
+    None, 0, 1, -1, 10 ** 9, 10 ** 18, 1.5, float("nan"), True, "", "x\ny", b"x", (), [], [1], {},
+    {"a": 1}, torch.zeros(0), torch.zeros(2), torch.zeros(2, dtype=torch.int64),
+    torch.zeros(2, 2).to_sparse(), torch.zeros(1).expand(10 ** 9), torch.zeros(2, device="meta")]
+
+
+@st.composite
+def damaged_checkpoints(draw):
+    """The bytes of a checkpoint of which keys have other values, bytes are changed, or the end is
+    missing."""
+    state = draw(st.sampled_from(small_checkpoints()))
+    damage = draw(st.sampled_from(["values", "bytes", "end"]))
+    if damage == "values":
+        for _ in range(draw(st.integers(1, 2))):
+            keys = draw(st.sampled_from(list(every_key(state))))
+            state = replaced(state, keys, draw(st.sampled_from(OTHER_VALUES)))
+    file = io.BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization=draw(st.integers(0, 3)) > 0)
+    content = bytearray(file.getvalue())
+    if damage == "bytes":
+        end = draw(st.sampled_from([len(content), 12_000]))  # most of the pickle comes first
+        for position in draw(st.lists(st.integers(0, end - 1), min_size=1, max_size=9)):
+            content[position] = draw(st.integers(0, 255))
+    if damage == "end":
+        del content[draw(st.integers(0, len(content))):]
+    return bytes(content)
+
+
+def opens_or_says_why(folder, content):
+    """A checkpoint opens, or an error of one line names it."""
+    (folder / "last.pt").write_bytes(content)
+    try:
+        kelip.build_model(folder)
+    except (ValueError, OSError) as error:
+        assert str(error).startswith(f"{folder}/last.pt: ") and "\n" not in str(error)
+        assert "weights_only" not in str(error) and len(str(error)) < 500
+
+
+@settings(max_examples=20, deadline=None)
+@given(content=damaged_checkpoints())
+def test_a_damaged_checkpoint_opens_or_says_why(tmp_path_factory, content):
+    opens_or_says_why(tmp_path_factory.getbasetemp(), content)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@given(content=damaged_checkpoints())
+def test_many_damaged_checkpoints_open_or_say_why(tmp_path_factory, content):
+    opens_or_says_why(tmp_path_factory.getbasetemp(), content)
 
 
 def test_released_kelip_opens(tmp_path):
@@ -4234,6 +4482,14 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(one_run, shapes, 
         for name, value in moments.items():
             assert torch.equal(cut["optimizer"]["state"][key][name], value)
     assert not list(out.glob(".*")) and len(list(out.glob("step-*.pt"))) == 2
+
+
+def test_a_run_whose_sizes_are_damaged_is_not_resumed(one_run, shapes, tmp_path):
+    state = kelip.load_checkpoint(one_run / "last.pt")
+    kelip.save_checkpoint(
+        tmp_path / "last.pt", replaced(state, ["config", "model", "vision_layers"], 10 ** 9))
+    with pytest.raises(ValueError, match="last.pt: config.model.vision_layers is 1000000000, and"):
+        clip_here(shapes, tmp_path, "--resume")
 
 
 def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_path):

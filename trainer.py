@@ -50,7 +50,7 @@ from folder import (
     link_or_copy,
     older_checkpoints,
 )
-from kelip import Block, load_checkpoint, load_weights, save_checkpoint
+from kelip import Block, load_checkpoint, load_weights, read_run, save_checkpoint
 from tokenizer import atomic_write, number
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
@@ -174,6 +174,7 @@ class Run:
         try:
             checkpoint = load_checkpoint(last)
             check_checkpoint(checkpoint, last)
+            read_run(last, checkpoint)
         except ValueError as error:
             older = [path.name for path in older_checkpoints(self.folder)][-1:]
             hint = f"; {older[0]} in the same folder can replace it" if older else ""

@@ -31,7 +31,6 @@ import argparse
 import gzip
 import importlib.util
 import json
-import math
 import re
 import sys
 import warnings
@@ -41,7 +40,7 @@ from pathlib import Path
 import torch
 
 import kelip
-from kelip import MEAN, STD
+from kelip import MEAN, STD, read_sizes
 from shards import new_folder
 from tokenizer import (
     ALPHABET,
@@ -341,38 +340,6 @@ def check_tensor(path, name, tensor):
     if not is_float or not is_dense or not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
         raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and not a "
                          "floating-point number for each element")
-
-
-def read_sizes(path, weights, name_in_file=str):
-    """The part of KELIP's configuration that the shapes of its weights determine."""
-    def shape(key, dimensions):
-        if key not in weights or weights[key].ndim != dimensions:
-            raise ValueError(f"{path}: has no {name_in_file(key)} of {dimensions} dimensions, "
-                             "which every CLIP with a ViT has")
-        return weights[key].shape
-
-    def count_layers(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
-
-    vision_width, _, _, patch = shape("visual.conv1.weight", 4)
-    positions = shape("visual.positional_embedding", 2)[0]
-    if positions < 2:
-        raise ValueError(f"{path}: {name_in_file('visual.positional_embedding')} has {positions} "
-                         "row, where a ViT has one for the class token and one for each patch")
-    context_length, text_width = shape("positional_embedding", 2)
-    vision, text = "visual.transformer.resblocks.", "transformer.resblocks."
-    return dict(
-        embed_dim=shape("text_projection", 2)[1],
-        image_resolution=math.isqrt(positions - 1) * patch,
-        vision_layers=count_layers(vision),
-        vision_width=vision_width,
-        vision_patch_size=patch,
-        vision_mlp_width=shape(f"{vision}0.mlp.c_fc.weight", 2)[0],
-        context_length=context_length,
-        vocab_size=shape("token_embedding.weight", 2)[0],
-        transformer_width=text_width,
-        transformer_layers=count_layers(text),
-        transformer_mlp_width=shape(f"{text}0.mlp.c_fc.weight", 2)[0])
 
 
 def complete_config(path, sizes, stated):
