@@ -600,12 +600,13 @@ def _write_page(path, embedded, numbers):
                 page.cards([_confusion_card(embedded, wrong)
                             for wrong in result["confusions"][:12]])]
     if is_of_run:
-        _list_pages(folder)
         parts += [
             page.heading("Other sets", "python evaluate.py writes a page for each set that it "
                          "evaluates the model on, and a page that lists them:"),
             page.links([(LIST, LIST)])]
     page.write(path, f"{folder.resolve().name}: what the model learned", f"{intro}.", *parts)
+    if is_of_run:
+        _list_pages(folder)
 
 
 def _list_pages(folder):

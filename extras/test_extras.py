@@ -1641,7 +1641,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, pack_command):
             out, error = pack_command(*command, tmp_path / "out", tmp_path / "in")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        assert not out and re.fullmatch("extras.pack: .*File too large: '.*/0+.tar'", error)
+        assert not out and re.fullmatch("extras.pack: .*/0+.tar: File too large", error)
         assert os.listdir(tmp_path) == ["in"]
 
 
