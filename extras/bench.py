@@ -368,7 +368,11 @@ def pillow_crop(image, box, padded_size, size):
 def index_rows():
     """Seconds to index one shard, and for tarfile to list its members."""
     n_pairs = 10_000
-    jpeg, record = os.urandom(53_000), b"{}" * 200
+    jpeg = os.urandom(53_000)
+    record = json.dumps({  # as img2dataset writes it
+        "caption": "a caption", "url": "https://example.com/" + 60 * "x", "key": "000000000",
+        "status": "success", "error_message": None, "width": 512, "height": 384, "exif": "{}",
+        "original_width": 1024, "original_height": 768, "sha256": 64 * "0"}).encode()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/images.tar"
         shards.write_shard(path, ((f"{i:09d}", {"jpg": jpeg, "json": record, "txt": b"a caption"})
