@@ -8,8 +8,8 @@
 From top to bottom: prompts and their Korean particles, the class of a pair, class names on disk,
 and opening a set. A set is shards as data.py reads them, or a folder in CLIP_benchmark's layout:
 
-    wds_vtab-cifar10/classnames.txt                          one a line from class 0: airplane, ...
-                     zeroshot_classification_templates.txt   one a line: a photo of a {c}. ...
+    wds_vtab-cifar10/classnames.txt                          one per line, class 0 first: airplane
+                     zeroshot_classification_templates.txt   one per line: a photo of a {c}. ...
                      dataset_type.txt                        "retrieval" for a set of captions
                      test/nshards.txt                        the number of tars
                      test/0.tar, test/1.tar, ...             KEY.cls in them is a class's number
@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from tokenizer import one_line, read_json
+from tokenizer import one_line, read_file, read_json
 
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
 
-MAX_NAME = 1000      # characters of a class name or of a template
-MAX_FILE = 16 << 20  # bytes of a text file of names
+MAX_NAME = 1000  # characters of a class name or of a template
 CODE_POINTS = re.compile("[0-9A-F]{1,6}(-[0-9A-F]{1,6})?")
 
 
@@ -215,7 +214,7 @@ def _class_of_codepoint(point, classes):
 def labels_of(pairs, classes, skipped=None):
     """label_of for each pair: a list of int and None.
 
-    It is also None for a bad .cls. skipped: a Counter, to which the number of these is added.
+    A bad .cls also makes it None. skipped: a Counter, to which these are added.
     """
     labels = []
     for pair in pairs:
@@ -236,11 +235,10 @@ def match_classes(found, names, what):
     found: the names on disk, in order. names: the C names of a set of prompts.json. what: the file
     or folder, for errors.
 
-    A name matches a class if it is one of its spellings, whatever the case and punctuation. Names
-    of another kind (ImageNet's n01440764) match nothing. The names are then taken to be in the
-    order of the set. There must be as many as classes, and those that match must be in the right
-    place, except for one in fifty: ImageNet has two classes called missile. Raises ValueError
-    otherwise.
+    A name matches a class if it is one of its spellings, whatever the case and punctuation. If some
+    names match no class (ImageNet's n01440764), all are taken to be in the order of the set. There
+    must then be as many as classes, and those that match must be in the right place, except for one
+    in fifty: ImageNet has two classes called missile. Raises ValueError otherwise.
     """
     labels = {}
     for label, name in enumerate(names):
@@ -277,7 +275,7 @@ class EvaluationSet(NamedTuple):
     """A set to evaluate on.
 
     classes: as read_classes returns them, or None. They may also have "order", the class of each
-    number on disk. In CLIP_benchmark's retrieval sets, each line of a .txt is a caption of its own.
+    number on disk.
     """
     pairs: data.Pairs
     classes: dict
@@ -309,7 +307,7 @@ def open_set(sources, name=None, split="test"):
         if is_benchmark(source, split):
             folder = os.path.expanduser(folder)
             layouts.append(_read_layout(Path(folder)))
-            if layouts[-1].kind == "retrieval":
+            if layouts[-1].kind == "retrieval":  # each line of a .txt is a caption
                 options += "::lines"
             tars = [f"{folder}/{split}/{i}.tar" for i in _tar_numbers(Path(folder, split))]
             shards += [f"{tar}{colons}{options}" for tar in tars]
@@ -360,8 +358,8 @@ def _classes_on_disk(folder, layout, classes):
 class _Layout(NamedTuple):
     """The text files of a folder in CLIP_benchmark's layout.
 
-    A class's number is that of its line, and the name of a blank line is empty. CLIP_benchmark's
-    own clevr_closest_object_distance has one.
+    A class's number is that of its line. The name of a blank line is empty, as in CLIP_benchmark's
+    own clevr_closest_object_distance.
     """
     kind: str  # "retrieval" for sets of captions
     names: list
@@ -392,13 +390,11 @@ def _tar_numbers(folder):
 
 
 def _read_lines(path):
-    """The lines of a text file as CLIP_benchmark reads them, stripped; [] if there is no file."""
+    """The lines of a text file, stripped, as CLIP_benchmark reads them; [] if there is no file."""
     if not path.exists():
         return []
-    if not path.is_file() or path.stat().st_size > MAX_FILE:
-        raise ValueError(f"{path}: not a text file of at most {MAX_FILE:,} bytes")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8: save it as UTF-8") from None
     lines = [line.strip() for line in text.splitlines()]

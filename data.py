@@ -2,7 +2,7 @@
 
     python data.py emoji                                # the demo's pairs, into data/emoji
     python data.py index SHARDS...                      # index shards, print what is in them
-    python data.py captions SHARDS... --language ko     # one caption a line, to train a tokenizer
+    python data.py captions SHARDS... --language ko     # one caption per line, for a tokenizer
 
     pairs = Pairs(["ko-{0000..0099}.tar::ko", "en-*.tar::2::en"])
     loader = Loader(pairs, tokenizer, batch_size=256, padded_size=512, seed=0, workers=8)
@@ -82,7 +82,7 @@ def parse_source(text):
     pattern, *options = text.split("::")
     weight, rule = 1.0, CaptionRule()
     for option in options:
-        language, equals, name = option.partition("=")
+        language, _, name = option.partition("=")
         if language in COUNTRIES:
             raise ValueError(f"{text}: {language} is a country; the language is "
                              f"{COUNTRIES[language]}")
@@ -107,12 +107,12 @@ class Pairs:
         sources: a string or a list of strings. Each is a tar, a folder of tars, a glob or a brace
             range, with options as parse_source takes them: "ko-{00000..07079}.tar::2::ko".
         state: what state() returned when the run began. Every pair then keeps its number, even if
-            shards are missing now.
+            shards are missing.
         workers: processes that index shards.
 
     Attributes: sources, a list of Source; shards, a list of Shard; starts, int64 [shards + 1], the
-    number of each shard's first pair; languages, a Counter of captions; fields, a Counter of what
-    else may be a caption (shards.Shard); skipped, a Counter of what the index skipped, by reason.
+    number of each shard's first pair; languages, a Counter of captions; fields, a Counter of other
+    texts, which may be captions; skipped, a Counter of what the index skipped, by reason.
 
     Raises FileNotFoundError when a source names no shards, ValueError when they hold no pairs.
     """
@@ -213,7 +213,7 @@ class Pairs:
         return {"shards": shards}
 
     def describe(self):
-        """Text with a line for each source, then one on captions and one on what was skipped."""
+        """Lines of text: one for each source, then one on captions and one on what was skipped."""
         total = sum(source.weight * source.pairs for source in self.sources)
         lines = []
         for source in self.sources:
@@ -235,7 +235,7 @@ class Pairs:
         return "\n".join(map(one_line, lines))
 
     def require_captions(self, flag):
-        """Raise ValueError if no pair has a caption. flag: that which names the pairs."""
+        """Raise ValueError if no pair has a caption. flag: the one that names the pairs."""
         if not self.languages:
             found = format_counts(self.skipped | self.fields) or "images alone"
             raise ValueError(f"{flag} {' '.join(source.name for source in self.sources)}: no "
@@ -244,7 +244,7 @@ class Pairs:
                              "SHARDS::LANGUAGE=NAME")
 
     def _hint(self):
-        """How to mend shards in which the members of a pair are apart."""
+        """How to repack shards in which the members of a pair are apart, if there are any."""
         if not self.skipped[APART]:
             return ""
         return ("; the members of a pair must be next to each other, as `tar --sort=name` packs "
@@ -484,7 +484,7 @@ def resize_to_fit(image, padded_size):
 
 
 def fit_padded_size(padded_size, pairs, samples=256):
-    """A padded size, or less when images are not that large: a larger square holds no more detail.
+    """padded_size, or less if the images are smaller: a larger square would show no more detail.
 
     pairs: Pairs. Looks at `samples` of their images, evenly spaced, and takes the longer side that
     99 % of them do not exceed.
@@ -573,14 +573,14 @@ class Loader:
     def _batches(self, first_step):
         """An iterator over make_batch(step) from first_step on, by worker processes if any."""
         handler = signal.getsignal(signal.SIGCHLD)
-        # The dataset of torch's loader is the range of steps. Without a generator of its own, it
+        # The "dataset" of torch's loader is the range of steps. Without a generator, the loader
         # would draw from torch's global one.
         batches = iter(torch.utils.data.DataLoader(
             range(first_step, self.steps), batch_size=None, collate_fn=self.make_batch,
             num_workers=self.workers, pin_memory=self.pin_memory, generator=torch.Generator()))
         if self.workers and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise in the middle of a training step. next() notices the
-            # death of a worker without it.
+            # torch's handler would raise in the middle of a training step. Without it, next()
+            # still notices that a worker died.
             signal.signal(signal.SIGCHLD, handler)
         return batches
 
@@ -589,7 +589,7 @@ class Loader:
         n, size = self.local_batch_size, self.padded_size
         first = self.first + step * self.batch_size + self.rank * n
         sample_index = np.arange(first, first + n)
-        # numpy: writing single elements of tensors is slow.
+        # In numpy, since writing single elements of tensors is slow.
         images = np.zeros((n, size, size, 3), np.uint8)
         aspect = np.ones(n, np.float32)
         valid = np.zeros(n, bool)
@@ -667,7 +667,7 @@ def _is_worker_death(error):
 # ---- the command ----
 
 def print_captions(sources, languages=None, workers=0):
-    """Print every caption of the sources, cleaned, one a line, in the order of the shards.
+    """Print every caption of the sources, cleaned, one per line, in the order of the shards.
 
     languages: those to print, all by default.
     """
@@ -714,8 +714,8 @@ def main(argv=None):
         description="Index shards, and print the number of pairs, captions by language, and what "
                     "is skipped. A run does this itself; for many shards, do it once before.")
     captions = commands.add_parser(
-        "captions", help="print the captions, one a line",
-        description="Print the captions, cleaned as in training, one a line: python data.py "
+        "captions", help="print the captions, one per line",
+        description="Print the captions, cleaned as in training, one per line: python data.py "
                     "captions SHARDS | python tokenizer.py train -")
     for command in (index, captions):
         command.add_argument("sources", nargs="+", metavar="SHARDS",

@@ -6,7 +6,7 @@
     python evaluate.py runs/clip --test wds_vtab-cifar10 --classes cifar10
 
 Retrieval finds the captions of an image among all captions, and the image of a caption among all
-images. R@k is the fraction of queries whose k nearest candidates include a right one. Zero-shot
+images. R@k is the fraction of queries with a right one among the k nearest candidates. Zero-shot
 classification predicts the class whose prompts ("a photo of a {}") are nearest to the image (CLIP,
 arXiv 2103.00020, section 3.1). The results are printed, and written to a JSON file and a page:
 evaluation-SET.json and evaluation-SET.html in the model's folder, where evaluations.html lists the
@@ -490,7 +490,7 @@ def _notes_on_captions(embedded):
 
 
 def _notes_on_classes(classes):
-    """A sentence for each language that has empty names of classes, or empty templates."""
+    """A sentence for each language with empty names of classes or empty templates."""
     notes = []
     for what in ("classnames", "templates"):
         for language, texts in classes[what].items():
@@ -740,7 +740,7 @@ def read_candidates(sources, path=None):
     """{language: captions} of a JSON file, by default names.json in the folder of the first shard.
 
     Returns None if no path is given and there is no names.json. Raises FileNotFoundError when there
-    is no file at the path, ValueError when it is not of that form.
+    is no file at `path`, ValueError when it has another form.
     """
     if not path:
         first = Path(os.path.expanduser(sources[0].partition("::")[0]))
@@ -750,7 +750,7 @@ def read_candidates(sources, path=None):
     elif not Path(path).is_file():
         raise FileNotFoundError(f"--candidates {path}: no such file")
     candidates = read_json(path)
-    if not isinstance(candidates, dict) or not all(map(_is_list_of_text, candidates.values())):
+    if not all(map(_is_list_of_text, candidates.values())):
         raise ValueError(f'{path}: not of the form {{"en": ["a red apple", ...], "ko": [...]}}')
     return candidates
 

@@ -8,7 +8,7 @@
 trainer.Run uses these pieces. From top to bottom: FolderLock, checks of a checkpoint and of the
 disk, and Log, which writes metrics.jsonl and shows the progress bar.
 
-Not included: experiment trackers. metrics.jsonl is JSON, one line at a time.
+Not included: experiment trackers.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from kelip import entry
 from tokenizer import atomic_write
 
 LOG_EVERY = 10       # steps between lines of the log
@@ -36,8 +37,8 @@ SKIPPED_STEPS = 200  # steps after which a run ends if more than half of its pai
 class FolderLock:
     """Makes a folder, and keeps other processes from writing a run into it.
 
-    The lock is on the file .lock in it, and ends with the process. Raises ValueError when another
-    process has it.
+    The lock is on its file .lock, and ends with the process. Raises ValueError when another process
+    has it.
     """
 
     def __init__(self, folder):
@@ -83,20 +84,17 @@ def older_checkpoints(folder):
 
 
 def check_checkpoint(checkpoint, path):
-    """Raise ValueError unless a file of torch.save has what a run is resumed from."""
+    """Raise ValueError unless a checkpoint has all that a run is resumed from."""
     kinds = {"config": dict, "model": dict, "optimizer": dict, "scaler": dict, "step": int,
              "data": dict}
     for key, kind in kinds.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"{path}: not a checkpoint of a run: its {key} is missing or damaged")
+        entry(checkpoint, key, kind, f"{path}: ")
     for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int}.items():
-        if not isinstance(checkpoint["config"].get(key), kind):
-            raise ValueError(f"{path}: {key} in its config is missing or damaged")
-    sources = checkpoint["data"].get("shards")
+        entry(checkpoint["config"], key, kind, f"{path}: config.")
+    sources = entry(checkpoint["data"], "shards", list, f"{path}: data.")
     kinds = [str, int, int, str]  # see data.Pairs.state
-    if not isinstance(sources, list) or not all(
-            isinstance(shard, list) and [type(x) for x in shard] == kinds
-            for source in sources for shard in source):
+    if not all(isinstance(shard, list) and [type(x) for x in shard] == kinds
+               for source in sources for shard in source):
         raise ValueError(f"{path}: its list of shards is damaged")
 
 
@@ -113,7 +111,7 @@ def check_free_space(folder, module, keep):
 
 
 def link_or_copy(path, name):
-    """Give a file a second name, or copy it where file systems have no hard links."""
+    """Give a file a second name, or copy it if the file system has no hard links."""
     if name.exists():
         return
     try:
@@ -164,11 +162,10 @@ class Log:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def is_due(self, step):
-        """Whether a line is due. It depends on the step alone, so that two runs have the same."""
+        """Whether a line is due. This depends on the step alone, so logs of two runs compare."""
         return step == 1 or step % LOG_EVERY == 0 or step == self.run.total_steps
 
     def end_step(self):
-        """Count a step."""
         self.n_steps += 1
         self.bar.update()
 
@@ -209,7 +206,7 @@ class Log:
             tqdm.write(text, file=sys.stdout)
 
     def check(self, step):
-        """Raise ValueError when training is in vain, at the step of a line."""
+        """Raise ValueError when training cannot succeed. Called after a line is written."""
         run, steps_done = self.run, step - self.run.first_step
         pairs_done = run.args.batch_size * steps_done
         if self.last_skipped == self.last_pairs or (
@@ -276,7 +273,7 @@ def flatten(values, prefix=""):
 
 
 def _peak_memory(device):
-    """The most bytes that this process has held: on the GPU, or resident on the CPU."""
+    """The peak memory of this process in bytes: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows

@@ -9,8 +9,8 @@
 
 From top to bottom: the transformer, the image encoder (a ViT in the form of OpenAI's CLIP), KELIP
 with its GPT-2 style text encoder, the masked autoencoder of stage 1, the contrastive loss of
-stage 2, preprocessing, and reading and writing weights. Parameters have the names of OpenAI's
-CLIP.
+stage 2, preprocessing, reading and writing weights, and checks of what is read. Parameters have the
+names of OpenAI's CLIP.
 
 To use a trained model, this file and tokenizer.py are enough.
 
@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import pickle
 import warnings
 import zipfile
@@ -313,18 +312,9 @@ class VisionTransformer(nn.Module):
         The pixels of a patch are ordered as in conv1's kernel: channel, row, column. Raises
         TypeError or ValueError when images are of another type or shape.
         """
-        if not torch.is_tensor(images) or not images.is_floating_point():
-            found = images.dtype if torch.is_tensor(images) else type(images).__name__
-            raise TypeError(f"images are {found}: the image encoder takes normalized floats "
-                            "[N, 3, size, size], as preprocess returns them for one image")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {list(images.shape)}: the image encoder takes "
-                             "[N, 3, size, size]; image[None] makes a batch of one image")
-        N, C, H, W = images.shape
         P = self.patch_size
-        if H % P or W % P or H != W:
-            raise ValueError(f"images of {W} x {H} pixels: the image encoder takes squares whose "
-                             f"side is a multiple of {P} pixels")
+        _check_images(images, P)
+        N, C, H, _ = images.shape
         g = H // P
         x = images.view(N, C, g, P, g, P).permute(0, 2, 4, 1, 3, 5)          # [N, g, g, 3, P, P]
         return x.reshape(N, g * g, C * P * P)
@@ -350,6 +340,22 @@ def interpolate_positions(positions, grid):
     patches = positions[1:].T.reshape(1, -1, g, g)                           # [1, W, g, g]
     patches = F.interpolate(patches, scale_factor=(grid + 0.1) / g, mode="bicubic")
     return torch.cat([positions[:1], patches.flatten(2)[0].T])               # [1 + grid*grid, W]
+
+
+def _check_images(images, patch_size):
+    """Raise TypeError or ValueError unless images are float [N, 3, size, size] of complete patches.
+    """
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        found = images.dtype if torch.is_tensor(images) else type(images).__name__
+        raise TypeError(f"images are {found}: the image encoder takes normalized floats "
+                        "[N, 3, size, size], as preprocess returns them for one image")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {list(images.shape)}: the image encoder takes "
+                         "[N, 3, size, size]; image[None] makes a batch of one image")
+    H, W = images.shape[2:]
+    if H % patch_size or W % patch_size or H != W:
+        raise ValueError(f"images of {W} x {H} pixels: the image encoder takes squares whose side "
+                         f"is a multiple of {patch_size} pixels")
 
 
 # ---- KELIP ----
@@ -426,17 +432,8 @@ class KELIP(nn.Module):
         same features without computing padding. Keep text on the CPU even if the model is on a GPU:
         the lengths are needed there, and copying them back would wait for the GPU.
         """
-        if not torch.is_tensor(text) or text.dtype not in (torch.int64, torch.int32):
-            found = text.dtype if torch.is_tensor(text) else type(text).__name__
-            raise TypeError(f"text is {found}: the text encoder takes token ids, int64 [N, L]; "
-                            "tokenizer.encode(texts) makes them")
-        if text.ndim != 2 or 0 in text.shape:
-            raise ValueError(f"text of shape {list(text.shape)}: the text encoder takes token ids "
-                             "[N, L]; tokenizer.encode(texts) makes them")
+        _check_tokens(text, context_length=len(self.positional_embedding))
         text = text.cpu()
-        if text.shape[1] > len(self.positional_embedding):
-            raise ValueError(f"text of {text.shape[1]} tokens: context_length is "
-                             f"{len(self.positional_embedding)}")
         device = self.positional_embedding.device
         lengths = text.argmax(dim=-1) + 1                                    # [N]
         longest = ceil_div(int(lengths.max()), 8) * 8  # a multiple of 8: fewer different shapes
@@ -457,6 +454,19 @@ class KELIP(nn.Module):
         text_features = self.encode_text(text, l2norm=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
         return logits_per_image, logits_per_image.T
+
+
+def _check_tokens(text, context_length):
+    """Raise TypeError or ValueError unless text is token ids [N, L], with L <= context_length."""
+    if not torch.is_tensor(text) or text.dtype not in (torch.int64, torch.int32):
+        found = text.dtype if torch.is_tensor(text) else type(text).__name__
+        raise TypeError(f"text is {found}: the text encoder takes token ids, int64 [N, L]; "
+                        "tokenizer.encode(texts) makes them")
+    if text.ndim != 2 or 0 in text.shape:
+        raise ValueError(f"text of shape {list(text.shape)}: the text encoder takes token ids "
+                         "[N, L]; tokenizer.encode(texts) makes them")
+    if text.shape[1] > context_length:
+        raise ValueError(f"text of {text.shape[1]} tokens: context_length is {context_length}")
 
 
 def default_options(config):
@@ -830,7 +840,7 @@ def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
     other weights into such a folder. model_name is another name of name_or_path, as in the released
     code.
 
-    Raises FileNotFoundError or ValueError with one line that says what is missing or does not fit.
+    Raises FileNotFoundError or ValueError, whose message says what is missing or does not fit.
     """
     checkpoint = open_checkpoint(model_name or name_or_path)
     if checkpoint.is_stage_1:
@@ -843,7 +853,6 @@ def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
 
 
 WEIGHT_FILES = ("last.pt", "pytorch_model.bin", "model.safetensors")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights
 # All keys of a configuration, and those of the text encoder.
 DEFAULTS = {**PRESETS["tiny"], **default_options(PRESETS["tiny"])}
 TEXT_KEYS = ("context_length", "vocab_size", "transformer_width", "transformer_heads",
@@ -874,12 +883,12 @@ def read_run(path, state):
     Raises ValueError, with the path and the key, when something is missing or does not fit.
     """
     from tokenizer import Tokenizer, parse_json
-    config = _entry(state, "config", dict, f"{path}: ")
-    config = _entry(config, "model", dict, f"{path}: config.")
-    weights, tokenizer = _entry(state, "model", dict, f"{path}: "), None
+    config = entry(state, "config", dict, f"{path}: ")
+    config = entry(config, "model", dict, f"{path}: config.")
+    weights, tokenizer = entry(state, "model", dict, f"{path}: "), None
     check_weights(weights, path)
     if "tokenizer" in state or "token_embedding.weight" in weights:  # stage 2
-        tokenizer = _entry(state, "tokenizer", str, f"{path}: ")
+        tokenizer = entry(state, "tokenizer", str, f"{path}: ")
         try:
             tokenizer = Tokenizer(parse_json(tokenizer))
         except ValueError as error:
@@ -905,21 +914,26 @@ def _read_released(path, state):
     return Checkpoint(path, weights, config, _released_tokenizer(path.parent))
 
 
-def _entry(content, key, kind, where):
-    """content[key]. Raises ValueError unless it is of this type. where: what to write before it."""
-    if key not in content:
-        raise ValueError(f"{where}{key} is missing")
-    if not isinstance(content[key], kind):
-        raise ValueError(f"{where}{key} is {_describe(content[key])}, where a {kind.__name__} is "
-                         "expected")
-    return content[key]
+def _released_tokenizer(folder):
+    """The tokenizer of released KELIP.
 
-
-def _describe(value):
-    """A value of a file in a few words. Others than plain values may be large, or damaged."""
-    if isinstance(value, (int, float, str, type(None))):
-        return f"{value!r:.40}"
-    return f"a {type(value).__name__}"
+    The released code lower-cases texts before it tokenizes them, and reads the start and end tokens
+    from three files.
+    """
+    from tokenizer import Tokenizer, read_json
+    spec, special_tokens = Tokenizer.load(folder / "tokenizer.json").spec, {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            special_tokens |= read_json(folder / name)
+    normalizer = spec.get("normalizer")
+    if "Lowercase" not in str(normalizer):
+        steps = [{"type": "Lowercase"}] + ([normalizer] if normalizer else [])
+        spec = {**spec, "normalizer": {"type": "Sequence", "normalizers": steps}}
+    try:
+        return Tokenizer(spec, special_tokens)
+    except ValueError as error:
+        raise ValueError(f"{folder}: special_tokens_map.json or tokenizer_config.json does not "
+                         f"fit tokenizer.json: {error}") from None
 
 
 def _find_weights(name_or_path):
@@ -939,11 +953,127 @@ def _find_weights(name_or_path):
         f"a preset ({', '.join(PRESETS)}), which looks in ./weights")
 
 
+def init_from(model, checkpoint, new_text=False):
+    """Initialize a KELIP from a Checkpoint. Returns a line that says what was loaded.
+
+    From stage 1, only the image encoder is loaded, without visual.proj, which stage 1 does not
+    train. new_text: load only the image encoder, from other models, too. Positions are interpolated
+    to the model's resolution. Raises ValueError when the weights do not fit.
+    """
+    weights, what = dict(checkpoint.weights), "all weights"
+    if checkpoint.is_stage_1 or new_text:
+        encoder = {key: value for key, value in weights.items() if key.startswith("visual.")}
+        if checkpoint.is_stage_1:
+            encoder["visual.proj"] = model.visual.proj
+        weights, what = {**model.state_dict(), **encoder}, "the image encoder"
+    key = "visual.positional_embedding"
+    if key in weights:
+        grid = model.visual.resolution // model.visual.patch_size
+        weights[key] = interpolate_positions(weights[key], grid)
+    load_weights(model, weights, checkpoint.path)
+    return f"{what} from {checkpoint.path}"
+
+
+def load_weights(model, weights, path, name_in_file=str):
+    """Load a state dict into a model. Raises ValueError with the path and the wrong key.
+
+    name_in_file: a function from our name of a parameter to the file's, if they differ.
+    """
+    check_weights(weights, path)
+    own = model.state_dict()
+    for key in sorted(own.keys() | weights.keys()):
+        if key not in weights:
+            raise ValueError(f"{path}: has no {name_in_file(key)}, which the model needs")
+        if key not in own:
+            raise ValueError(f"{path}: holds {name_in_file(key)}, which the model does not have")
+        if own[key].shape != weights[key].shape:
+            found, needed = list(weights[key].shape), list(own[key].shape)
+            raise ValueError(f"{path}: {name_in_file(key)} is {found}, the model's is {needed}")
+    model.load_state_dict(weights)
+
+
+def read_weights(path):
+    """Read a .safetensors file or a file of torch.save. Raises the errors of load_checkpoint."""
+    from tokenizer import check_is_file
+    if path.suffix != ".safetensors":
+        return load_checkpoint(path)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs a package: pip install safetensors") from None
+    check_is_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError:
+        raise ValueError(f"{path}: {INCOMPLETE}") from None
+
+
+INCOMPLETE = "not a complete checkpoint: it is damaged, cut short or of another format"
+
+
+def load_checkpoint(path):
+    """Read a dict from a file of torch.save. Only tensors and plain values are ever unpickled.
+
+    The tensors are on the CPU. Raises FileNotFoundError, and ValueError when the file is damaged or
+    holds other objects.
+    """
+    from tokenizer import check_is_file
+    check_is_file(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not
+    error = None
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                records = archive.infolist()
+            if any(record.filename.endswith("constants.pkl") for record in records):
+                error = ("a TorchScript archive, which is a program and never run; plain weights "
+                         "are at huggingface.co/openai, clip-vit-base-patch32 and others")
+            elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                error = "a compressed archive, which torch.save does not write"
+        if not error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                error = f"holds {_describe(state)}, where a checkpoint is a dict"
+    except pickle.UnpicklingError:  # its message advises an unsafe load
+        error = ("holds objects other than tensors and plain values, or is damaged; such objects "
+                 "are never loaded")
+    except OSError as problem:
+        error = f"cannot be read: {problem.strerror}"
+    except Exception:  # a damaged file can raise anything
+        error = INCOMPLETE
+    if error:
+        raise ValueError(f"{path}: {error}")
+    return state
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values, atomically. An OSError names `path`."""
+    from tokenizer import atomic_write
+    with atomic_write(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch raises after an OSError, such as a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+# ---- checks of weights ----
+#
+# A file may be damaged, or from anyone. It is checked before anything is built from it.
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights
+
+
 def check_config(config, weights, path, where, has_text=True):
     """Raise ValueError unless a configuration fits the weights.
 
     It is compared with their shapes and nothing is built, since a damaged file may ask for a model
-    of any size. path: the file of the weights. where: what to write before a key. has_text: whether
+    of any size. path: the file of the weights. where: what to print before a key. has_text: whether
     the weights have a text encoder.
     """
     for key, value in config.items():
@@ -1012,8 +1142,8 @@ def read_sizes(path, weights, name_in_file=str, has_text=True):
 
 
 def check_weights(weights, path):
-    """Raise ValueError unless weights are dense tensors of floating-point numbers by name."""
-    stored = {}  # address -> bytes, of memory that several tensors may share
+    """Raise ValueError unless `weights` maps names to dense tensors of floating-point numbers."""
+    stored = {}  # address -> bytes of a storage, which several tensors may share
     for name, value in weights.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
             raise ValueError(f"{path}: {_describe(name)} is not a name of a parameter")
@@ -1025,7 +1155,7 @@ def check_weights(weights, path):
                              "where weights are dense tensors of floating-point numbers")
         storage = value.untyped_storage()
         stored[storage.data_ptr()] = storage.nbytes()
-    # Expanded tensors repeat their elements, so that a small file could ask for any memory.
+    # An expanded tensor repeats its elements, so a small file could ask for any amount of memory.
     claimed = sum(value.nbytes for value in weights.values())
     if claimed > 2 * sum(stored.values()):
         raise ValueError(f"{path}: its tensors have {claimed:,} bytes, and it stores "
@@ -1046,143 +1176,25 @@ def check_vocabulary(checkpoint):
         warnings.warn(found, stacklevel=3)
 
 
-def _released_tokenizer(folder):
-    """The tokenizer of released KELIP.
-
-    The released code lower-cases texts before it tokenizes them, and reads the start and end tokens
-    from three files.
+def entry(content, key, kind, where):
+    """content[key]. Raises ValueError unless it is of this type. where: what to print before key.
     """
-    from tokenizer import Tokenizer, read_json
-    spec, special_tokens = Tokenizer.load(folder / "tokenizer.json").spec, {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            special_tokens |= read_json(folder / name)
-    normalizer = spec.get("normalizer")
-    if "Lowercase" not in str(normalizer):
-        steps = [{"type": "Lowercase"}] + ([normalizer] if normalizer else [])
-        spec = {**spec, "normalizer": {"type": "Sequence", "normalizers": steps}}
-    try:
-        return Tokenizer(spec, special_tokens)
-    except ValueError as error:
-        raise ValueError(f"{folder}: special_tokens_map.json or tokenizer_config.json does not "
-                         f"fit tokenizer.json: {error}") from None
+    if key not in content:
+        raise ValueError(f"{where}{key} is missing")
+    if not isinstance(content[key], kind):
+        raise ValueError(f"{where}{key} is {_describe(content[key])}, where a {kind.__name__} is "
+                         "expected")
+    return content[key]
 
 
-def init_from(model, checkpoint, new_text=False):
-    """Initialize a KELIP from a Checkpoint. Returns a line that says what was loaded.
-
-    From stage 1, only the image encoder is loaded, without visual.proj, which stage 1 does not
-    train. new_text: load only the image encoder, from other models, too. Positions are interpolated
-    to the model's resolution. Raises ValueError when the weights do not fit.
-    """
-    weights, what = dict(checkpoint.weights), "all weights"
-    if checkpoint.is_stage_1 or new_text:
-        encoder = {key: value for key, value in weights.items() if key.startswith("visual.")}
-        if checkpoint.is_stage_1:
-            encoder["visual.proj"] = model.visual.proj
-        weights, what = {**model.state_dict(), **encoder}, "the image encoder"
-    key = "visual.positional_embedding"
-    if key in weights:
-        grid = model.visual.resolution // model.visual.patch_size
-        weights[key] = interpolate_positions(weights[key], grid)
-    load_weights(model, weights, checkpoint.path)
-    return f"{what} from {checkpoint.path}"
+def _describe(value):
+    """A value of a file in a few words. Only plain values are printed: others may be large."""
+    if isinstance(value, (int, float, str, type(None))):
+        return f"{value!r:.40}"
+    return f"a {type(value).__name__}"
 
 
-def load_weights(model, weights, path, name_in_file=str):
-    """Load a state dict into a model. Raises ValueError with the path and the wrong key.
-
-    name_in_file: a function from our name of a parameter to the file's, if they differ.
-    """
-    check_weights(weights, path)
-    own = model.state_dict()
-    for key in sorted(own.keys() | weights.keys()):
-        if key not in weights:
-            raise ValueError(f"{path}: has no {name_in_file(key)}, which the model needs")
-        if key not in own:
-            raise ValueError(f"{path}: holds {name_in_file(key)}, which the model does not have")
-        if own[key].shape != weights[key].shape:
-            found, needed = list(weights[key].shape), list(own[key].shape)
-            raise ValueError(f"{path}: {name_in_file(key)} is {found}, the model's is {needed}")
-    model.load_state_dict(weights)
-
-
-def read_weights(path):
-    """Read a .safetensors file or a file of torch.save. Raises the errors of load_checkpoint."""
-    if path.suffix != ".safetensors":
-        return load_checkpoint(path)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError(f"{path}: reading it needs a package: pip install safetensors") from None
-    _check_is_file(path)
-    try:
-        return load_file(path)
-    except SafetensorError:
-        raise ValueError(f"{path}: {INCOMPLETE}") from None
-
-
-INCOMPLETE = "not a complete checkpoint: it is damaged, cut short or of another format"
-
-
-def load_checkpoint(path):
-    """Read a dict from a file of torch.save. Only tensors and plain values are ever unpickled.
-
-    The tensors are on the CPU. Raises FileNotFoundError, and ValueError when the file is damaged or
-    holds other objects.
-    """
-    _check_is_file(path)
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not
-    error = None
-    try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                records = archive.infolist()
-            if any(record.filename.endswith("constants.pkl") for record in records):
-                error = ("a TorchScript archive, which is a program and never run; plain weights "
-                         "are at huggingface.co/openai, clip-vit-base-patch32 and others")
-            elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                error = "a compressed archive, which torch.save does not write"
-        if not error:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                error = f"holds {_describe(state)}, where a checkpoint is a dict"
-    except pickle.UnpicklingError:  # its message advises an unsafe load
-        error = ("holds objects other than tensors and plain values, or is damaged; such objects "
-                 "are never loaded")
-    except OSError as problem:
-        error = f"cannot be read: {problem.strerror}"
-    except Exception:  # a damaged file can raise anything
-        error = INCOMPLETE
-    if error:
-        raise ValueError(f"{path}: {error}")
-    return state
-
-
-def _check_is_file(path):
-    """Raise FileNotFoundError, or ValueError for a folder, a pipe, or a device without end."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "a pipe or device"
-        raise ValueError(f"{path}: {kind}, not a file")
-
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values, atomically. An OSError names `path`."""
-    from tokenizer import atomic_write
-    with atomic_write(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what torch raises after an OSError, such as a full disk
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
+# ---- the command ----
 
 def main():
     """Print the presets and the number of parameters of each encoder."""

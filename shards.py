@@ -60,12 +60,12 @@ INDEX_CHUNK = 256                # shards to walk before the index is written
 INDEX_FORMAT = "pairs 2"
 OCTAL = re.compile(b"[0-7]+")
 IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm"}
-# The image formats that Pillow may open. Not EPS, for which it would run another program. Pillow
-# has AVIF since version 11.3.
+# The image formats that Pillow may open: not EPS, for which it runs another program. Pillow has
+# AVIF since version 11.3.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
            *(["AVIF"] if "avif" in features.modules else []))
 PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
-APART = "members apart"  # why a member is skipped: others of its key came earlier, not just before
+APART = "members apart"  # a reason to skip a member: it is not next to the others of its key
 
 
 # ---- tars ----
@@ -83,9 +83,9 @@ def walk_tar(read, start, end, is_entire=False):
     """Walk the regular files between two offsets of a tar: yields a Member for each.
 
     read(size, offset) returns bytes, like os.pread. Handles the long names of ustar, GNU and pax.
-    A damaged place is a Member with an error; the walk goes on at the next header that is found
-    behind it. is_entire: whether the tar ends at `end`; then it is truncated if no block of zeros
-    comes before.
+    A damaged place is a Member with an error; the walk continues at the next header after it.
+    is_entire: whether the tar ends at `end`. It is then truncated unless it ends in a block of
+    zeros.
     """
     offset = first_header = start
     long_name = None
@@ -140,9 +140,9 @@ def _read_octal(field):
 
 
 def _find_header(read, offset, end):
-    """The offset of the next header, from a block that is none on.
+    """The offset of the next header after a block that is not one.
 
-    If there is none, returns None if there are only zeros, and `end` if there is other data.
+    Without a header, returns None if only zeros follow, and `end` if other data does.
     """
     zeros, result = bytes(SCAN), None
     for start in range(offset, end, SCAN):
@@ -208,8 +208,8 @@ def write_shard(path, pairs):
 def new_folder(out, replaceable=""):
     """A temporary folder that becomes `out` when the block ends, and is deleted if it raises.
 
-    `out` is replaced if the names of all files in it match the regular expression `replaceable`.
-    Otherwise raises FileExistsError.
+    Raises FileExistsError when `out` holds a file whose name does not match the regular expression
+    `replaceable`.
     """
     for name in os.listdir(out) if os.path.isdir(out) else []:
         if not re.fullmatch(replaceable, name):
@@ -234,9 +234,9 @@ class Shard(NamedTuple):
     count: int            # pairs
     languages: dict = {}  # language -> pairs with captions in it; "" for those that name none
     skipped: dict = {}    # reason -> number of pairs or members that are not in the index
-    fields: dict = {}     # what else may be a caption -> pairs that have it: "url.txt", "ko.json"
+    fields: dict = {}     # other texts, maybe captions -> pairs with them: "url.txt", "ko.json"
     digest: str = ""      # of all headers and .json members; it tells tars of equal size apart
-    first_row: int = 0    # where its rows begin in rows_file, which several shards have in common
+    first_row: int = 0    # where its rows begin in rows_file, which has the rows of several shards
     rows_file: str = ""   # "" for a shard that is missing
 
 
@@ -289,7 +289,7 @@ def _walk_pairs(read, size, skipped):
         if member_key is None:
             skipped[member.error or "member without a key"] += 1
         if member.error or member_key not in (None, key):
-            # A pair does not go on behind a damaged place: it would lack what stood there.
+            # A pair does not continue after a damaged place: it would lack what was there.
             if members:
                 yield key, start, end, members
             key, start, members = member_key, member.header, {}
@@ -305,7 +305,7 @@ def _walk_pairs(read, size, skipped):
 
 
 def _count_captions(members, read, languages, fields):
-    """Add the captions of a pair to two Counters, those of Shard. members: {suffix: Member}."""
+    """Add a pair to the Counters `languages` and `fields` of a Shard. members: {suffix: Member}."""
     has_caption = False
     for suffix in members:
         language = caption_language(suffix)
@@ -325,10 +325,10 @@ def _count_captions(members, read, languages, fields):
 def index_shards(paths, workers=0):
     """The Shard of each path. Walks tars that are new or have changed, and writes the index.
 
-    A folder's index is pairs.index in it. If the folder is read-only, the index goes into
-    ~/.cache/kelip. If that cannot be written either, it goes into a temporary folder, which is
-    deleted when the process ends. A damaged index is made again. workers: processes that walk tars.
-    Raises ValueError when a file is not a tar.
+    A folder's index is pairs.index in it. If the folder is read-only, the index is in
+    ~/.cache/kelip, and if that is read-only, too, in a temporary folder, which is deleted when the
+    process ends. A damaged index is made again. workers: processes that walk tars. Raises
+    ValueError when a file is not a tar.
     """
     by_folder = collections.defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -345,7 +345,7 @@ def index_shards(paths, workers=0):
             if not shard or (shard.size, shard.mtime) != (status.st_size, status.st_mtime_ns):
                 _check_is_tar(path)
                 changed.append(path)
-        # The index is written after each chunk, so that an interruption loses one chunk at most.
+        # Write the index after each chunk: an interruption then loses one chunk at most.
         for first in range(0, len(changed), INDEX_CHUNK):
             chunk = changed[first:first + INDEX_CHUNK]
             title = f"index, {first:,} of {len(changed):,} shards done"
@@ -398,7 +398,7 @@ def write_index(path, shards, rows):
 
 
 def _digest(content):
-    """Twelve hexadecimal digits that tell whether bytes have changed."""
+    """A short SHA-256 of bytes: 12 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -432,8 +432,8 @@ def _save_rows(folder, known, walked):
 def _read_index(path, folder):
     """{path: Shard} of an index file. {} when it does not exist, has another format or is damaged.
 
-    The digests of the table and of the rows are compared, since a wrong row is a wrong pair. Omits
-    shards whose rows are not on disk any more, or are damaged.
+    Compares the checksums of the table and of the rows, since a wrong row is a wrong pair. Omits
+    shards whose rows are missing or damaged.
     """
     if not os.path.isfile(path):
         return {}
@@ -460,8 +460,8 @@ def _read_index(path, folder):
 
 
 def _check_rows(path):
-    """Whether a file of rows is what was written: its name ends in its checksum."""
-    checksum = 0  # a CRC, which is faster than a digest: rows have gigabytes for a billion pairs
+    """Whether a file of rows is intact: its name ends in its checksum."""
+    checksum = 0  # a CRC, which is faster than a digest: a billion pairs have gigabytes of rows
     try:
         with open(path, "rb") as file:
             while chunk := file.read(SCAN):
@@ -490,9 +490,9 @@ def map_processes(function, items, workers, title):
 def expand_pattern(pattern, partial=False):
     """The tars that a pattern names, in order.
 
-    A pattern is a path, a folder of tars or a glob, and may have braces: {000..012}, {a,b}. A path
-    that exists is itself, whatever its name. Raises FileNotFoundError when there are none or one of
-    a range is missing, unless `partial`.
+    A pattern is a path, a folder of tars or a glob, and may have braces: {000..012}, {a,b}. If a
+    path of this name exists, it is not expanded. Raises FileNotFoundError when there are no tars or
+    one of a range is missing, unless `partial`.
     """
     return [path for one in _expand_braces(os.path.expanduser(pattern))
             for path in _expand_path(one, partial)]
@@ -540,7 +540,8 @@ def _expand_path(pattern, partial):
 
 
 def _check_is_tar(path):
-    """Raise ValueError if a file is something else than a tar, which may be damaged."""
+    """Raise ValueError if a file is not a tar. A damaged .tar passes: index_tar counts the damage.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: not a regular file, and so not a shard")
     suffix = path.rpartition(".")[2].lower()
@@ -584,7 +585,7 @@ class CaptionRule(NamedTuple):
     Without either, "caption" in KEY.json is: a text, a list of texts, or either by language,
     {"en": ["red apple", "apple"], "ko": "사과"}.
     """
-    language: str = ""   # of captions whose name has none
+    language: str = ""   # of captions whose file name has none
     fields: tuple = ()   # further captions, as (language, name): KEY.NAME.txt, or NAME in KEY.json
     lines: bool = False  # whether each line of a .txt is a caption of its own
 
@@ -654,13 +655,13 @@ def caption_language(suffix):
 def clean_caption(text):
     """Decode HTML entities, collapse white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry".
 
-    Raises ValueError when an entity is a number of thousands of digits.
+    Raises ValueError when an entity is a number with thousands of digits.
     """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def read_captions(members, rule=DEFAULT_RULE):
-    """The captions of a pair, and why others are missing.
+    """The captions of a pair, and the reasons why others are missing.
 
     members: suffix -> bytes. Returns captions, {language: [texts]}, and errors, a list of reasons:
     ({"ko": ["사과"]}, []) or ({}, ["empty caption"]).
@@ -723,7 +724,7 @@ def _parse_json(content):
 
 
 def _by_language(value):
-    """The captions in "caption" of a .json: [(language, text)], "" where it says none."""
+    """The captions in "caption" of a .json: [(language, text)], "" for those without a language."""
     values = value if isinstance(value, dict) else {"": value}
     return [(language, text) for language, texts in values.items()
             if not language or is_language(language) for text in _texts(texts)]
@@ -753,7 +754,7 @@ def decode(data, min_side=None):
         raise ValueError("empty image: it has no bytes")
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS:
         scans = _count_scans(data)
-        if scans > MAX_SCANS:  # each is one more pass over the entire image
+        if scans > MAX_SCANS:  # each takes one more pass over the entire image
             raise ValueError(f"too many scans: {scans:,} in one JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -772,13 +773,12 @@ def decode(data, min_side=None):
         except Image.UnidentifiedImageError:
             formats = ", ".join(FORMATS)
             raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
-        except Exception as error:  # on broken bytes, decoders raise errors of many kinds
+        except Exception as error:  # on broken bytes, Pillow raises errors of many kinds
             raise ValueError(f"not an image: {error}") from None
 
 
 def open_image(data):
-    """A PIL image of which the header is read. On broken bytes, Pillow raises errors of many kinds.
-    """
+    """A PIL image, of which only the header is read. Broken bytes raise errors of many kinds."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 

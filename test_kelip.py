@@ -1041,7 +1041,7 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(a)|b"}}), r"\(a\)"),
     (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "("}}), r"\("),
     (with_pre_tokenizer(WORDS | {"behavior": "MergedWithNext"}), "MergedWithNext"),
-    (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(" * 4000}}), "no regular expression"),
+    (with_pre_tokenizer(WORDS | {"pattern": {"Regex": "(" * 4000}}), "not a regular expression"),
     (with_pre_tokenizer(WORDS | {"pattern": "a"}), "pre_tokenizer.pattern is 'a', not an object"),
     (with_pre_tokenizer(WORDS | {"invert": None}), "pre_tokenizer.invert is missing"),
     (with_pre_tokenizer(*[WORDS] * 99), "more than 64 steps"),
@@ -2088,7 +2088,7 @@ def test_a_checkpoint_is_written_atomically_and_a_damaged_one_raises(tmp_path, m
     with pytest.raises(ValueError, match="pickle.pt: holds objects other than tensors") as caught:
         kelip.load_checkpoint(tmp_path / "pickle.pt")
     assert "weights_only" not in str(caught.value)  # torch's own advice
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="No such file"):
         kelip.load_checkpoint(tmp_path / "none.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt: holds a list, where a checkpoint is a dict"):
@@ -3422,11 +3422,11 @@ def test_sets_that_differ_are_not_evaluated_as_one(tmp_path):
     with pytest.raises(ValueError, match="classnames.txt: line 2 has 1,001 characters"):
         classes.open_set([str(b)])
     os.truncate(b / "classnames.txt", 1 << 30)
-    with pytest.raises(ValueError, match="classnames.txt: not a text file of at most"):
+    with pytest.raises(ValueError, match="classnames.txt: 1,073,741,824 bytes, more than"):
         classes.open_set([str(b)])
     (b / "classnames.txt").unlink()
     os.mkfifo(b / "classnames.txt")
-    with pytest.raises(ValueError, match="classnames.txt: not a text file of at most"):
+    with pytest.raises(ValueError, match="classnames.txt: a pipe or device, not a file"):
         classes.open_set([str(b)])
     for source, flag in itertools.product((c, "x"), ("test", "train")):
         with pytest.raises(ValueError, match=f"^--{flag} .*::kr: kr is a country"):

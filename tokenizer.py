@@ -118,7 +118,7 @@ PATTERN = regex.compile(  # GPT-2's
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 SURROGATE = regex.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot encode
 MANY_COMBINING = regex.compile(r"\p{M}{99,}")
-MAX_TRAINED = 100_000  # characters of a pre-token that training reads; a caption can be one word
+MAX_TRAINED = 100_000  # characters of a pre-token to train on: a caption can be one long word
 
 
 def bytes_to_unicode():
@@ -252,18 +252,10 @@ class Tokenizer:
         self._size = max(self._token_to_id.values(), default=-1) + 1
 
         names = find_special_tokens(spec, config or {}, self._token_to_id)
-        for name in names:
-            if name and name not in self._token_to_id:
-                raise ValueError(f"the special token {short(name)} is not in the vocabulary")
+        check_special_tokens(names, added, self._token_to_id)
         self.sot_id, self.eot_id, pad_id = map(self._token_to_id.get, names)
         self.pad_id = pad_id or 0
         self.spec = set_special_tokens(spec, names, self._token_to_id)
-        ordinary = [token["content"] for token in added
-                    if not field(token, "special", bool, "added_tokens.")
-                    and token["content"] not in names]
-        if ordinary:
-            raise ValueError(f"the added tokens {short(ordinary)} are not special: these "
-                             "cannot be read")
 
         # No text becomes a special token: not by a merge, as a byte, or as an entire pre-token.
         self._special = {token["id"] for token in added}
@@ -291,7 +283,7 @@ class Tokenizer:
         if field(model, "ignore_merges", bool, "model.", optional=True):
             self._whole_token_to_id = {token: i for token, i in vocab.items() if i not in special}
 
-        # The rules of other files may cross spaces. Then the entire text is encoded as one word.
+        # The rules of other files may cross spaces, so the entire text is encoded as one word.
         normalizer = field(spec, "normalizer", dict, optional=True)
         pre_tokenizer = field(spec, "pre_tokenizer", dict, optional=True)
         self.word_by_word = normalizer == NORMALIZER and pre_tokenizer == BYTE_LEVEL
@@ -305,7 +297,7 @@ class Tokenizer:
         return type(self), (self.spec,)
 
     def __len__(self):
-        return self._size  # one more than the highest id
+        return self._size  # the highest id + 1
 
     @cached_property
     def digest(self):
@@ -634,7 +626,7 @@ def show_progress(items, label, progress):
 
 # ---- files ----
 
-MAX_FILE_BYTES = 1 << 26  # of a JSON file; a vocabulary of 200,000 tokens takes 30 MB
+MAX_FILE_BYTES = 1 << 26  # a vocabulary of 200,000 tokens takes 30 MB
 
 
 @contextlib.contextmanager
@@ -659,18 +651,25 @@ def atomic_write(path):
 
 
 def read_file(path):
-    """The bytes of a file of moderate size. Raises OSError, or ValueError when it is no such file.
+    """The bytes of a file of at most MAX_FILE_BYTES. Raises OSError, or ValueError if it has more.
+    """
+    check_is_file(path)
+    size = os.stat(path).st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} that such a "
+                         "file may have")
+    return Path(path).read_bytes()
+
+
+def check_is_file(path):
+    """Raise OSError, or ValueError unless `path` is a regular file.
 
     A pipe could block, and a device such as /dev/zero has no end.
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
         raise ValueError(f"{path}: {kind}, not a file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that "
-                         "such a file may have")
-    return Path(path).read_bytes()
 
 
 def read_json(path):
@@ -717,8 +716,8 @@ def short(value):
 def field(parent, key, kind, where="", optional=False):
     """parent[key] of parsed JSON. Raises ValueError unless its type is `kind`.
 
-    where: what to write before the key, such as "model.". optional: return None if it is missing or
-    null.
+    where: what to print before the key, such as "model.". optional: return None if the key is
+    missing or null.
     """
     value = parent.get(key)
     if type(value) is kind or (value is None and optional):  # isinstance would take true for 1
@@ -814,6 +813,20 @@ def find_special_tokens(spec, config, token_to_id):
     return names
 
 
+def check_special_tokens(names, added_tokens, token_to_id):
+    """Raise ValueError when a special token is not in the vocabulary, or an added one not special.
+    """
+    for name in names:
+        if name and name not in token_to_id:
+            raise ValueError(f"the special token {short(name)} is not in the vocabulary")
+    ordinary = [token["content"] for token in added_tokens
+                if not field(token, "special", bool, "added_tokens.")
+                and token["content"] not in names]
+    if ordinary:
+        raise ValueError(f"the added tokens {short(ordinary)} are not special, which is not "
+                         "supported")
+
+
 def set_special_tokens(spec, names, token_to_id):
     """Return `spec` with these names of the start, end and padding token."""
     start, end, pad = names
@@ -904,12 +917,12 @@ def read_pattern(spec, where, form="{}"):
             raise ValueError
         return regex.compile(form.format(text))
     except Exception:  # the compiler raises errors of many kinds
-        raise ValueError(f"{where}pattern is {short(text)}, which is no regular expression "
-                         "that can be read") from None
+        raise ValueError(f"{where}pattern is {short(text)}, which is not a regular "
+                         "expression that can be read") from None
 
 
 PATTERN_SECONDS = 2  # for one text; a caption takes less than a millisecond
-# Common patterns, which take linear time on any text: those of CLIP, Llama 3, Qwen 2 and GPT-2.
+# Patterns that take linear time on any text: those of CLIP, Llama 3, Qwen 2 and GPT-2.
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -920,12 +933,12 @@ LINEAR_PATTERNS = {
 
 
 def apply_pattern(method, *arguments):
-    """Call a method of a compiled pattern. The text is the last of its arguments.
+    """Call a method of a compiled pattern, with the text as its last argument.
 
-    Some patterns take exponential time or memory on some texts. Then raises ValueError.
+    Raises ValueError when this takes too long: some patterns take exponential time on some texts.
     """
     pattern, text = method.__self__.pattern, arguments[-1]
-    if pattern in LINEAR_PATTERNS:  # no time limit, which would take as long as a short match
+    if pattern in LINEAR_PATTERNS:  # without a time limit, which costs as much as a short match
         return method(*arguments)
     seconds = PATTERN_SECONDS + len(text) / 100_000
     try:
@@ -1084,9 +1097,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def wait_for_rank_zero():
-    """Under torchrun, let rank zero be the one that prints an error that all ranks have.
+    """Under torchrun, let rank zero print the error that all ranks have.
 
-    When one process ends with an error, torchrun ends the others.
+    torchrun ends the other processes when one ends with an error.
     """
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1098,7 +1111,7 @@ def number(kind, low=None, high=None, above=None):
 
         parser.add_argument("--workers", type=number(int, 0, 512))
 
-    It accepts what `kind` (int or float) accepts, except nan, inf and "1_000".
+    It accepts what `kind` accepts, except nan, inf and "1_000".
     """
     noun = "a whole number" if kind is int else "a number"
     limits = {"at least": low, "greater than": above, "at most": high}
@@ -1124,7 +1137,7 @@ def number(kind, low=None, high=None, above=None):
 
 
 def one_line(text):
-    """Show control characters, such as line breaks and a terminal's commands, as Python does."""
+    """Escape control characters, such as line breaks and terminal commands, as Python does."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -43,6 +43,7 @@ from tokenizer import ArgumentParser, Tokenizer, number, run_command
 from trainer import (
     Run,
     add_arguments,
+    check_preset,
     check_scale,
     compile_blocks,
     make_optimizer,
@@ -73,10 +74,10 @@ def parse_arguments(argv=None):
              "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
              "its sizes and its tokenizer)")
     add("--new-text", action="store_true",
-        help="with --init's model: keep its image encoder, and start the text encoder from random "
+        help="keep only the image encoder of --init's model: the text encoder starts from random "
              "weights, with --tokenizer or one trained on the captions")
     add("--freeze", choices=["image", "text"],
-        help="an encoder that is not trained. Needs --init")
+        help="do not train this encoder. Needs --init")
     add("--crops", metavar="SPEC",
         help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96; "
              "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
@@ -99,9 +100,7 @@ def parse_arguments(argv=None):
     add("--evals", type=number(int, 0), default=4, metavar="N",
         help="evaluations during the run on --test, including one at the end (default: 4)")
     args = parser.parse_args(argv)
-    if args.model not in (None, *kelip.PRESETS):
-        presets = ", ".join(kelip.PRESETS)
-        raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
+    check_preset(args.model)
     if (args.freeze or args.new_text) and not args.init and not args.resume:
         flag = f"--freeze {args.freeze}" if args.freeze else "--new-text"
         raise ValueError(f"{flag}: needs --init, since without it all weights are random")
@@ -119,14 +118,14 @@ def parse_arguments(argv=None):
 
 class Origin(NamedTuple):
     """What a run starts from."""
-    preset: str                    # what to call the sizes: a preset, else the name of --init
+    preset: str                    # the name of the sizes: a preset, else the file name of --init
     config: dict                   # the arguments of kelip.KELIP
     init: object = None            # the kelip.Checkpoint of --init
     is_from_stage_1: bool = False
 
     @property
-    def has_whole_model(self):
-        """Whether --init brings both encoders, and not stage 1's image encoder alone."""
+    def has_complete_model(self):
+        """Whether --init has both encoders, and not stage 1's image encoder alone."""
         return self.init is not None and not self.is_from_stage_1
 
 
@@ -158,7 +157,7 @@ def find_origin(args, checkpoint):
     origin = Origin(preset, config, init, is_from_stage_1)
     args.is_from_stage_1 = is_from_stage_1  # for config.json, from which it is resumed
     if args.lr is None:
-        is_fine_tuning = origin.has_whole_model and not args.new_text
+        is_fine_tuning = origin.has_complete_model and not args.new_text
         args.lr = FINE_TUNING_LR if is_fine_tuning else LR
         if checkpoint:
             args.lr = checkpoint["config"]["lr"]
@@ -174,7 +173,7 @@ def _preset_of(config):
 
 
 def freeze(model, encoder, origin):
-    """Do not train an encoder: "image", "text" or None."""
+    """Exclude an encoder from training: "image", "text" or None."""
     if encoder == "image":
         model.visual.requires_grad_(False)
         # Stage 1 leaves the projection random, so it must be trained.
@@ -202,13 +201,13 @@ def _choose_tokenizer(args, checkpoint, pairs, origin):
     trained = None  # the tokenizer of trained weights
     if checkpoint:
         trained = Tokenizer(json.loads(checkpoint["tokenizer"]))
-    elif origin.has_whole_model and not args.new_text:
+    elif origin.has_complete_model and not args.new_text:
         trained = origin.init.tokenizer
     given = Tokenizer.load(args.tokenizer) if args.tokenizer else trained
     if trained and given.digest != trained.digest:
-        mend = "resume without --tokenizer" if checkpoint else "leave it out, or add --new-text"
+        advice = "resume without --tokenizer" if checkpoint else "leave it out, or add --new-text"
         raise ValueError(f"--tokenizer {args.tokenizer}: not the one that the weights were trained "
-                         f"with, so each embedding would stand for another text: {mend}")
+                         f"with, so each embedding would stand for another text: {advice}")
     if trained:
         return trained
     if given:
@@ -330,10 +329,10 @@ def train(args, run):
 
     tokenizer = open_tokenizer(args, run, pairs, origin)
     config = dict(origin.config)
-    if origin.has_whole_model:
+    if origin.has_complete_model:
         # Fine-tune at the size of the first crops: init_from interpolates the positions to it.
         config["image_resolution"] = crop_groups[0][1]
-    if not run.checkpoint and (args.new_text or not origin.has_whole_model):
+    if not run.checkpoint and (args.new_text or not origin.has_complete_model):
         config["vocab_size"] = len(tokenizer)
     torch.manual_seed(args.seed)
     model = kelip.KELIP(**config)
@@ -378,7 +377,7 @@ def train(args, run):
                 recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)
                 run.log_evaluation(step, recall)
 
-    if run.evaluates_at(run.first_step):  # the run was killed after it had saved, before this
+    if run.evaluates_at(run.first_step):  # the run was killed between saving and evaluating
         evaluate_at(run.first_step)
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
         # A pair that could not be read is not valid. The loss ignores it.

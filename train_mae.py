@@ -30,6 +30,7 @@ from tokenizer import ArgumentParser, number, run_command
 from trainer import (
     Run,
     add_arguments,
+    check_preset,
     check_scale,
     compile_blocks,
     make_optimizer,
@@ -59,10 +60,8 @@ def parse_arguments(argv=None):
     add("--weight-decay", type=number(float, 0), default=0.05, metavar="X",
         help="weight decay, of matrices only (default: 0.05)")
     args = parser.parse_args(argv)
+    check_preset(args.model)
     args.model = args.model or "tiny"
-    if args.model not in kelip.PRESETS:
-        presets = ", ".join(kelip.PRESETS)
-        raise ValueError(f"--model {args.model}: no such preset; choose from {presets}")
     preset = kelip.PRESETS[args.model]
     args.size = args.size or preset["image_resolution"]
     if args.size % preset["vision_patch_size"]:

@@ -17,10 +17,10 @@ A training script owns its loop and drives a Run:
 The same code runs under `python` and under `torchrun`, in one process or in many. After the weights
 are initialized, all randomness is a function of the seed and the sample index (crops.py). So a
 checkpoint needs no state of generators: it is the weights, the optimizer's state and the number of
-steps done. Nothing is written into the run's folder before the first step is done.
+steps done. Until the first step is done, the run's folder holds nothing but its lock.
 
 From top to bottom: command-line flags, the run, processes, precision and compilation, optimizer
-and schedule. folder.py has the pieces of a run's folder: the lock, checkpoints, the log.
+and schedule. folder.py has the lock, the checks of checkpoints, and the log.
 
 Not included: sharded weights and optimizers (these models fit on one GPU).
 """
@@ -50,7 +50,7 @@ from folder import (
     link_or_copy,
     older_checkpoints,
 )
-from kelip import Block, load_checkpoint, load_weights, read_run, save_checkpoint
+from kelip import PRESETS, Block, load_checkpoint, load_weights, read_run, save_checkpoint
 from tokenizer import atomic_write, number
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
@@ -94,8 +94,14 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help="checkpoints to keep: last.pt and the step-*.pt before it (default: 2)")
 
 
+def check_preset(name):
+    """Raise ValueError unless --model names a preset, or is not given."""
+    if name not in (None, *PRESETS):
+        raise ValueError(f"--model {name}: no such preset; choose from {', '.join(PRESETS)}")
+
+
 def check_scale(flag, scale):
-    """Raise ValueError unless the values of a flag are a range of fractions of an image's area."""
+    """Raise ValueError unless the values of a flag are fractions with 0 < low <= high <= 1."""
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"{flag} {low:g} {high:g}: must be two fractions of the image's area, the "
@@ -120,8 +126,8 @@ class Run:
     It is a context manager, since it locks its folder. A run that fails before its first step
     leaves the folder as it was.
 
-    Raises ValueError for a folder that another process writes to, or that holds a run already, so
-    that nothing is overwritten; FileNotFoundError when there is nothing to resume.
+    Raises ValueError when another process writes into the folder, or when it holds a run and
+    --resume is not given; FileNotFoundError when there is nothing to resume.
     """
 
     def __init__(self, args, stage):
@@ -190,9 +196,8 @@ class Run:
     def open_pairs(self):
         """The training pairs: data.Pairs of --data. The demo's pairs are packed when missing.
 
-        Prints what they are. Raises ValueError when they are fewer than a batch, and when a resumed
-        run's shards have changed, or most of them are missing. The pairs of a few missing shards
-        are skipped.
+        Prints a description. Raises ValueError when they are fewer than a batch, and when a resumed
+        run's shards have changed or most of them are missing. Pairs in missing shards are skipped.
         """
         args, checkpoint = self.args, self.checkpoint
         with self.rank_zero_first():
@@ -213,9 +218,9 @@ class Run:
               padded_size=None):
         """Fix the length of the run, and restore the checkpoint if there is one.
 
-        module is what checkpoints hold, and the tokenizer. evaluations: how many times evaluates_at
-        is true, the end included. padded_size: the side of the square to which the loader pads
-        images. Raises ValueError when the epochs are less than a batch and when a run is resumed
+        Checkpoints hold module, optimizer and tokenizer. evaluations: how many times evaluates_at
+        is true, the last time at the end. padded_size: the side of the square to which the loader
+        pads images. Raises ValueError when the epochs are less than a batch or a run is resumed
         with other settings, OSError when the disk has no room for the checkpoints.
         """
         args = self.args
@@ -272,7 +277,7 @@ class Run:
         self.first_step = self.saved_step = step
 
     def open_loader(self, pairs, tokenizer):
-        """This rank's data.Loader, from the sample at which the run stands."""
+        """This rank's data.Loader, from the first sample that is not yet used."""
         args = self.args
         workers = args.workers
         if workers is None:
@@ -292,7 +297,7 @@ class Run:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def announce(self, what):
-        """Print what is about to be trained, and for how long. what: the model, as text."""
+        """Print what the run trains, and for how long. what: the model, as text."""
         if self.is_rank_zero:
             args = self.args
             dtype = str(self.dtype or weight_dtype(args.precision)).removeprefix("torch.")
@@ -422,22 +427,22 @@ class Run:
     def evaluates_at(self, step):
         """Whether an evaluation is due after this step, and not in the log yet.
 
-        A run that was killed between its checkpoint and the evaluation has it due when it resumes.
+        If a run was killed after it saved and before it evaluated, this is true when it resumes.
         """
         return step in self.evaluation_steps and step not in self._log.evaluated
 
     @contextlib.contextmanager
     def evaluation(self, step):
-        """The other ranks wait while rank zero evaluates. The log's rates leave out this time.
+        """The other ranks wait while rank zero evaluates. The log's rates do not count this time.
 
-        The checkpoint is saved already, so an evaluation that fails is reported, and the run goes
-        on.
+        The checkpoint is saved already, so if the evaluation fails, a line says so and the run
+        continues.
         """
         start = time.perf_counter()
         try:
             yield
         except (OSError, ValueError) as error:
-            self._log.say(f"the evaluation at step {step} failed, and training goes on: {error}")
+            self._log.say(f"the evaluation at step {step} failed, and training continues: {error}")
         self._barrier()
         self._log.since += time.perf_counter() - start
 
@@ -449,7 +454,7 @@ class Run:
 
     @contextlib.contextmanager
     def rank_zero_first(self):
-        """Rank zero runs the block first, the other ranks after it: they find the files it left."""
+        """Rank zero runs the block first, so that the other ranks find the files that it writes."""
         if not self.is_rank_zero:
             self._barrier()
         try:
@@ -522,7 +527,7 @@ def _join_processes():
 
 
 def _end_with_parent():
-    """Tell Linux to kill this process when torchrun is gone, which else would train on alone.
+    """Tell Linux to kill this process when torchrun ends, or it would continue alone.
 
     Not for a process without torchrun: a run under nohup must outlive its shell.
     """
@@ -695,8 +700,8 @@ def learning_rate(step, steps, warmup, peak):
 def load_optimizer(optimizer, saved, path):
     """Restore AdamW's state from its state dict, `saved`. The groups stay as they are.
 
-    A fused optimizer writes as many values as a parameter has, whatever the size of its state. So
-    all shapes are compared first. Raises ValueError with the path.
+    All shapes are compared first: a fused optimizer would write past the end of a state that is
+    smaller than its parameter. Raises ValueError with the path.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = saved.get("state")
