@@ -2,20 +2,20 @@
 
     python -m extras.bench gpu --out gpu.md --demo data/emoji       all rows, in about eight minutes
     python -m extras.bench gpu --out gpu.md --rows loss crops       some of them
-    python -m extras.bench gpu --pack data/emoji-webp               shards to take to such a machine
+    python -m extras.bench gpu --pack data/emoji-webp               pack the demo for a GPU machine
 
 row       measures
 limits    matrix products and copies alone: what this GPU can do
 crops     crops from uint8 on the GPU
 loss      the contrastive loss, its matrix products alone, and open_clip's loss
-train     training steps of ViT-B/32 and ViT-L/14 in bfloat16, compiled and eager; ViT-B/32 beside
-          open_clip's compiled model and loss
+train     training steps of ViT-B/32 and ViT-L/14 in bfloat16, compiled and eager; ViT-B/32 in turns
+          with open_clip's compiled model and loss
 loader    decoding with 8 and 16 processes, and train_clip.py from JPEG shards
 mae       training steps of stage 1
 profile   the parts of a step: matrix products, attention, loss, copies, gaps
 waits     calls in a step that wait for the GPU: there should be none
 demo      train_clip.py on the demo's pairs (--demo), and its time to 40 % R@1
-more      training steps in float16, and ViT-L/14 beside open_clip's, which takes minutes to compile
+more      training steps in float16; ViT-L/14 in turns with open_clip's, which compiles for minutes
 
 FILE.md holds the table and FILE.json its numbers. Both are written again after each line. A row
 that fails leaves its error in the table, and the next one starts. Nothing is downloaded. Without
@@ -111,11 +111,11 @@ class Result(NamedTuple):
     value: float = None       # None if it could not be measured: the note says why
     unit: str = ""
     mfu: float = None         # model FLOPs utilization
-    memory: float = None      # the most gigabytes at a time
+    memory: float = None      # peak, GB
     peer: str = ""            # what the value is compared with
     peer_value: float = None
     note: str = ""
-    row: str = ""             # filled in by measure()
+    row: str = ""             # set by measure()
 
 
 def format_table(results):
@@ -148,7 +148,7 @@ def write_results(path, title, results):
 
 
 def look_at_first(results):
-    """The errors, and the goals that are missed: lines of text."""
+    """The errors and the missed goals: lines of text."""
     lines = []
     for r in results:
         ratio = r.value / r.peer_value if r.value and r.peer_value else None
@@ -168,7 +168,7 @@ def look_at_first(results):
 # ---- timing ----
 
 def synchronize(device):
-    """Wait until the device has done all that is queued."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -195,7 +195,7 @@ def median_seconds(device, *functions, budget=1.0, calls=4):
 
 
 def peak_gigabytes(device, function):
-    """The most gigabytes on the GPU during one call, None on a CPU."""
+    """The peak memory of a GPU during one call, in GB; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -330,7 +330,7 @@ def train_rows(device, sizes):
 
 
 def more_rows(device, sizes):
-    """Training steps in float16, and the other models beside open_clip's."""
+    """Training steps in float16, and the other models in turns with open_clip's."""
     first, *others = sizes.models
     kinds = [(name, "1x224") for name in sizes.models] + [(first, sizes.multi_crop)]
     for compiled in (False, True):
@@ -346,7 +346,7 @@ def train_row(device, sizes, name, spec, dtype, compiled, with_peer):
     batch = model.batch if spec == "1x224" else model.batch // 2
     views, tokens = random_inputs(device, batch, spec)
     step, _ = our_step(device, model.config, views, tokens, dtype, compiled)
-    first = bench.seconds_of(step)  # until all is queued: it compiles
+    first = bench.seconds_of(step)  # it compiles
     memory = peak_gigabytes(device, step)
     peer = open_clip_step(device, model.peer, views, tokens) if with_peer else None
     rates = [batch / s for s in median_seconds(device, *filter(None, [step, peer]))]
@@ -529,9 +529,9 @@ def demo_rows(device, sizes, folder):
 
 
 def pack_demo(out):
-    """Write the demo's shards as OUT/*.tar.xz, with drawings as lossless WebP: 42 MB, not 112.
+    """Write the demo's shards as OUT/*.tar.xz, with images as lossless WebP: 42 MB, not 112.
 
-    `xz -d OUT/*.xz` unpacks them where the demo's packages are not installed.
+    `xz -d OUT/*.xz` unpacks them on a machine without the demo's packages.
     """
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -568,10 +568,10 @@ ROWS = {"limits": limits_rows, "crops": crops_rows, "loss": loss_rows, "train": 
 
 
 def measure(rows, minutes, write):
-    """Measure rows one after the other: a list of Results. write(results) is called after each.
+    """Measure rows one after the other: a list of Results. Calls write(results) after each Result.
 
-    rows: {name: function}, which yields Results, or functions that return one. After `minutes`,
-    nothing else starts.
+    rows: {name: function}. Each function yields Results, or functions that return one. After
+    `minutes`, nothing else starts.
     """
     results = []
     end = time.monotonic() + 60 * minutes
@@ -609,16 +609,16 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", metavar="FILE", default="gpu.md",
-        help="FILE.md and FILE.json, whatever its suffix (default: gpu.md)")
+        help="writes FILE.md and FILE.json; a suffix of FILE is ignored (default: gpu.md)")
     add("--rows", nargs="+", metavar="ROW",
         help=f"what to measure: {', '.join(ROWS)} (default: all, demo if --demo is given)")
     add("--minutes", type=float, default=8, metavar="N",
-        help="start nothing after so many minutes (default: 8)")
+        help="start no measurement after N minutes (default: 8)")
     add("--demo", metavar="FOLDER", help="the demo's shards, train-*.tar and test-*.tar")
     add("--pack", metavar="FOLDER",
-        help="measure nothing: write the demo's shards as small files, to take along")
+        help="measure nothing: write the demo's shards as small files, to copy to a GPU machine")
     add("--toy", action="store_true",
-        help="toy sizes, which a CPU measures in seconds: a test of this command")
+        help="toy sizes, which a CPU measures in seconds, to test this command")
     args = parser.parse_args(argv)
     if args.pack:
         return pack_demo(args.pack)
@@ -631,7 +631,7 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.toy:
         raise ValueError("python -m extras.bench gpu: torch finds no GPU; --toy tries the command "
                          "on a CPU")
-    with tempfile.TemporaryDirectory() as folder:  # a Run makes the settings of training
+    with tempfile.TemporaryDirectory() as folder:  # a Run changes torch's settings for training
         run_args = train_clip.parse_arguments(["--out", f"{folder}/run"])
         device = trainer.Run(run_args, stage="clip").device
     sizes = TOY if args.toy else FULL

@@ -64,7 +64,6 @@ WEIGHT_FILES = (
 CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 CONVERTIBLE = ("CLIPs of OpenAI, open_clip and transformers (model_type 'clip') can be converted "
                "if their image encoder is a ViT and their text encoder is CLIP's own")
-MAX_JSON = 2**24  # bytes of a configuration, or of the list of a model's files
 
 
 # ---- read and write ----
@@ -78,7 +77,7 @@ def read(src, tokenizer=None, **given):
     keys of KELIP's configuration that no file states, such as activation="gelu".
 
     The weights are float32 and have KELIP's names. Raises FileNotFoundError when the weights or the
-    tokenizer are missing, and ValueError that names the file and its key when they do not fit.
+    tokenizer are missing, and ValueError with the file and its key when they do not fit.
     """
     config_path = Path(src) / "config.json"
     if config_path.is_file() and not config_path.with_name("last.pt").is_file():
@@ -86,7 +85,7 @@ def read(src, tokenizer=None, **given):
     path = find_weights(src)
     state = read_weights(path)
     if is_kelip(path, state):
-        checkpoint = read_kelip(path, state, tokenizer)
+        checkpoint = read_kelip(path, tokenizer)
     else:
         checkpoint = read_clip(path, state, tokenizer, given)
     config = {**kelip.default_options(checkpoint.config), **checkpoint.config}
@@ -125,7 +124,7 @@ def read_weights(path):
     """The content of a file of weights, or of all files that an .index.json lists."""
     if not path.name.endswith(".index.json"):
         return kelip.read_weights(path)
-    weight_map = read_object(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: has no weight_map, which lists the files of the parameters")
     state = {}
@@ -137,28 +136,12 @@ def read_weights(path):
         file = path.with_name(name)
         if not file.is_file():
             raise FileNotFoundError(f"{path}: weight_map names {name}, which is not in the folder")
-        part = kelip.read_weights(file)
-        if not isinstance(part, dict):
-            raise ValueError(f"{file}: holds {type(part).__name__}, where weights are tensors by "
-                             "name")
-        state |= part
+        state |= kelip.read_weights(file)
     return state
 
 
-def read_object(path):
-    """The object in a JSON file. Raises ValueError with the path if the file is anything else."""
-    size = path.stat().st_size
-    if size > MAX_JSON:
-        raise ValueError(f"{path}: has {size:,} bytes, more than a configuration can have")
-    try:
-        content = read_json(path)
-    except RecursionError:
-        raise ValueError(f"{path}: not JSON: too deeply nested") from None
-    return as_object(path, "the content", content)
-
-
 def as_object(path, name, content):
-    """Return `content`, an object of JSON. name: where in the file it stands."""
+    """Return `content`. Raises ValueError unless it is an object. name: its key in the file."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: {name} is {content!r:.80}, where an object {{...}} is expected")
     return content
@@ -166,13 +149,13 @@ def as_object(path, name, content):
 
 def is_kelip(path, state):
     """Whether kelip.py itself can read this file: a run, or released KELIP."""
-    if isinstance(state, dict) and isinstance(state.get("config"), dict) and "model" in state:
+    if isinstance(state.get("config"), dict) and "model" in state:
         return True
     config_path = path.with_name("config.json")
-    return config_path.is_file() and "embed_dim" in read_object(config_path)
+    return config_path.is_file() and "embed_dim" in read_json(config_path)
 
 
-def read_kelip(path, state, tokenizer):
+def read_kelip(path, tokenizer):
     """The Checkpoint of a run of stage 2 or of released KELIP."""
     if path.suffix == ".json":
         raise ValueError(f"{path}: released KELIP in several files cannot be read; save it as one "
@@ -181,12 +164,8 @@ def read_kelip(path, state, tokenizer):
     if checkpoint.is_stage_1:
         raise ValueError(f"{path}: a run of stage 1, which is an image encoder alone; "
                          "train_clip.py --init opens it without conversion")
-    sizes = read_sizes(path, checkpoint.weights)
-    config = {**kelip.default_options(sizes), **checkpoint.config}
-    config_path = path if "config" in state else path.with_name("config.json")
-    config = complete_config(config_path, sizes, {key: (key, config[key]) for key in config})
-    checkpoint = checkpoint._replace(config=check_model(path, checkpoint.weights, config))
-    return choose_tokenizer(checkpoint, tokenizer)
+    config = check_model(path, checkpoint.weights, checkpoint.config)
+    return choose_tokenizer(checkpoint._replace(config=config), tokenizer)
 
 
 def write_kelip(checkpoint, folder):
@@ -254,7 +233,7 @@ REFUSED = {
 
 def check_model_type(path):
     """Raise ValueError when a config.json is that of another model than CLIP or KELIP."""
-    content = read_object(path)
+    content = read_json(path)
     model_type = content.get("model_type")
     if model_type not in (None, "clip") and "embed_dim" not in content:
         raise ValueError(f"{path}: model_type is {model_type!r:.80}, which cannot be converted; "
@@ -301,8 +280,7 @@ def strip_wrappers(path, state):
     prefix is what DistributedDataParallel, torch.compile and others put before every name. The
     tensors become float32. Raises ValueError when they cannot be the weights of a CLIP.
     """
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
+    state = state.get("state_dict", state)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path}: holds {type(state).__name__}, where weights are tensors by "
                          f"name; {CONVERTIBLE}")
@@ -314,7 +292,7 @@ def strip_wrappers(path, state):
     for wrapper in ("_orig_mod.", "module.", "_orig_mod.", "model."):
         if all(key.startswith(prefix + wrapper) for key in state):
             prefix += wrapper
-    tensors = {}
+    numbers, weights = {}, {}
     for name, value in state.items():
         for part, kind in REFUSED.items():
             if part in name:
@@ -322,24 +300,16 @@ def strip_wrappers(path, state):
                                  f"{CONVERTIBLE}")
         key = name.removeprefix(prefix)
         if key in OPENAI_NUMBERS:
-            tensors[key] = value
+            numbers[key] = value
         elif not key.endswith("embeddings.position_ids"):  # a buffer: 0, 1, 2, ...
-            check_tensor(path, name, value)
-            tensors[key] = value.float()
+            weights[name] = value
+    kelip.check_weights(weights, path)
+    tensors = {name.removeprefix(prefix): value.float() for name, value in weights.items()}
+    tensors |= numbers
     if not any(key.startswith(("visual.", "vision_model.")) for key in tensors):
         raise ValueError(f"{path}: holds {next(iter(state))} and others, but no image encoder of a "
                          f"CLIP; {CONVERTIBLE}")
     return tensors, prefix
-
-
-def check_tensor(path, name, tensor):
-    """Raise ValueError unless a file stores a floating-point number for each element."""
-    is_float = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    is_dense = tensor.layout == torch.strided and not tensor.is_meta
-    # An expanded tensor of a few bytes has any shape, and would fill the memory once it is copied.
-    if not is_float or not is_dense or not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and not a "
-                         "floating-point number for each element")
 
 
 def complete_config(path, sizes, stated):
@@ -367,8 +337,8 @@ def complete_config(path, sizes, stated):
 def check_values(path, values, allowed, prefix=""):
     """Raise ValueError for a value of a configuration that KELIP does not compute.
 
-    values: {key: value}. allowed: {key: [values]}. Other keys must be empty, since nobody knows
-    what they change. prefix: where in the file the keys stand.
+    values: {key: value}. allowed: {key: [values]}. Other keys must be empty, since their effect is
+    unknown. prefix: what to print before a key.
     """
     for key, value in values.items():
         found = f"{path}: {prefix}{key} is {value!r:.80}"
@@ -519,7 +489,7 @@ def read_open_clip_config(path, sizes):
 
     sizes: those of the weights.
     """
-    content = read_object(path)
+    content = read_json(path)
     model = as_object(path, "model_cfg", content.get("model_cfg", content))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in model:
@@ -629,7 +599,7 @@ def from_hf(path, tensors, prefix):
             weights[transposed[name]] = value.t().contiguous() if value.ndim == 2 else value
             continue
         if "self_attn.k_proj." in name or "self_attn.v_proj." in name:
-            continue  # q_proj takes them along
+            continue  # concatenated below, at q_proj
         if "self_attn.q_proj." in name:
             parts = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
             for part in parts:
@@ -669,7 +639,7 @@ def hf_name(key):
     return key.replace("visual.", "vision_model.")
 
 
-# What transformers uses for keys that a part leaves out.
+# transformers' values of keys that are missing in a part.
 HF_DEFAULTS = {
     "vision_config": {"num_attention_heads": 12, "hidden_act": "quick_gelu",
                       "layer_norm_eps": 1e-5},
@@ -702,8 +672,8 @@ def read_hf_config(path, sizes):
 
 
 def flatten_hf_config(path):
-    """A config.json with the keys of its parts among the others: {"vision_config.key": value}."""
-    content = read_object(path)
+    """A config.json with its parts flattened: {"model_type": ..., "vision_config.key": value}."""
+    content = read_json(path)
     values = dict(content)
     for name, defaults in HF_DEFAULTS.items():
         # Older files have two copies of a part, and transformers reads the one with _dict.
@@ -741,14 +711,14 @@ def read_hf_pixels(path, resolution):
     # transformers 5 writes processor_config.json alone, and reads it first.
     file, prefix, pixels = path.with_name("processor_config.json"), "image_processor.", None
     if file.is_file():
-        pixels = read_object(file).get("image_processor")
+        pixels = read_json(file).get("image_processor")
     if pixels is None:
         file, prefix = path.with_name("preprocessor_config.json"), ""
         if not file.is_file():
             warnings.warn(f"{file}: missing, as is processor_config.json; CLIP's mean and standard "
                           "deviation of pixels are assumed", stacklevel=5)
             return MEAN, STD
-        pixels = read_object(file)
+        pixels = read_json(file)
     pixels = dict(as_object(file, "image_processor", pixels))
 
     # Both default to 224. Without a crop_size, image_size is meant: CLIPModel refuses other images.

@@ -49,9 +49,9 @@ class FeatureCache:
     Every vector has two keys. The digest of the image's location finds it without reading the
     image. The digest of the image's bytes finds it after the image was moved.
 
-    folder: has the vectors in files of numpy's format. Files that are damaged, or that have other
-    vectors than these, are ignored, so that their vectors are computed again. width: D, by default
-    that of the first file. is_unit: whether vectors have unit length.
+    folder: has the vectors in files of numpy's format. Files that are damaged or have vectors of
+    another width or length are ignored: their vectors are computed again. width: D, by default that
+    of the first file. is_unit: whether vectors have unit length.
     """
 
     def __init__(self, folder, width=None, is_unit=False):
@@ -73,7 +73,7 @@ class FeatureCache:
         return self.vectors[key]
 
     def add(self, location, content, vector):
-        """Add a vector, float32 [D], under both keys. Writes new vectors to disk now and then."""
+        """Add a vector, float32 [D], under both keys. Saves the new vectors from time to time."""
         self.vectors[location] = self.vectors[content] = vector
         self.new_keys.append((location, content))
         seconds = time.monotonic() - self.saved_at
@@ -103,13 +103,13 @@ class FeatureCache:
 def _read_vectors(path, width, is_unit):
     """The keys and vectors of a file of the cache: a list of N pairs, and float32 [N, D].
 
-    Raises ValueError, or an error of zipfile or numpy, when it is not as save() writes it.
+    Raises ValueError, or an error of zipfile or numpy, when save() did not write it so.
     """
     if not path.is_file() or path.stat().st_size > MAX_FILE:  # reading a pipe would block
         raise ValueError
     with zipfile.ZipFile(path) as file:
         if any(member.file_size > member.compress_size for member in file.infolist()):
-            raise ValueError  # compressed, maybe from far more bytes than fit into memory
+            raise ValueError  # compressed: it may expand to more bytes than the memory has
     with np.load(path) as file:  # refuses pickled objects
         keys, vectors = file["keys"], file["vectors"]
     n, width = len(keys), width or vectors.shape[-1]
@@ -130,8 +130,8 @@ def open_cache(name_or_path, model, kind="unit", width=None):
     """The FeatureCache of a model: features/DIGEST in the folder of its weights.
 
     If that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
-    opened. kind: a name for what the vectors are; "unit" are those of encode_image, of unit length.
-    width: of other vectors. The digest covers weights, configuration and kind: another model, or
+    opened. kind: a name for what the vectors are; "unit" is encode_image's, of unit length. width:
+    that of other kinds. The digest covers weights, configuration and kind: another model, or
     the same model after more training, has another cache.
     """
     is_unit = kind == "unit"

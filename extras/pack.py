@@ -14,8 +14,8 @@ in folders NAME.title.txt. Train on the result with `python train_clip.py --data
 OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with `python
 evaluate.py MODEL --test OUT`.
 
-Both decode every image, pack the files as they are, and print what they do not pack. The same input
-results in the same bytes for any number of workers. A folder of shards appears when it is complete.
+Both decode every image, pack the files as they are, and print what they do not pack. Any number of
+workers writes the same bytes. A folder of shards appears when it is complete.
 
 From top to bottom: what is not packed, folders, tables, writing shards, classes, checking shards,
 the command.
@@ -73,11 +73,11 @@ class Report:
             self.note(reason, other.examples[reason], count)
 
     def lines(self):
-        """A line for each reason, the most frequent first."""
+        """A line for each of the most frequent reasons."""
         lines = [f"{count:,} {reason} (first: {self.examples[reason][:300]})"
                  for reason, count in self.notes.most_common(MAX_REASONS)]
         if len(self.notes) > MAX_REASONS:
-            lines.append(f"and for {len(self.notes) - MAX_REASONS:,} other reasons")
+            lines.append(f"and {len(self.notes) - MAX_REASONS:,} other reasons")
         return [one_line(line) for line in lines]
 
 
@@ -86,9 +86,10 @@ class Report:
 def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1, columns=()):
     """Make shards OUT/000000.tar, ... from folders and tables, shuffled with a fixed seed.
 
-    inputs: paths of folders and tables, as the top of this file describes. columns: what _column
-    returns, for each. Returns a Report. Raises ValueError when there are no images or no pair can
-    be written, FileExistsError when OUT is not empty, OSError when the disk is full.
+    inputs: paths of folders and tables, as the top of this file describes. columns: pairs (name of
+    a column, "image" or suffix of a caption), as _column returns them. Returns a Report. Raises
+    ValueError when there are no images or no pair can be written, FileExistsError when OUT is not
+    empty, OSError when the disk is full.
     """
     found, report = [], Report()
     names = dict(columns)
@@ -114,8 +115,8 @@ def pack_images(out, inputs, shard_pairs=SHARD_PAIRS, workers=1, columns=()):
 def _folder_pairs(root, names, report):
     """The images under a folder, sorted, with their captions: [(path, {suffix: Path})].
 
-    STEM.txt belongs to STEM.jpg, even if STEM has dots. Only if there is no such image, what
-    follows the last dot is a language or in `names`, {name: suffix of a caption}.
+    STEM.txt belongs to STEM.jpg, even if STEM has dots. If there is no such image, STEM.NAME.txt
+    does, where NAME is a language or in `names`, {NAME: suffix of a caption}.
     """
     found = []
     for folder, files in walk_files(root):
@@ -136,7 +137,7 @@ def _folder_pairs(root, names, report):
                 suffix = names.get(name.lower(), f"{name.lower()}.txt")
                 if stem in captions and shards.caption_language(suffix) is None:
                     _check_country(path, name)
-                    report.note(f"texts .{name}.txt, which is no language (see --columns)", path)
+                    report.note(f"texts .{name}.txt, not a language (see --columns)", path)
                     continue
             if stem not in captions:
                 report.note("texts without an image", path)
@@ -215,7 +216,7 @@ def _split(path, text, separator, quoting):
             following = [part for field in row for part in field.splitlines()[1:]]
             if any(separator in part and suffix_of(part.partition(separator)[0]) in IMAGE_SUFFIXES
                    for part in following):
-                raise csv.Error  # the field includes the next row
+                raise csv.Error  # a quote is missing: the field includes the next row
             if any(row):
                 rows.append((line, row))
             line = reader.line_num + 1
@@ -226,9 +227,10 @@ def _split(path, text, separator, quoting):
 
 
 def _suffixes_of_columns(path, header, names):
-    """"image", the suffix of a caption or None for each column, by `names` or by its own name.
+    """For each column "image", the suffix of its captions, or None if it is not read.
 
-    Raises ValueError when they do not say what the columns are.
+    names: that of _table_pairs; if it is empty, the columns' own names decide. Raises ValueError
+    when they do not say what the columns are.
     """
     suffixes = []
     for name in header:
@@ -271,8 +273,8 @@ def _join_captions(captions):
 def _write_shards(paths, items, shard_pairs, workers, report):
     """Write items (key, path of the image, {suffix: text or Path}), shard_pairs to a shard.
 
-    Returns the report, to which it adds. Raises ValueError when no pair can be written, OSError
-    when the disk is or would be full.
+    Adds to the report and returns it. Raises ValueError when no pair can be written, OSError when
+    the disk is or would be full.
     """
     sizes = [os.path.getsize(image) for _, image, _ in items if os.path.isfile(image)]
     needed = sum(size for size in sizes if size <= MAX_PAIR)
@@ -342,7 +344,7 @@ def _read_members(image, others, report):
 
 
 def _line_not_utf8(content):
-    """The line of the first bytes that are not UTF-8, 0 if all are."""
+    """The number of the first line that is not UTF-8, 0 if there is none."""
     try:
         content.decode()
     except UnicodeDecodeError as error:
@@ -357,8 +359,8 @@ def pack_classes(out, folder, split="test", workers=1):
 
     Writes CLIP_benchmark's layout: OUT/classnames.txt, OUT/SPLIT/nshards.txt, and OUT/SPLIT/0.tar,
     1.tar, ..., in which each image has a .cls, the number of its class among the sorted names.
-    Images may be in folders inside those of the classes. Another call with another split of the
-    same classes adds it to OUT.
+    Images may be in subfolders. A second call with another split of the same classes adds it to
+    OUT.
 
     Returns a Report and the class names. Raises ValueError when there are no class folders or OUT
     has other classes, FileExistsError when the split exists, OSError when there are no images, a
@@ -403,7 +405,7 @@ def pack_classes(out, folder, split="test", workers=1):
 
 
 def _class_names(folder):
-    """{name of a class folder: name of the class}, in which `_` is a space."""
+    """{name of a class folder: name of the class}. In the latter, each `_` is a space."""
     name_of = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -414,10 +416,9 @@ def _class_names(folder):
         name_of[name] = " ".join(compose(name).replace("_", " ").split()) or name
     splits = [name for name in name_of if name.lower() in SPLITS]
     if len(splits) > 1 or splits == list(name_of) != []:
-        one = splits[0]
         raise ValueError(f"{folder}: {', '.join(splits)} are splits, not classes; pack one at a "
                          f"time: `python -m extras.pack classes OUT "
-                         f"{os.path.join(folder, one)} --split {one}`")
+                         f"{os.path.join(folder, splits[0])} --split {splits[0]}`")
     return name_of
 
 
@@ -489,9 +490,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser(
         "images", help="make shards from folders and tables",
-        description="Make shards of pairs. Captions are files of the image's name: cat.jpg with "
-                    "cat.txt, cat.ko.txt, cat.en.txt or cat.json. Or a .csv or .tsv has them, "
-                    "whose first row is image, then a language (ko, en) or caption per column.")
+        description="Make shards of pairs. The captions of cat.jpg are in cat.txt, cat.ko.txt, "
+                    "cat.en.txt or cat.json. Or they are in a .csv or .tsv, whose header is image "
+                    "and then caption or languages, such as image,ko,en.")
     images.add_argument("out", metavar="OUT", help="a new or empty folder for the shards")
     images.add_argument("inputs", nargs="+", metavar="INPUT",
                         help="a folder of images with their captions, or a .csv or .tsv")
@@ -502,8 +503,8 @@ def main(argv=None):
                         help="pairs in a shard (default: %(default)s)")
     classes = commands.add_parser(
         "classes", help="make a test set from class folders",
-        description="Make a set for evaluate.py and extras.probe of a folder that has one folder "
-                    "of images per class, named as the class.")
+        description="Make a set for evaluate.py and extras.probe from a folder with one folder of "
+                    "images per class, named after the class.")
     classes.add_argument("out", metavar="OUT", help="the folder for the set")
     classes.add_argument("folder", metavar="FOLDER", help="has one folder of images per class")
     classes.add_argument("--split", default="test", metavar="NAME",
@@ -511,7 +512,7 @@ def main(argv=None):
     checks = commands.add_parser(
         "check", help="read and decode everything, report errors",
         description="Read and decode all pairs, and report what a run would skip. The exit status "
-                    "is 1 if there is anything.")
+                    "is 1 if it would skip anything.")
     checks.add_argument("shards", nargs="+", metavar="SHARDS",
                         help="tars, folders, globs or brace ranges, with options as in --data")
     for command in (images, classes, checks):
@@ -527,7 +528,7 @@ def main(argv=None):
         print(one_line(f"{args.out}: {report.pairs:,} pairs"))
         print(f"  captions: {shards.format_counts(report.captions) or 'none'}")
         if not report.captions:
-            print("  train_clip.py needs captions; for folders of classes, there is `python -m "
+            print("  train_clip.py needs captions; to pack folders of classes, use `python -m "
                   "extras.pack classes OUT FOLDER`")
     else:
         report, names = pack_classes(args.out, args.folder, args.split, args.workers)

@@ -50,7 +50,7 @@ def walk_files(root):
     seen = set()
     for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above it, or to one that was walked before
+        if real in seen:  # a link to a folder that was walked before, or that it is in
             folders.clear()
             continue
         seen.add(real)
@@ -68,9 +68,9 @@ def suffix_of(name):
 
 
 def read_file(path, limit=shards.MAX_PAIR):
-    """The bytes of a regular file. Raises ValueError(reason) if it is none, or is too large."""
+    """The bytes of a file. Raises ValueError(reason) if it is too large or not a regular file."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
             raise ValueError("not a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -82,12 +82,12 @@ def read_file(path, limit=shards.MAX_PAIR):
 
 
 def compose(text):
-    """A text in NFC. macOS decomposes the letters in names of files (NFD), which looks the same."""
+    """A text in NFC. macOS writes names of files in NFD, which looks the same."""
     return unicodedata.normalize("NFC", text)
 
 
 def on_disk(path):
-    """A path as it is on disk, where its letters may be composed or decomposed."""
+    """A path as it is on disk, where its names may be in NFC or NFD."""
     if os.path.lexists(path):
         return path
     found = ""
@@ -102,7 +102,7 @@ def on_disk(path):
 
 @functools.cache
 def _composed_names(folder):
-    """{name in NFC: name} of what is in a folder."""
+    """{name in NFC: name on disk} of the files and folders in a folder."""
     try:
         return {compose(name): name for name in os.listdir(folder or ".")}
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def _composed_names(folder):
 class ImageFolder:
     """The images that walk_files finds in a folder, with data.Pairs's interface.
 
-    `shards` are the files, each a Shard of one image. `keys` are their paths inside the folder.
+    `shards` are the files, each a Shard of one image. `keys` are their paths in the folder.
     Raises FileNotFoundError when there is no image, and OSError when a folder cannot be read.
     """
 
@@ -126,7 +126,7 @@ class ImageFolder:
                 if suffix_of(name) not in IMAGE_SUFFIXES:
                     continue
                 path = os.path.join(folder, name)
-                # A link without its target is an unreadable image, not an error here.
+                # A link without its target becomes an image that cannot be read.
                 status = os.stat(path) if os.path.exists(path) else os.lstat(path)
                 self.shards.append(Shard(path, status.st_size, status.st_mtime_ns, 1))
                 key = os.path.relpath(path, root).replace(os.sep, "/")
@@ -224,7 +224,7 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
 
-    # The query comes first: it is fast, and its errors should not wait for the images.
+    # The query is fast, so its errors come first, before images are embedded.
     if plus or minus or args.like:
         query = query_vector(model, tokenizer, plus, args.like, minus)
         terms = [args.like, *plus] if args.like else plus

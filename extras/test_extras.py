@@ -790,12 +790,12 @@ def test_openai_state_dicts_have_the_logits_of_open_clip(tmp_path):
      "token_embedding.weight has 400 rows, and the tokenizer 420"),
     ({"ln_final.weight": Fraction(1, 2)}, "holds objects other than tensors"),
     ({"ln_final.weight": torch.ones(64, dtype=torch.int8)},
-     r"ln_final.weight is \[64\] of torch.int8, and not a floating-point number for each"),
-    ({"ln_final.weight": torch.ones(64).to_sparse()}, r"ln_final.weight is \[64\] of torch.float"),
-    ({"ln_final.weight": torch.ones(64, device="meta")}, r"ln_final.weight is \[64\] of torch.flo"),
+     "ln_final.weight is torch.int8, .*, where weights are dense tensors of floating-point"),
+    ({"ln_final.weight": torch.ones(64).to_sparse()}, "ln_final.weight is .*, torch.sparse_coo"),
+    ({"ln_final.weight": torch.ones(64, device="meta")}, "ln_final.weight is .*, on meta"),
     ({"token_embedding.weight": torch.ones(1).expand(10**12, 64)},
-     r"token_embedding.weight is \[1000000000000, 64\] of torch.float32, and not"),
-    ({"token_embedding.weight": torch.ones(10**12, 0)}, "token_embedding.weight is .*, and not"),
+     "its tensors have 256,000,00[0-9,]+ bytes, and it stores"),
+    ({"token_embedding.weight": torch.ones(10**12, 0)}, r".* is \[10+, 0\], the model's is"),
     ({"visual.conv1.weight": torch.ones(128, 1, 8, 8)}, r".* is \[128, 1, 8, 8\], the model's is"),
     ({"visual.positional_embedding": torch.ones(1, 128)}, "visual.positional_embedding has 1 row"),
     ({"visual.positional_embedding": torch.ones(())}, "has no visual.pos.* of 2 dimensions"),
@@ -1331,7 +1331,7 @@ def test_what_is_not_packed_is_said(tmp_path, pack_command):
 
     write_files(folder, {f"more/{i}.{i}": "" for i in range(30)})
     out, error = pack_command("images", tmp_path / "many", folder)
-    assert len(out.splitlines()) == 23 and out.endswith("  and for 17 other reasons\n")
+    assert len(out.splitlines()) == 23 and out.endswith("  and 17 other reasons\n")
 
 
 def test_folders_of_classes_have_no_captions(tmp_path, pack_command):
@@ -1356,7 +1356,7 @@ def test_a_text_belongs_to_the_image_of_its_name(tmp_path, pack_command):
         "my.fr.txt": "of no image"})
     out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
     assert not error and "captions: 5 unnamed, 1 en-us, 1 ko, 1 zh-hant" in out
-    assert "1 texts .tags.txt, which is no language (see --columns)" in out
+    assert "1 texts .tags.txt, not a language (see --columns)" in out
     assert "1 texts .caption.txt, which" in out and "1 texts without an image" in out
     plain = "ko: 평범 / en-us: region / plain / zh-hant: script"
     assert captions_of(tmp_path / "out") == sorted([*names[:-1], plain])
