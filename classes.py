@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from tokenizer import one_line, read_file, read_json
+from tokenizer import NOT_UTF8, one_line, read_file, read_json
 
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
@@ -396,7 +396,7 @@ def _read_lines(path):
     try:
         text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8: save it as UTF-8") from None
+        raise ValueError(f"{path}: {NOT_UTF8}") from None
     lines = [line.strip() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_NAME:

@@ -56,7 +56,7 @@ GROUP_SHARDS = 64                # shards that are read interleaved
 GROUP_PAIRS = 1 << 20            # a group ends with the shard that reaches this number of pairs
 BUFFER_PAIRS = 1 << 16           # pairs of a shuffle buffer, whose order is uniformly random
 OPEN_SHARDS = 2 * GROUP_SHARDS   # files that a process keeps open
-CACHE_BYTES = 512 << 20          # decoded images are kept in memory if all of them fit into this
+CACHE_BYTES = 512 << 20          # decoded images are kept if all of them fit, once per worker
 
 
 # ---- sources and pairs ----
@@ -520,7 +520,7 @@ class Loader:
     A pair that cannot be read becomes an invalid sample. `skipped` counts them by reason;
     `examples` has the first of each reason. `languages` is the list that Batch.language refers to.
 
-    If all decoded images fit into CACHE_BYTES, each is decoded once and kept. Raises ValueError
+    If all decoded images fit into CACHE_BYTES, once per worker, they are kept. Raises ValueError
     when batch_size is not divisible by world_size, OSError when workers keep dying.
     """
 

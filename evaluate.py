@@ -750,13 +750,10 @@ def read_candidates(sources, path=None):
     elif not Path(path).is_file():
         raise FileNotFoundError(f"--candidates {path}: no such file")
     candidates = read_json(path)
-    if not all(map(_is_list_of_text, candidates.values())):
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+               for texts in candidates.values()):
         raise ValueError(f'{path}: not of the form {{"en": ["a red apple", ...], "ko": [...]}}')
     return candidates
-
-
-def _is_list_of_text(value):
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 if __name__ == "__main__":

@@ -1031,6 +1031,7 @@ def read_split(spec):
 # ---- the commands ----
 
 MAX_LINE_BYTES = 100_000_000  # a device such as /dev/zero has a line without end
+NOT_UTF8 = "not UTF-8: save it as UTF-8 (Excel writes CP949)"
 
 
 def read_lines(path):
@@ -1047,8 +1048,7 @@ def read_lines(path):
             try:
                 text = line.decode()
             except UnicodeDecodeError:
-                raise ValueError(f"{name}, line {number}: not UTF-8: save it as UTF-8 (Excel "
-                                 "writes CP949)") from None
+                raise ValueError(f"{name}, line {number}: {NOT_UTF8}") from None
             yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark
 
 

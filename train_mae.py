@@ -7,8 +7,8 @@ Three quarters of the patches of every image are masked. The image encoder sees 
 small decoder predicts the masked ones, and the loss is their squared error. Stage 2 then starts
 from the encoder.
 
-Not included: what KELIP's released autoencoder changes in He et al.'s (README, "From the paper, and
-ours").
+Not included: the changes of KELIP's released autoencoder to He et al.'s (README, "From the paper,
+and ours").
 """
 
 import os

@@ -167,7 +167,7 @@ class Run:
         """The checkpoint in the folder, to resume from; None for a new run."""
         last = self.folder / "last.pt"
         # When a process fails, torchrun restarts all of them, and they resume without --resume.
-        # Only the node of the failed process counts this as a restart.
+        # Only the node of the failed process counts the restart.
         restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         restarted = self.sum_over_ranks(torch.tensor(restarts, device=self.device)).item() > 0
         if not last.exists():
@@ -658,13 +658,10 @@ def compile_blocks(module):
 
 def _cpu_flags():
     """The instruction sets of this CPU, as Linux names them."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("flags"):
-                    return set(line.split())
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split())
     return set()
 
 

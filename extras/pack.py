@@ -42,12 +42,11 @@ from data import parse_source
 from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
 from kelip import ceil_div
 from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
-from tokenizer import ArgumentParser, atomic_write, number, one_line, run_command
+from tokenizer import NOT_UTF8, ArgumentParser, atomic_write, number, one_line, run_command
 
 SHARD_PAIRS = 10_000
 MAX_REASONS = 20     # that are printed
 MAX_TABLE = 1 << 30  # bytes; larger tables are refused
-NOT_UTF8 = "not UTF-8: save it as UTF-8 (Excel writes CP949)"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
