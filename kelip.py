@@ -1022,16 +1022,8 @@ def load_checkpoint(path):
     check_is_file(path)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not
-    error = None
     try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                records = archive.infolist()
-            if any(record.filename.endswith("constants.pkl") for record in records):
-                error = ("a TorchScript archive, which is a program and never run; plain weights "
-                         "are at huggingface.co/openai, clip-vit-base-patch32 and others")
-            elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                error = "a compressed archive, which torch.save does not write"
+        error = _error_in_archive(path) if is_zip else None
         if not error:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1192,6 +1184,18 @@ def _describe(value):
     if isinstance(value, (int, float, str, type(None))):
         return f"{value!r:.40}"
     return f"a {type(value).__name__}"
+
+
+def _error_in_archive(path):
+    """Why a zip archive is not a file of torch.save, in words; None if it may be one."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.filename.endswith("constants.pkl") for record in records):
+        return ("a TorchScript archive, which is a program and never run; plain weights are at "
+                "huggingface.co/openai, clip-vit-base-patch32 and others")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        return "a compressed archive, which torch.save does not write"
+    return None
 
 
 # ---- the command ----

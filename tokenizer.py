@@ -266,6 +266,7 @@ class Tokenizer:
             if merged not in special:
                 self._pair_to_rank[left, right] = rank
 
+        # A byte that is not in the vocabulary becomes the unknown token, unless that is special.
         unknown_id = vocab.get(field(model, "unk_token", str, "model.", optional=True))
         if unknown_id in (self.sot_id, self.eot_id, pad_id):
             unknown_id = None
@@ -278,8 +279,8 @@ class Tokenizer:
         clash = (special - allowed) & {*self._byte_to_id, *self._last_byte_to_id}
         if clash:
             raise ValueError(f"the special token with the id {min(clash)} is also a byte of text")
+        # With ignore_merges, a pre-token that is in the vocabulary is one token.
         self._whole_token_to_id = {}
-        # With ignore_merges, a pre-token in the vocabulary is one token.
         if field(model, "ignore_merges", bool, "model.", optional=True):
             self._whole_token_to_id = {token: i for token, i in vocab.items() if i not in special}
 
@@ -293,7 +294,7 @@ class Tokenizer:
         self._first_word_ids = Cache(lambda word: self._encode_word("", word))
         self._later_word_ids = Cache(lambda word: self._encode_word(" ", word))
 
-    def __reduce__(self):  # pickling leaves out the caches
+    def __reduce__(self):  # pickling drops the caches
         return type(self), (self.spec,)
 
     def __len__(self):

@@ -64,8 +64,8 @@ def parse_arguments(argv=None):
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html. kelip.build_model(FOLDER) loads the model.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, out="runs/clip", lr=f"{LR:g}, or {FINE_TUNING_LR:g} with --init's model",
-                  batch_size=256, epochs=10)
+    add_arguments(parser, out="runs/clip", batch_size=256, epochs=10,
+                  lr=f"{LR:g}, or {FINE_TUNING_LR:g} to fine-tune the complete model of --init")
     add = parser.add_argument
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json (default: that of --init's model, else one trained on the captions)")

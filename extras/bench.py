@@ -475,7 +475,7 @@ def tokenizer_rows(size, vocab_size, help_pages, rounds):
 
 
 def write_captions(path, size):
-    """Write random captions of 4 to 16 words, one a line: size x 2.0M English, 1.5M Korean."""
+    """Write random captions of 4 to 16 words, one per line: size x 2.0M English, 1.5M Korean."""
     import wordfreq
     with open(path, "w", encoding="utf-8") as file:
         for language, count in (("en", 2_000_000), ("ko", 1_500_000)):
