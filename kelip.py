@@ -1174,8 +1174,9 @@ def entry(content, key, kind, where):
     if key not in content:
         raise ValueError(f"{where}{key} is missing")
     if not isinstance(content[key], kind):
-        raise ValueError(f"{where}{key} is {_describe(content[key])}, where a {kind.__name__} is "
-                         "expected")
+        article = "an" if kind is int else "a"
+        raise ValueError(f"{where}{key} is {_describe(content[key])}, where {article} "
+                         f"{kind.__name__} is expected")
     return content[key]
 
 
