@@ -38,12 +38,15 @@ from kelip import ceil_div
 from shards import (
     APART,
     COUNTRIES,
+    MAX_FIELDS,
     CaptionRule,
     Shard,
+    are_sound,
     decode,
     expand_pattern,
     format_counts,
     index_shards,
+    index_tar,
     is_language,
     open_image,
     read_pair,
@@ -83,6 +86,7 @@ def parse_source(text):
     weight, rule = 1.0, CaptionRule()
     for option in options:
         language, _, name = option.partition("=")
+        language = language.lower()
         if language in COUNTRIES:
             raise ValueError(f"{text}: {language} is a country; the language is "
                              f"{COUNTRIES[language]}")
@@ -90,8 +94,8 @@ def parse_source(text):
             rule = rule._replace(lines=True)
         elif re.fullmatch("[a-zA-Z][-_a-zA-Z0-9]*", language) and name:
             rule = rule._replace(fields=(*rule.fields, (language, name)))
-        elif is_language(option):
-            rule = rule._replace(language=option)
+        elif is_language(option) and not rule.language:
+            rule = rule._replace(language=language)
         else:
             weight = float(option) if re.fullmatch(r"\d+\.?\d*|\.\d+", option) else 0.0
             if not 0 < weight < 1e6:
@@ -133,15 +137,23 @@ class Pairs:
             self.sources.append(
                 Source(pattern, weight, rule, len(self.shards), len(shards), count))
             self.shards += shards
+            found = {name: 0 for _, name in rule.fields}  # pairs that have this field
             for shard in shards:
                 self.skipped.update(shard.skipped)
                 for language, captions in shard.languages.items():
                     self.languages[language or rule.language] += captions
                 fields = dict(shard.fields)
                 for language, name in rule.fields:
-                    self.languages[language] += fields.pop(f"{name.lower()}.txt", 0)
-                    self.languages[language] += fields.pop(f"{name}.json", 0)
+                    count = fields.pop(f"{name.lower()}.txt", 0) + fields.pop(f"{name}.json", 0)
+                    self.languages[language] += count
+                    found[name] += count
                 self.fields.update(fields)
+            for name in found:
+                # The index counts at most MAX_FIELDS names of a shard.
+                all_counted = all(len(shard.fields) < MAX_FIELDS for shard in shards)
+                if not found[name] and all_counted and not state:
+                    raise ValueError(f"{text}: no pair has KEY.{name}.txt, or {name} in KEY.json "
+                                     "with a text")
         self.languages = +self.languages  # without counts of zero
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
         self._open = {}  # shard number -> (file, rows), in the order of opening
@@ -185,6 +197,12 @@ class Pairs:
             raise ValueError(f"shard changed: {shard.path} was indexed with another size")
         try:
             rows = shard_rows(shard)
+            if not are_sound(rows, shard.size):
+                print(one_line(f"{shard.rows_file}: damaged; {shard.path} is indexed again"),
+                      file=sys.stderr)
+                _, rows = index_tar(shard.path)
+            if len(rows) != shard.count:
+                raise ValueError
         except (OSError, ValueError):
             file.close()
             raise ValueError(f"index damaged: {shard.rows_file}") from None
@@ -236,6 +254,11 @@ class Pairs:
 
     def require_captions(self, flag):
         """Raise ValueError if no pair has a caption. flag: the one that names the pairs."""
+        for source in self.sources:
+            own = self.shards[source.first_shard:source.first_shard + source.shards]
+            if self.languages and not source.rule.fields and not any(x.languages for x in own):
+                raise ValueError(f"{flag} {source.name}: no captions there, though the other "
+                                 "sources have some: leave it out")
         if not self.languages:
             found = format_counts(self.skipped | self.fields) or "images alone"
             raise ValueError(f"{flag} {' '.join(source.name for source in self.sources)}: no "
@@ -539,7 +562,8 @@ class Loader:
             self.steps = ceil_div(max(0, self.end - first), batch_size)
         else:
             self.end = first + steps * batch_size
-        self.languages = sorted(pairs.languages)
+        named = {language for source in pairs.sources for language, _ in source.rule.fields}
+        self.languages = sorted({*pairs.languages, *named})
         self.skipped, self.examples = collections.Counter(), {}
         image_bytes = 3 * padded_size * padded_size
         self._may_cache = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES

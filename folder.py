@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from kelip import entry
-from tokenizer import atomic_write
+from tokenizer import atomic_write, check_is_file, one_line, read_file
 
 LOG_EVERY = 10       # steps between lines of the log
 BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run
@@ -43,11 +43,15 @@ class FolderLock:
 
     def __init__(self, folder):
         import fcntl  # not on Windows
+        # A link would be followed to a file of the user, and a pipe would block.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         self.path = folder / ".lock"
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            self.file = open(self.path, "a+", encoding="utf-8")
+            descriptor = os.open(self.path, flags, 0o644)
+            check_is_file(self.path)
+            self.file = open(descriptor, "r+", encoding="utf-8")
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -79,7 +83,7 @@ class FolderLock:
 def older_checkpoints(folder):
     """The checkpoints before last.pt, oldest first."""
     found = [path for path in folder.glob("step-*.pt")
-             if path.stem.removeprefix("step-").isdecimal()]
+             if path.stem.removeprefix("step-").isdecimal() and path.is_file()]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
@@ -91,11 +95,16 @@ def check_checkpoint(checkpoint, path):
         entry(checkpoint, key, kind, f"{path}: ")
     for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int}.items():
         entry(checkpoint["config"], key, kind, f"{path}: config.")
-    sources = entry(checkpoint["data"], "shards", list, f"{path}: data.")
-    kinds = [str, int, int, str]  # see data.Pairs.state
-    if not all(isinstance(shard, list) and [type(x) for x in shard] == kinds
-               for source in sources for shard in source):
-        raise ValueError(f"{path}: its list of shards is damaged")
+    lr, padded_size = checkpoint["config"].get("lr"), checkpoint["config"]["padded_size"]
+    if type(lr) not in (int, float) or not 0 <= lr <= 1000 or not 1 <= padded_size <= 1 << 16:
+        raise ValueError(f"{path}: config.lr, {lr!r:.40}, or config.padded_size, {padded_size}, is "
+                         "out of range")
+    for source in entry(checkpoint["data"], "shards", list, f"{path}: data."):
+        for shard in source if isinstance(source, list) else [None]:
+            # [file name, bytes, pairs, digest]: see data.Pairs.state
+            if (not isinstance(shard, list) or [type(x) for x in shard] != [str, int, int, str]
+                    or not 0 <= shard[2] <= shard[1] < 1 << 60):
+                raise ValueError(f"{path}: its list of shards is damaged")
 
 
 def check_free_space(folder, module, keep):
@@ -203,7 +212,7 @@ class Log:
     def say(self, text):
         """Print a line above the progress bar."""
         if self.run.is_rank_zero:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(one_line(text), file=sys.stdout)
 
     def check(self, step):
         """Raise ValueError when training cannot succeed. Called after a line is written."""
@@ -230,8 +239,11 @@ class Log:
                 line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
         # A new run replaces the log of another one that was killed before its first checkpoint.
         mode = "w" if line["step"] == 1 and "lr" in line else "a"
-        with open(self.path, mode, encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:  # a full disk is an error without a path
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def _drop_lines_after(path, step):
@@ -243,7 +255,7 @@ def _drop_lines_after(path, step):
     if not step or not path.exists():
         return set()
     kept, damaged, evaluated = [], 0, set()
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_file(path).decode("utf-8", "replace").splitlines():
         try:
             line = json.loads(text)
             is_before = line["step"] <= step
@@ -255,7 +267,7 @@ def _drop_lines_after(path, step):
             if "loss" not in line:
                 evaluated.add(line["step"])
     if damaged:
-        print(f"{path}: damaged lines removed: {damaged}")
+        print(one_line(f"{path}: damaged lines removed: {damaged}"))
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
     return evaluated

@@ -28,6 +28,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -37,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # what white may be in images of floats or integers
 MAX_ASPECT = 1000  # from here on, preprocess refuses an image: long side / short side
 
 
@@ -770,14 +772,20 @@ def to_rgb(image):
     Applies the EXIF orientation, composites transparency onto white, and scales channels of more
     than 8 bits to 8. An animation becomes its first frame. White is 65535 in images of 16 bits.
     In images of floats or of 32-bit integers, which do not say what white is, it is the smallest of
-    1, 255 and 65535 that no value exceeds.
+    WHITES that no value exceeds by more than 5 %. Raises ValueError when values are negative or not
+    finite.
     """
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         # convert() would clip values at 255.
-        highest = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
-        scale = 255 / next((white for white in (1, 255) if highest <= white), 65535)
+        white = 65535
+        if not image.mode.startswith("I;16"):
+            values = np.asarray(image)
+            if not np.isfinite(values).all() or values.min() < 0:
+                raise ValueError("pixels of the image are negative, infinite or not a number")
+            white = next((x for x in WHITES if values.max() <= 1.05 * x), 65535)
+        scale = 255 / white
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -1173,7 +1181,7 @@ def entry(content, key, kind, where):
     """
     if key not in content:
         raise ValueError(f"{where}{key} is missing")
-    if not isinstance(content[key], kind):
+    if not isinstance(content[key], kind) or (kind is int and isinstance(content[key], bool)):
         article = "an" if kind is int else "a"
         raise ValueError(f"{where}{key} is {_describe(content[key])}, where {article} "
                          f"{kind.__name__} is expected")

@@ -46,7 +46,7 @@ from PIL import Image, features
 from tqdm import tqdm
 
 from kelip import ceil_div, to_rgb
-from tokenizer import atomic_write
+from tokenizer import atomic_write, one_line
 
 BLOCK = 512                      # bytes; the unit of a tar
 SCAN = 1 << 20                   # bytes to read at once where there is no header
@@ -55,14 +55,17 @@ MAX_JSON = 1 << 20               # bytes; larger .json members are not read
 MAX_FIELDS = 256                 # names of fields that the index counts, of one shard
 MAX_SHARDS = 10_000_000          # that one pattern may name
 MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
-MAX_SCANS = 100                  # of a progressive JPEG, which usually has about ten
+MAX_SCANS = 1000                 # of a progressive JPEG, which usually has about ten
+MAX_SCANNED = 1_000_000_000      # pixels of all its scans
+MAX_CAPTION = 1_000_000          # characters of a caption that are read
+MAX_INDEX = 1 << 30              # bytes of an index file
 INDEX_CHUNK = 256                # shards to walk before the index is written
 INDEX_FORMAT = "pairs 2"
 OCTAL = re.compile(b"[0-7]+")
-IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm"}
-# The image formats that Pillow may open: not EPS, for which it runs another program. Pillow has
-# AVIF since version 11.3.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
+IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"}
+# The image formats that Pillow may open. Not EPS, for which it would run another program, and not
+# PPM, some of which it decodes in Python, pixel by pixel. Pillow has AVIF since version 11.3.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF",
            *(["AVIF"] if "avif" in features.modules else []))
 PACK = "make shards of {} with `python -m extras.pack images OUT {}`"
 APART = "members apart"  # a reason to skip a member: it is not next to the others of its key
@@ -88,7 +91,7 @@ def walk_tar(read, start, end, is_entire=False):
     zeros.
     """
     offset = first_header = start
-    long_name = None
+    long_name = long_size = None
     while offset + BLOCK <= end:
         header = read(BLOCK, offset)
         size = _read_size(header)
@@ -101,21 +104,26 @@ def walk_tar(read, start, end, is_entire=False):
             if following == end:
                 return
             offset = first_header = following
-            long_name = None
+            long_name = long_size = None
             continue
+        kind = header[156:157]
+        if kind not in b"Lx" and long_size is not None:
+            size = long_size
+        if kind in b"123456":  # links, devices and folders have no content
+            size = 0
         if body + size > end:
             yield Member("", offset, body, 0, "truncated tar")
             return
         offset = body + ceil_div(size, BLOCK) * BLOCK
-        kind = header[156:157]
-        if kind in b"Lx" and size <= 64 * BLOCK:  # the name of the file that follows
-            long_name = _read_long_name(kind, read(size, body)) or long_name
+        if kind in b"Lx" and size <= SCAN:  # the name and size of the file that follows
+            name, file_size = _read_record(kind, read(size, body))
+            long_name, long_size = name or long_name, file_size or long_size
             continue
         if kind in (b"0", b"\0", b"7"):  # a regular file
             name = (long_name or _read_name(header)).decode("utf-8", "backslashreplace")
             yield Member(name, first_header, body, size)
         first_header = offset
-        long_name = None
+        long_name = long_size = None
     if is_entire:
         yield Member("", offset, offset, 0, "truncated tar")
 
@@ -144,15 +152,16 @@ def _find_header(read, offset, end):
 
     Without a header, returns None if only zeros follow, and `end` if other data does.
     """
-    zeros, result = bytes(SCAN), None
-    for start in range(offset, end, SCAN):
-        chunk = read(min(SCAN, end - start), start)
-        if chunk == zeros[:len(chunk)]:
-            continue
-        result = end
-        for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if _read_size(chunk[i:i + BLOCK]) is not None:
-                return start + i
+    zeros, result, size = bytes(SCAN), None, 8 * BLOCK
+    while offset < end:
+        chunk = read(min(size, end - offset), offset)
+        if chunk != zeros[:len(chunk)]:
+            result = end
+            for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
+                if _read_size(chunk[i:i + BLOCK]) is not None:
+                    return offset + i
+        offset += size
+        size = min(2 * size, SCAN)  # the next header is mostly near
     return result
 
 
@@ -165,17 +174,21 @@ def _read_name(header):
     return name
 
 
-def _read_long_name(kind, content):
-    """The name in a GNU (L) or pax (x) member, or None."""
+def _read_record(kind, content):
+    """(name, size) of the next file in a GNU (L) or pax (x) member. None for what it does not say.
+    """
     if kind == b"L":
-        return content.rstrip(b"\0")
-    name = None
+        return content.rstrip(b"\0"), None
+    name = size = None
     while match := re.match(rb"(\d{1,9}) ([^=]+)=", content):  # a record: "LENGTH KEY=VALUE\n"
         length = int(match[1])
+        value = content[match.end():max(length - 1, match.end())]
         if match[2] == b"path":
-            name = content[match.end():max(length - 1, match.end())]
+            name = value
+        elif match[2] == b"size" and re.fullmatch(rb"\d{1,18}", value):
+            size = int(value)
         content = content[max(length, match.end()):]
-    return name
+    return name, size
 
 
 def split_name(name):
@@ -266,11 +279,15 @@ def index_tar(path):
                 is_apart = not suffixes & suffixes_of[key]
                 skipped[APART if is_apart else "duplicate key"] += 1
             elif not IMAGE_SUFFIXES & suffixes:
-                skipped["no image"] += 1
+                dotted = {suffix for suffix in suffixes
+                          if suffix.rpartition(".")[2] in IMAGE_SUFFIXES}
+                skipped["name with dots (a key ends at the first)" if dotted else "no image"] += 1
             elif end - start > MAX_PAIR:
                 skipped["pair too large"] += 1
             else:
                 rows.append((start // BLOCK, end - start))
+                if len(IMAGE_SUFFIXES & suffixes) > 1:
+                    skipped["further images of a key"] += 1
                 _count_captions(members, read, languages, fields)
             suffixes_of[key] = suffixes | suffixes_of.get(key, frozenset())
     shard = Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages),
@@ -438,40 +455,65 @@ def _read_index(path, folder):
     if not os.path.isfile(path):
         return {}
     try:
+        if os.path.getsize(path) > MAX_INDEX:
+            raise ValueError
         with open(path, encoding="utf-8") as file:
             head, text = json.loads(file.readline()), file.read()
         if head["format"] != INDEX_FORMAT:
             return {}
         if head["digest"] != _digest(text.encode()):
             raise ValueError
-        table = json.loads(text)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        print(f"{path}: damaged; the shards are indexed again", file=sys.stderr)
+        shards = [Shard(os.path.join(folder, name), *fields)
+                  for name, fields in json.loads(text).items()]
+        if not all(map(_is_sound, shards)):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        print(one_line(f"{path}: damaged; the shards are indexed again"), file=sys.stderr)
         return {}
-    shards, is_good = {}, {}
-    for name, (*fields, rows_file) in table.items():
-        rows_file = os.path.join(os.path.dirname(path), rows_file)
-        if rows_file not in is_good:
-            is_good[rows_file] = _check_rows(rows_file)
-        if is_good[rows_file]:
-            shard = Shard(os.path.join(folder, name), *fields, rows_file)
-            shards[shard.path] = shard
-    return shards
+    found, n_rows = {}, {}
+    for shard in shards:
+        rows_file = os.path.join(os.path.dirname(path), shard.rows_file)
+        if rows_file not in n_rows:
+            n_rows[rows_file] = _count_rows(rows_file)
+        if shard.first_row + shard.count <= n_rows[rows_file]:
+            found[shard.path] = shard._replace(rows_file=rows_file)
+    return found
 
 
-def _check_rows(path):
-    """Whether a file of rows is intact: its name ends in its checksum."""
-    checksum = 0  # a CRC, which is faster than a digest: a billion pairs have gigabytes of rows
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(SCAN):
-                checksum = zlib.crc32(chunk, checksum)
-    except FileNotFoundError:
-        return False
-    is_good = path.endswith(f"-{checksum:08x}.rows")
-    if not is_good:
-        print(f"{path}: damaged; its shards are indexed again", file=sys.stderr)
-    return is_good
+def _is_sound(shard):
+    """Whether an entry of an index file is of the right types."""
+    numbers = [shard.size, shard.mtime, shard.count, shard.first_row]
+    for counts in (shard.languages, shard.skipped, shard.fields):
+        numbers += counts.values()
+    return (all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+            and isinstance(shard.digest, str) and os.path.basename(shard.rows_file)
+            == shard.rows_file and shard.rows_file.endswith(".rows"))
+
+
+def _count_rows(path):
+    """The number of rows in a file of rows; -1 if it is missing or damaged.
+
+    Its name ends in its checksum: a CRC, which is faster than a digest, since a billion pairs have
+    gigabytes of rows.
+    """
+    if not os.path.isfile(path):
+        return -1
+    checksum = 0
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        while chunk := file.read(SCAN):
+            checksum = zlib.crc32(chunk, checksum)
+        if path.endswith(f"-{checksum:08x}.rows"):
+            return os.fstat(file.fileno()).st_size // 8
+    print(one_line(f"{path}: damaged; its shards are indexed again"), file=sys.stderr)
+    return -1
+
+
+def are_sound(rows, size):
+    """Whether rows, uint32 [count, 2], are pairs one after the other in a tar of `size` bytes."""
+    starts, lengths = rows[:, 0].astype(np.int64) * BLOCK, rows[:, 1].astype(np.int64)
+    ends = starts + lengths                                                  # [count]
+    return bool((lengths > 0).all() and (starts[1:] >= ends[:-1]).all()
+                and (ends[-1:] <= size).all())
 
 
 def map_processes(function, items, workers, title):
@@ -531,6 +573,11 @@ def _expand_path(pattern, partial):
     else:
         paths = [pattern] if os.path.exists(pattern) else []
     if not paths and not partial:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise FileNotFoundError(f"{pattern}: shards are files on this machine: download them")
+        if glob.glob(os.path.join(glob.escape(pattern), "*.tar.*")):
+            raise FileNotFoundError(
+                f"{pattern}: compressed tars, which are not read: decompress them")
         if _holds_images(pattern):
             raise FileNotFoundError(
                 f"{pattern}: images, not shards; {PACK.format('them', pattern)}")
@@ -547,6 +594,11 @@ def _check_is_tar(path):
     suffix = path.rpartition(".")[2].lower()
     with open(path, "rb") as file:
         header = file.read(BLOCK)
+    if header.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a pointer of Git LFS, not the file: run `git lfs pull`")
+    if header.startswith(b"PK\x03\x04") or header.lstrip()[:1] == b"<":
+        kind = "a zip file" if header.startswith(b"PK") else "a page of HTML or XML"
+        raise ValueError(f"{path}: {kind}, not a tar")
     if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:4] in (b"\x28\xb5\x2f\xfd",
                                                                          b"\xfd7zX"):
         raise ValueError(f"{path}: compressed, and compressed tars are not read: decompress it")
@@ -655,9 +707,10 @@ def caption_language(suffix):
 def clean_caption(text):
     """Decode HTML entities, collapse white space: "Tom &amp;amp; \\n Jerry" -> "Tom & Jerry".
 
-    Raises ValueError when an entity is a number with thousands of digits.
+    Reads the first MAX_CAPTION characters. Raises ValueError when an entity is a number with
+    thousands of digits.
     """
-    return " ".join(html.unescape(html.unescape(text)).split())
+    return " ".join(html.unescape(html.unescape(text[:MAX_CAPTION])).split())
 
 
 def read_captions(members, rule=DEFAULT_RULE):
@@ -716,8 +769,10 @@ def read_captions(members, rule=DEFAULT_RULE):
 
 def _parse_json(content):
     """The object in a .json member, {} if it is another value, None if it is damaged."""
+    if len(content) > MAX_JSON:
+        return None
     try:
-        record = json.loads(content[:MAX_JSON])
+        record = json.loads(content)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else {}
@@ -726,7 +781,7 @@ def _parse_json(content):
 def _by_language(value):
     """The captions in "caption" of a .json: [(language, text)], "" for those without a language."""
     values = value if isinstance(value, dict) else {"": value}
-    return [(language, text) for language, texts in values.items()
+    return [(language.lower(), text) for language, texts in values.items()
             if not language or is_language(language) for text in _texts(texts)]
 
 
@@ -752,16 +807,13 @@ def decode(data, min_side=None):
     """
     if not data:
         raise ValueError("empty image: it has no bytes")
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS:
-        scans = _count_scans(data)
-        if scans > MAX_SCANS:  # each takes one more pass over the entire image
-            raise ValueError(f"too many scans: {scans:,} in one JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = open_image(data)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+            _check_effort(data, image.width * image.height)
             if min_side:
                 scale = min_side / max(image.size)
                 size = tuple(max(1, int(side * scale)) for side in image.size)
@@ -770,11 +822,30 @@ def decode(data, min_side=None):
             return to_rgb(image)
         except Image.DecompressionBombError as error:
             raise ValueError(f"too many pixels: {error}") from None
+        except TooMuchEffort as error:
+            raise ValueError(f"decoding takes too long: {error}") from None
         except Image.UnidentifiedImageError:
             formats = ", ".join(FORMATS)
             raise ValueError(f"not an image: {len(data):,} bytes, none of {formats}") from None
         except Exception as error:  # on broken bytes, Pillow raises errors of many kinds
             raise ValueError(f"not an image: {error}") from None
+
+
+class TooMuchEffort(ValueError):
+    """A small file that would take many seconds to decode."""
+
+
+def _check_effort(data, n_pixels):
+    """Raise TooMuchEffort for kinds of images that take long for their number of pixels."""
+    # Each scan of a JPEG takes one more pass over the entire image. FF DA begins a scan.
+    at_most = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 1
+    if at_most > MAX_SCANS or at_most * n_pixels > MAX_SCANNED:
+        scans = _count_scans(data)
+        if scans > MAX_SCANS or scans * n_pixels > MAX_SCANNED:
+            raise TooMuchEffort(f"{scans:,} scans of {n_pixels:,} pixels in one JPEG")
+    # Pillow decodes run-length encoded BMPs in Python.
+    if data[:2] == b"BM" and int.from_bytes(data[30:34], "little") in (1, 2):
+        raise TooMuchEffort("a run-length encoded BMP")
 
 
 def open_image(data):
@@ -785,13 +856,9 @@ def open_image(data):
 def _count_scans(data):
     """The number of scans of a JPEG: a progressive one refines the image with each."""
     scans, offset = 0, 2
-    while data[offset:offset + 1] == b"\xff" and offset + 4 <= len(data):
-        marker = data[offset + 1]
-        if marker == 0xD9:  # the end of the image; other data may follow
-            break
-        offset += 2 + int.from_bytes(data[offset + 2:offset + 4], "big")
-        if marker == 0xDA:  # compressed data follows, in which FF stands before 00 and D0 to D7
-            scans += 1
-            following = re.compile(b"\xff[^\x00\xff\xd0-\xd7]").search(data, offset)
-            offset = following.start() if following else len(data)
+    # A marker is FF, maybe repeated, and a byte. 01 and D0 to D8 have no length; 00 is no marker.
+    marker = re.compile(b"\xff+([^\x00\x01\xff\xd0-\xd8])")
+    while (match := marker.search(data, offset)) and match[1] != b"\xd9":  # the end of the image
+        scans += match[1] == b"\xda"
+        offset = match.end() + int.from_bytes(data[match.end():match.end() + 2], "big")
     return scans

@@ -2494,11 +2494,13 @@ def test_tars_that_end_early_or_were_joined_are_counted(tmp_path):
 def test_a_pax_path_is_a_record_of_its_own():
     def member(records):
         return b"".join(b"%d %s\n" % (len(record) + 4, record) for record in records)
-    for records, name in (([b"comment=8 path=x", b"path=a.jpg"], b"a.jpg"),
-                          ([b"comment=13 path=x.jpg"], None), ([b"path=a", b"path=bb"], b"bb")):
-        assert shards._read_long_name(b"x", member(records)) == name
-    assert shards._read_long_name(b"x", b"9999 path=abc") == b"abc"
-    assert shards._read_long_name(b"x", b"0 path=abc") == b""
+    for records, found in (
+            ([b"comment=8 path=x", b"path=a.jpg"], (b"a.jpg", None)),
+            ([b"comment=13 path=x.jpg"], (None, None)), ([b"path=a", b"path=bb"], (b"bb", None)),
+            ([b"size=700", b"path=a"], (b"a", 700)), ([b"size=-7"], (None, None))):
+        assert shards._read_record(b"x", member(records)) == found
+    assert shards._read_record(b"x", b"9999 path=abc") == (b"abc", None)
+    assert shards._read_record(b"x", b"0 path=abc") == (b"", None)
 
 
 @pytest.mark.slow
@@ -2667,8 +2669,8 @@ def test_changed_rows_are_made_again(tmp_path, capsys):
     pairs = data.Pairs(folder)
     [path] = {shard.rows_file for shard in pairs.shards}
     rows.tofile(path)
-    with pytest.raises(ValueError, match="index damaged: a pair of 4,294,967,295 bytes"):
-        pairs[0]
+    assert [pair.key for pair in pairs] == before
+    assert f"{path}: damaged; {folder}/s00.tar is indexed again" in capsys.readouterr().err
 
 
 def test_a_shard_with_other_pairs_is_changed(tmp_path):
@@ -2723,6 +2725,28 @@ def test_names_that_are_no_text_are_shown_as_escapes(shapes, tmp_path):
     assert f"{tmp_path}/\\udcff\\x1b[31m: 129 pairs" in text and "\x1b[31m" not in text
     assert re.search(r"[12] not an image \(first: 8 bytes.*pair \\x1b\[31m\)", text)
     assert here(data.main, "index", folder).startswith(f"{tmp_path}/\\udcff")
+
+
+def test_what_the_index_finds_besides_pairs_is_said(tmp_path):
+    write_tar(tmp_path / "x.tar", [
+        ("1", {"jpg": image_bytes(), "png": image_bytes(), "txt": b"x"}),
+        ("2", {"001.jpg": image_bytes(), "001.txt": b"y"})])
+    skipped = data.Pairs(f"{tmp_path}/x.tar").skipped
+    assert skipped == {"further images of a key": 1, "name with dots (a key ends at the first)": 1}
+    good = write_some_shards(tmp_path / "good", [3])
+    write_tar(tmp_path / "bare.tar", [("1", {"jpg": image_bytes()})])
+    with pytest.raises(ValueError, match="--data .*bare.tar: no captions there, though the other"):
+        data.Pairs([good, f"{tmp_path}/bare.tar"]).require_captions("--data")
+    with pytest.raises(ValueError, match="no pair has KEY.none.txt, or none in KEY.json"):
+        data.Pairs(f"{good}::ko=none")
+    for content, what in (
+            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+            (b"<!DOCTYPE html>", "a page of HTML"), (b"PK\3\4" + b"x" * 600, "a zip")):
+        (tmp_path / "y.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=what):
+            data.Pairs(f"{tmp_path}/y.tar")
+    with pytest.raises(FileNotFoundError, match="files on this machine: download them"):
+        data.Pairs("https://example.com/x.tar")
 
 
 def test_members_that_lie_apart_are_answered_with_the_command_that_sorts_them(tmp_path):
@@ -2986,7 +3010,7 @@ def test_decode_brings_everything_to_upright_rgb_on_white():
     exif[0x0112] = 6
     upright = shards.decode(encoded(image, exif=exif))
     assert upright.size == (4, 8) and upright.getpixel((3, 0)) == red
-    for kind in ("BMP", "TIFF", "PPM"):
+    for kind in ("BMP", "TIFF"):
         assert middle(encoded(Image.new("RGB", (5, 5), red), kind)) == red
 
 
@@ -3004,10 +3028,12 @@ def test_a_jpeg_of_many_scans_is_not_decoded():
     assert 5 < shards._count_scans(progressive) < 20
     assert shards._count_scans(encoded(photograph(0, 64, 48), "JPEG")) == 1
     start = progressive.rindex(b"\xff\xda")  # repeat the last scan
-    many = progressive[:start] + progressive[start:-2] * 100 + b"\xff\xd9"
-    with pytest.raises(ValueError, match="too many scans: 1[01][0-9] in one JPEG"):
+    many = progressive[:start] + progressive[start:-2] * 1000 + b"\xff\xd9"
+    with pytest.raises(ValueError, match=r"decoding takes too long: 1,0\d\d scans of 3,072 pixels"):
         shards.decode(many)
-    assert shards.decode(progressive + b"\xff\xda" * 500).size == (64, 48)
+    with pytest.raises(ValueError, match=r"decoding takes too long: 1,0\d\d scans"):
+        shards.decode(many[:2] + b"\xff" + many[2:])  # FF may be repeated before a marker
+    assert shards.decode(progressive + b"\xff\xda" * 2000).size == (64, 48)
     assert np.array_equal(shards.decode(progressive), Image.open(io.BytesIO(progressive)))
 
 
@@ -4110,6 +4136,12 @@ def test_a_run_on_pairs_that_cannot_be_used_ends_with_the_reasons(make_run):
     (lambda state: state["state"][0].pop("step"), "step of parameter 0"),
     (lambda state: state["state"].update({7: {}}), "not that of this model"),
     (lambda state: state.update(state=3), "not that of this model"),
+    (lambda state: state.update(state={}), "not that of this model"),
+    (lambda state: state["state"].pop(1), "not that of this model"),
+    (lambda state: state["state"][0].update(exp_avg=torch.full((1, 3), torch.nan)), "cannot be"),
+    (lambda state: state["state"][0].update(exp_avg_sq=-torch.ones(1, 3)), "cannot be"),
+    (lambda state: state["state"][0].update(step=torch.tensor(2.0)), "cannot be"),
+    (lambda state: state["state"][0].update(exp_avg=torch.zeros(1, 3).bfloat16()), "exp_avg of p"),
 ])
 def test_a_state_of_another_optimizer_is_refused(damage, message):
     module = torch.nn.Linear(3, 1)
@@ -4119,11 +4151,15 @@ def test_a_state_of_another_optimizer_is_refused(damage, message):
     saved = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
     saved = {"state": {i: dict(moments) for i, moments in optimizer.state_dict()["state"].items()},
              "param_groups": [{**group, "weight_decay": 9.0, "lr": 9.0} for group in saved]}
-    trainer.load_optimizer(optimizer, saved, "x.pt")  # its settings stay those of the run
+    trainer.load_optimizer(optimizer, saved, 1, "x.pt")  # its settings stay those of the run
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    # A fused optimizer writes to every element, so memory that elements share is copied.
+    saved["state"][0]["exp_avg"] = torch.zeros(()).expand(1, 3)
+    trainer.load_optimizer(optimizer, saved, 1, "x.pt")
+    assert optimizer.state_dict()["state"][0]["exp_avg"].untyped_storage().nbytes() == 12
     damage(saved)
     with pytest.raises(ValueError, match=f"^x.pt: .*{message}"):
-        trainer.load_optimizer(optimizer, saved, "x.pt")
+        trainer.load_optimizer(optimizer, saved, 1, "x.pt")
 
 
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):

@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -215,7 +216,12 @@ def _choose_tokenizer(args, checkpoint, pairs, origin):
     if len(pairs) > MAX_PAIRS_FOR_TOKENIZER:
         raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on now: train "
                          "one with `python tokenizer.py train`, and give it as --tokenizer")
-    return Tokenizer.train(pairs.texts(), origin.config["vocab_size"],
+    texts = pairs.texts()
+    first = next(texts, None)
+    if first is None:
+        raise ValueError(f"--data {' '.join(args.data)}: no caption can be read; `python data.py "
+                         "captions SHARDS` says why")
+    return Tokenizer.train(itertools.chain([first], texts), origin.config["vocab_size"],
                            progress=sys.stdout.isatty())
 
 

@@ -50,12 +50,21 @@ from folder import (
     link_or_copy,
     older_checkpoints,
 )
-from kelip import PRESETS, Block, load_checkpoint, load_weights, read_run, save_checkpoint
+from kelip import (
+    PRESETS,
+    Block,
+    check_vocabulary,
+    load_checkpoint,
+    load_weights,
+    read_run,
+    save_checkpoint,
+)
 from tokenizer import atomic_write, number
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
 MAX_WORKERS = 512
+MAX_LR = 1000
 
 
 def add_arguments(parser, out, lr, batch_size, epochs):
@@ -72,13 +81,14 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--batch-size", type=number(int, 1, 1 << 24), default=batch_size, metavar="N",
         help=f"pairs per step, of all processes together (default: {batch_size})")
-    add("--epochs", type=number(float, above=0), default=epochs, metavar="N",
+    add("--epochs", type=number(float, above=0, high=1e6), default=epochs, metavar="N",
         help=f"epochs to train (default: {epochs:g})")
     add("--steps", type=number(int, 1, 1 << 40), metavar="N",
         help="steps to train; overrides --epochs")
     add("--warmup", type=number(int, 0, 1 << 40), metavar="N",
         help="steps of linear warm-up (default: 2,000, at most 10 %% of the run)")
-    add("--lr", type=number(float, 0), metavar="X", help=f"peak learning rate (default: {lr})")
+    add("--lr", type=number(float, 0, MAX_LR), metavar="X",
+        help=f"peak learning rate (default: {lr})")
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
@@ -88,9 +98,9 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help="seed of the initial weights, the order of samples and the crops (default: 0)")
     add("--workers", type=number(int, 0, MAX_WORKERS), metavar="N",
         help="decoding processes per training process (default: 0 on a CPU, 8 on a GPU)")
-    add("--save-every", type=number(int, 1), default=1000, metavar="N",
+    add("--save-every", type=number(int, 1, 1 << 40), default=1000, metavar="N",
         help="steps between checkpoints (default: 1000)")
-    add("--keep", type=number(int, 1), default=2, metavar="N",
+    add("--keep", type=number(int, 1, 1 << 20), default=2, metavar="N",
         help="checkpoints to keep: last.pt and the step-*.pt before it (default: 2)")
 
 
@@ -180,7 +190,11 @@ class Run:
         try:
             checkpoint = load_checkpoint(last)
             check_checkpoint(checkpoint, last)
-            read_run(last, checkpoint)
+            found = read_run(last, checkpoint)
+            if found.is_stage_1 != (checkpoint["config"]["stage"] == "mae"):
+                raise ValueError(f"{last}: its stage and its weights do not fit")
+            if not found.is_stage_1:
+                check_vocabulary(found)
         except ValueError as error:
             older = [path.name for path in older_checkpoints(self.folder)][-1:]
             hint = f"; {older[0]} in the same folder can replace it" if older else ""
@@ -190,7 +204,8 @@ class Run:
                              ".py: choose another --out")
         if self.is_rank_zero:
             for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
-                temporary.unlink()
+                if temporary.suffix[1:].isdecimal() and temporary.is_file():
+                    temporary.unlink()
         return checkpoint
 
     def open_pairs(self):
@@ -268,7 +283,7 @@ class Run:
         if not 0 <= step <= self.total_steps:
             raise ValueError(f"{path}: step is {step}, but the run has {self.total_steps} steps")
         load_weights(self.module, self.checkpoint["model"], path)
-        load_optimizer(self.optimizer, self.checkpoint["optimizer"], path)
+        load_optimizer(self.optimizer, self.checkpoint["optimizer"], step, path)
         saved = self.checkpoint["scaler"]
         if self.scaler.is_enabled() and saved:  # empty if --precision was another
             if saved.keys() != self.scaler.state_dict().keys():
@@ -694,26 +709,34 @@ def learning_rate(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def load_optimizer(optimizer, saved, path):
-    """Restore AdamW's state from its state dict, `saved`. The groups stay as they are.
+def load_optimizer(optimizer, saved, step, path):
+    """Restore AdamW's state after `step` steps from its state dict. The groups stay as they are.
 
-    All shapes are compared first: a fused optimizer would write past the end of a state that is
-    smaller than its parameter. Raises ValueError with the path.
+    A fused optimizer writes as many values as a parameter has, whatever the state has. So the state
+    is compared with the parameters first, and copied. Raises ValueError with the path.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = saved.get("state")
-    if not isinstance(state, dict) or not state.keys() <= set(range(len(parameters))):
+    if not isinstance(state, dict) or (step and state.keys() != set(range(len(parameters)))):
         raise ValueError(f"{path}: the state of the optimizer is not that of this model")
+    restored = {}
     for i, moments in state.items():
-        shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
-        for name, shape in shapes.items():
+        like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+        restored[i] = {}
+        for name, expected in like.items():
             value = moments.get(name) if isinstance(moments, dict) else None
-            if (not isinstance(value, torch.Tensor) or value.shape != shape
-                    or not value.is_floating_point() or value.layout != torch.strided):
+            if (type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta
+                    or (value.shape, value.dtype) != (expected.shape, expected.dtype)):
                 raise ValueError(f"{path}: {name} of parameter {i} in the optimizer's state is not "
-                                 f"a tensor of {list(shape)}")
+                                 f"a tensor of {list(expected.shape)}, {expected.dtype}")
+            highest = step if name == "step" else math.inf
+            lowest = -math.inf if name == "exp_avg" else 0
+            if not ((value >= lowest) & (value <= highest) & value.isfinite()).all():
+                raise ValueError(f"{path}: {name} of parameter {i} in the optimizer's state has "
+                                 "values that cannot be")
+            restored[i][name] = value.clone(memory_format=torch.contiguous_format)
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": restored, "param_groups": groups})
 
 
 def _skip_step_unless_finite(optimizer, grad_norm):

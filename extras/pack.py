@@ -47,7 +47,7 @@ from tokenizer import NOT_UTF8, ArgumentParser, atomic_write, number, one_line, 
 SHARD_PAIRS = 10_000
 MAX_REASONS = 20     # that are printed
 MAX_TABLE = 1 << 30  # bytes; larger tables are refused
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SPLIT = re.compile("(train|training|val|valid|validation|dev|test|testing)([-_]?(set|[0-9]+))?")
 
 
 class Report:
@@ -167,6 +167,10 @@ def _table_pairs(path, names, report):
     for name, suffix in zip(header, suffixes):
         if not suffix:
             report.note("columns that --columns does not name", f"{path}: {name}")
+    for name, values in zip(header, zip(*(row for _, row in rows if len(row) == len(header)))):
+        if not names and is_language(name) and all(map(str.isdecimal, values)):
+            raise ValueError(f"{path}: the column {name} holds numbers and no captions: name the "
+                             "columns to read, such as --columns image=image ko=ko")
     images = {}  # path -> {suffix: [captions]}
     for line, row in rows:
         if len(row) != len(header):
@@ -413,7 +417,7 @@ def _class_names(folder):
         if name.encode(errors="replace") != os.fsencode(name):
             raise ValueError(f"{one_line(path)}: the name of a class must be UTF-8: rename it")
         name_of[name] = " ".join(compose(name).replace("_", " ").split()) or name
-    splits = [name for name in name_of if name.lower() in SPLITS]
+    splits = [name for name in name_of if SPLIT.fullmatch(name.lower())]
     if len(splits) > 1 or splits == list(name_of) != []:
         raise ValueError(f"{folder}: {', '.join(splits)} are splits, not classes; pack one at a "
                          f"time: `python -m extras.pack classes OUT "

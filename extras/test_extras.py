@@ -1357,7 +1357,7 @@ def test_a_text_belongs_to_the_image_of_its_name(tmp_path, pack_command):
     out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
     assert not error and "captions: 5 unnamed, 1 en-us, 1 ko, 1 zh-hant" in out
     assert "1 texts .tags.txt, not a language (see --columns)" in out
-    assert "1 texts .caption.txt, which" in out and "1 texts without an image" in out
+    assert "1 texts .caption.txt, not a language" in out and "1 texts without an image" in out
     plain = "ko: 평범 / en-us: region / plain / zh-hant: script"
     assert captions_of(tmp_path / "out") == sorted([*names[:-1], plain])
     out, error = pack_command("images", tmp_path / "more", tmp_path / "in", "--columns", "fr=tags",
@@ -1568,13 +1568,25 @@ def test_bad_images_and_large_pairs_are_not_packed(tmp_path, pack_command, monke
     start = scans.rindex(b"\xff\xda")  # the last scan, again and again
     write_files(tmp_path / "in", {
         "cut.jpg": good[:2000], "ok.jpg": good, "pixels.png": large, "text.jpg": None,
-        "scans.jpg": scans[:start] + scans[start:-2] * 200 + scans[-2:], "text.txt": "x" * 100_000})
+        "scans.jpg": scans[:start] + scans[start:-2] * 1100 + scans[-2:],
+        "text.txt": "x" * 100_000})
     monkeypatch.setattr(pack, "MAX_PAIR", 100_000)
     monkeypatch.setattr(shards, "MAX_PIXELS", 70_000)
     out, error = pack_command("images", tmp_path / "out", tmp_path / "in")
     assert not error and [pair.image for pair in data.Pairs(f"{tmp_path}/out")] == [good]
-    for reason in ("not an image", "too many pixels", "too many scans", "pair too large"):
+    for reason in ("not an image", "too many pixels", "decoding takes too long", "pair too large"):
         assert f"1 images skipped: {reason} (first: " in out
+
+
+def test_columns_of_numbers_are_no_captions(tmp_path, pack_command):
+    """Indonesian is id, and Norwegian is no."""
+    write_files(tmp_path, {"0.jpg": None, "1.jpg": None,
+                           "t.csv": "id,image,ko,no\n0,0.jpg,가,1\n1,1.jpg,나,2\n"})
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "t.csv")
+    assert not out and "t.csv: the column id holds numbers and no captions" in error
+    out, error = pack_command("images", tmp_path / "out", tmp_path / "t.csv", "--columns",
+                              "image=image", "ko=ko")
+    assert not error and "captions: 2 ko" in out
 
 
 def test_names_that_are_no_text(tmp_path, pack_command):
@@ -1601,7 +1613,7 @@ def test_check_ends_with_status_1_when_a_pair_is_bad(tmp_path, pack_command):
         ("bare", {}, 1, "error: 1 no caption"),
         ("other", {"ocr.txt": b"x"}, 1, "error: 1 no caption"),
         ("blank", {"txt": b" "}, 1, "error: 1 empty caption"),
-        ("image", {"png": b"", "txt": b"x"}, "", "1 pairs, 1 of them good"),
+        ("image", {"png": b"", "txt": b"x"}, 1, "error: 1 further images of a key"),
     ):
         shards.write_shard(tmp_path / f"{name}.tar", [("1", {"jpg": image, **members})])
         out, error = pack_command("check", tmp_path / f"{name}.tar")
