@@ -93,12 +93,19 @@ def check_checkpoint(checkpoint, path):
              "data": dict}
     for key, kind in kinds.items():
         entry(checkpoint, key, kind, f"{path}: ")
-    for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int}.items():
-        entry(checkpoint["config"], key, kind, f"{path}: config.")
-    lr, padded_size = checkpoint["config"].get("lr"), checkpoint["config"]["padded_size"]
-    if type(lr) not in (int, float) or not 0 <= lr <= 1000 or not 1 <= padded_size <= 1 << 16:
-        raise ValueError(f"{path}: config.lr, {lr!r:.40}, or config.padded_size, {padded_size}, is "
-                         "out of range")
+    config = {"is_from_stage_1": False, **checkpoint["config"]}  # that of stage 1 has no such key
+    for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int, "lr": float,
+                      "is_from_stage_1": bool}.items():
+        entry(config, key, kind, f"{path}: config.")
+    if not 0 <= config["lr"] <= 1000 or not 1 <= config["padded_size"] <= 1 << 16:
+        raise ValueError(f"{path}: config.lr, {config['lr']}, or config.padded_size, "
+                         f"{config['padded_size']}, is out of range")
+    for key, value in config.items():  # all others are compared with the flags
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"{path}: config.{key!s:.40} is not a plain value, as JSON has "
+                             "them") from None
     for source in entry(checkpoint["data"], "shards", list, f"{path}: data."):
         for shard in source if isinstance(source, list) else [None]:
             # [file name, bytes, pairs, digest]: see data.Pairs.state

@@ -4529,6 +4529,40 @@ def test_a_run_whose_sizes_are_damaged_is_not_resumed(one_run, shapes, tmp_path)
         clip_here(shapes, tmp_path, "--resume")
 
 
+@pytest.mark.parametrize("key, value, message", [
+    ("is_from_stage_1", "no", "config.is_from_stage_1 is 'no', where a bool is expected"),
+    ("lr", True, "config.lr is True, where a float is expected"),
+    ("lr", float("nan"), "config.lr, nan, or config.padded_size, .*, is out of range"),
+    ("preset", ["tiny"], "config.preset is a list, where a str is expected"),
+    ("seed", torch.zeros(2), "config.seed is not a plain value, as JSON has them"),
+    ("augment", 0, "augment was 0 and is now False: set it back to resume"),
+    ("pairs", "x" * 10 ** 6, "pairs was x{100} and is now 128"),
+    ("freeze", [], r"freeze was \[\] and is now None"),
+])
+def test_a_run_whose_settings_are_damaged_is_not_resumed(
+        one_run, shapes, tmp_path, key, value, message):
+    """Each saved setting that is used has its type, and equals the flag where there is one."""
+    state = replaced(kelip.load_checkpoint(one_run / "last.pt"), ["config", key], value)
+    kelip.save_checkpoint(tmp_path / "last.pt", state)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/last.pt: {message}"):
+        clip_here(shapes, tmp_path, "--crops", "1x64+2x32", "--resume")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("scale", "x"), ("scale", -1.0), ("scale", float("inf")), ("_growth_tracker", 1.5),
+    ("_growth_tracker", -1)])
+def test_a_damaged_state_of_the_gradient_scaler_is_refused(make_run, key, value):
+    run = make_run(precision="fp16")
+    train_linear(run, torch.nn.Linear(3, 1), [1.0] * 3)
+    path = run.folder / "last.pt"
+    state = replaced(kelip.load_checkpoint(path), ["scaler", key], value)
+    path.unlink()
+    run = make_run(precision="fp16")
+    run.checkpoint = state
+    with pytest.raises(ValueError, match=f"^{path}: .*scaler"):
+        train_linear(run, torch.nn.Linear(3, 1), [1.0] * 3)
+
+
 def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(one_run, out)
@@ -4553,6 +4587,9 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
     assert ("--model ViT-S/16: --resume brings a model of other sizes" in
             error_of_resuming(model=["ViT-S/16"], crops=["1x64"]))
     assert "crops was 1x64+2x32 and is now 1x64" in error_of_resuming(crops=["1x64"])
+    # A default is the same value when it is given.
+    assert "weight_decay was 0.2" in error_of_resuming(
+        scale=["0.8", "1"], **{"weight-decay": ["0"]})
     assert ("other.json: not the one that the weights were trained with" in
             error_of_resuming(tokenizer=[tmp_path / "other.json"]))
     assert ("shard missing: train-0.tar, which had 64 pairs" in

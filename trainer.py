@@ -54,12 +54,13 @@ from kelip import (
     PRESETS,
     Block,
     check_vocabulary,
+    entry,
     load_checkpoint,
     load_weights,
     read_run,
     save_checkpoint,
 )
-from tokenizer import atomic_write, number
+from tokenizer import atomic_write, number, one_line
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
@@ -200,8 +201,8 @@ class Run:
             hint = f"; {older[0]} in the same folder can replace it" if older else ""
             raise ValueError(f"{error}{hint}") from None
         if checkpoint["config"]["stage"] != self.stage:
-            raise ValueError(f"{self.folder} holds a run of train_{checkpoint['config']['stage']}"
-                             ".py: choose another --out")
+            raise ValueError(f"{self.folder} holds a run of train_"
+                             f"{checkpoint['config']['stage']:.20}.py: choose another --out")
         if self.is_rank_zero:
             for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
                 if temporary.suffix[1:].isdecimal() and temporary.is_file():
@@ -276,9 +277,10 @@ class Run:
         path = self.folder / "last.pt"
         before = self.checkpoint["config"]
         for key, value in self.config.items():
-            if key not in MAY_CHANGE and before.get(key) != value:
-                raise ValueError(f"{path}: {key} was {before.get(key)} and is now {value}: set it "
-                                 "back to resume, or choose another --out")
+            # As JSON, in which 1 is not true, and a tuple is a list.
+            if key not in MAY_CHANGE and json.dumps(before.get(key)) != json.dumps(value):
+                raise ValueError(f"{path}: {key} was {before.get(key)!s:.100} and is now {value}: "
+                                 "set it back to resume, or choose another --out")
         step = self.checkpoint["step"]
         if not 0 <= step <= self.total_steps:
             raise ValueError(f"{path}: step is {step}, but the run has {self.total_steps} steps")
@@ -286,9 +288,12 @@ class Run:
         load_optimizer(self.optimizer, self.checkpoint["optimizer"], step, path)
         saved = self.checkpoint["scaler"]
         if self.scaler.is_enabled() and saved:  # empty if --precision was another
-            if saved.keys() != self.scaler.state_dict().keys():
+            scale = entry(saved, "scale", float, f"{path}: scaler.")
+            good_steps = entry(saved, "_growth_tracker", int, f"{path}: scaler.")
+            if not 0 < scale < math.inf or not 0 <= good_steps < 1 << 31:
                 raise ValueError(f"{path}: the state of the gradient scaler is damaged")
-            self.scaler.load_state_dict(saved)
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale,
+                                         "_growth_tracker": good_steps})
         self.first_step = self.saved_step = step
 
     def open_loader(self, pairs, tokenizer):
@@ -317,9 +322,9 @@ class Run:
             args = self.args
             dtype = str(self.dtype or weight_dtype(args.precision)).removeprefix("torch.")
             epochs = self.total_steps * args.batch_size / self.config["pairs"]
-            print(f"{what}; {self.total_steps:,} steps of {args.batch_size} of "
-                  f"{self.config['pairs']:,} pairs, {epochs:.1f} epochs; "
-                  f"{self.world_size} x {self.device.type}, {dtype}", flush=True)
+            print(one_line(f"{what}; {self.total_steps:,} steps of {args.batch_size} of "
+                           f"{self.config['pairs']:,} pairs, {epochs:.1f} epochs; "
+                           f"{self.world_size} x {self.device.type}, {dtype}"), flush=True)
 
     # -- the loop --
 
