@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the training scripts do, before torch
 
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +238,16 @@ def small_run(shapes, tmp_path_factory):
     state = {"config": {"model": config}, "model": kelip.MAE(model.visual).state_dict()}
     kelip.save_checkpoint(folder / "mae" / "last.pt", state)
     return folder / "clip"
+
+
+def repeat_entries(path, out):
+    """Copy a zip archive without compression. Each entry has a second name for the same bytes."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+            again = copy.copy(new.getinfo(name))
+            again.filename += "-again"
+            new.filelist.append(again)
 
 
 # ---- shared images and tars ----

@@ -1031,7 +1031,7 @@ def load_checkpoint(path):
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not
     try:
-        error = _error_in_archive(path) if is_zip else None
+        error = error_in_archive(path) if is_zip else None
         if not error:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1195,8 +1195,11 @@ def _describe(value):
     return f"a {type(value).__name__}"
 
 
-def _error_in_archive(path):
-    """Why a zip archive is not a file of torch.save, in words; None if it may be one."""
+def error_in_archive(path):
+    """Why a zip archive is not a file of torch.save or numpy.savez, in words; None if it may be.
+
+    They do not compress, so reading an archive takes no more memory than it has bytes.
+    """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     if any(record.filename.endswith("constants.pkl") for record in records):
@@ -1204,6 +1207,8 @@ def _error_in_archive(path):
                 "huggingface.co/openai, clip-vit-base-patch32 and others")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         return "a compressed archive, which torch.save does not write"
+    if sum(record.file_size for record in records) > Path(path).stat().st_size:
+        return "an archive whose entries overlap, and so a damaged one"
     return None
 
 

@@ -74,6 +74,7 @@ from conftest import (
     make_pair,
     photograph,
     reader,
+    repeat_entries,
     run,
     shape_image,
     signal_handlers_restored,
@@ -2104,6 +2105,9 @@ def test_a_checkpoint_is_written_atomically_and_a_damaged_one_raises(tmp_path, m
             compressed.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match="small.pt: a compressed archive"):
         kelip.load_checkpoint(tmp_path / "small.pt")
+    repeat_entries(tmp_path / "large.pt", tmp_path / "overlaps.pt")
+    with pytest.raises(ValueError, match="overlaps.pt: an archive whose entries overlap"):
+        kelip.load_checkpoint(tmp_path / "overlaps.pt")
 
 
 def test_only_files_are_opened(tmp_path):

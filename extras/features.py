@@ -21,7 +21,6 @@ import json
 import os
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +106,8 @@ def _read_vectors(path, width, is_unit):
     """
     if not path.is_file() or path.stat().st_size > MAX_FILE:  # reading a pipe would block
         raise ValueError
-    with zipfile.ZipFile(path) as file:
-        if any(member.file_size > member.compress_size for member in file.infolist()):
-            raise ValueError  # compressed: it may expand to more bytes than the memory has
+    if kelip.error_in_archive(path):
+        raise ValueError
     with np.load(path) as file:  # refuses pickled objects
         keys, vectors = file["keys"], file["vectors"]
     n, width = len(keys), width or vectors.shape[-1]

@@ -50,6 +50,7 @@ from conftest import (
     here,
     image_bytes,
     photograph,
+    repeat_entries,
     shape_image,
     small_model,
     write_bad_corpus,
@@ -1872,6 +1873,9 @@ def test_caches_that_would_fill_the_memory_are_ignored(tmp_path):
     with open(tmp_path / "sparse.npz", "wb") as file:
         file.seek(1 << 35)
         file.write(content)  # a zip may follow other data
+    np.savez(tmp_path / "large", keys=KEYS, vectors=np.eye(5, 1 << 20, dtype="f4"))
+    repeat_entries(tmp_path / "large.npz", tmp_path / "overlaps.npz")
+    (tmp_path / "large.npz").unlink()
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "folder.npz").mkdir()
     os.symlink("/dev/zero", tmp_path / "device.npz")
