@@ -38,7 +38,6 @@ from kelip import ceil_div
 from shards import (
     APART,
     COUNTRIES,
-    MAX_FIELDS,
     CaptionRule,
     Shard,
     are_sound,
@@ -130,7 +129,9 @@ class Pairs:
         self.languages, self.skipped, self.fields = (collections.Counter() for _ in range(3))
         for i, text in enumerate(sources):
             pattern, weight, rule = parse_source(text)
-            shards = index_shards(expand_pattern(pattern, partial=bool(state)), workers)
+            names = [x for _, name in rule.fields for x in (f"{name.lower()}.txt", f"{name}.json")]
+            paths = expand_pattern(pattern, partial=bool(state))
+            shards = index_shards(paths, workers, names)
             if state:
                 shards = _match_shards(state["shards"][i], shards)
             count = sum(shard.count for shard in shards)
@@ -149,12 +150,10 @@ class Pairs:
                     found[name] += count
                 self.fields.update(fields)
             for name in found:
-                # The index counts at most MAX_FIELDS names of a shard.
-                all_counted = all(len(shard.fields) < MAX_FIELDS for shard in shards)
-                if not found[name] and all_counted and not state:
+                if not found[name] and not state:
                     raise ValueError(f"{text}: no pair has KEY.{name}.txt, or {name} in KEY.json "
                                      "with a text")
-        self.languages = +self.languages  # without counts of zero
+        self.languages, self.fields = +self.languages, +self.fields  # without counts of zero
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
         self._open = {}  # shard number -> (file, rows), in the order of opening
         if not len(self):

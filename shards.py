@@ -52,7 +52,8 @@ BLOCK = 512                      # bytes; the unit of a tar
 SCAN = 1 << 20                   # bytes to read at once where there is no header
 MAX_PAIR = 64 << 20              # bytes; larger pairs are skipped
 MAX_JSON = 1 << 20               # bytes; larger .json members are not read
-MAX_FIELDS = 256                 # names of fields that the index counts, of one shard
+MAX_FIELDS = 256                 # names of fields that the index counts, of one shard,
+MAX_FIELD_NAME = 64              # and their characters; an option of --data may name others
 MAX_SHARDS = 10_000_000          # that one pattern may name
 MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
 MAX_SCANS = 1000                 # of a progressive JPEG, which usually has about ten
@@ -60,7 +61,7 @@ MAX_SCANNED = 1_000_000_000      # pixels of all its scans
 MAX_CAPTION = 1_000_000          # characters of a caption that are read
 MAX_INDEX = 1 << 30              # bytes of an index file
 INDEX_CHUNK = 256                # shards to walk before the index is written
-INDEX_FORMAT = "pairs 2"
+INDEX_FORMAT = "pairs 3"
 OCTAL = re.compile(b"[0-7]+")
 IMAGE_SUFFIXES = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"}
 # The image formats that Pillow may open. Not EPS, for which it would run another program, and not
@@ -248,21 +249,24 @@ class Shard(NamedTuple):
     languages: dict = {}  # language -> pairs with captions in it; "" for those that name none
     skipped: dict = {}    # reason -> number of pairs or members that are not in the index
     fields: dict = {}     # other texts, maybe captions -> pairs with them: "url.txt", "ko.json"
-    digest: str = ""      # of all headers and .json members; it tells tars of equal size apart
+    digest: str = ""      # of headers and captions; it tells tars of equal size apart
+    checksum: int = 0     # of its rows
     first_row: int = 0    # where its rows begin in rows_file, which has the rows of several shards
     rows_file: str = ""   # "" for a shard that is missing
 
 
-def index_tar(path):
+def index_tar(path, fields=()):
     """Find the pairs of one tar: (Shard, rows). The rows are not on disk yet.
 
-    rows: uint32 [count, 2], the first block and the number of bytes of each pair, in order.
+    rows: uint32 [count, 2], the first block and the number of bytes of each pair, in order. fields:
+    names of other texts, as Shard.fields has them, that are counted in any case.
 
     A pair is consecutive members with the same key, one of them an image. Keys without an image,
     keys that occur again and damaged places are skipped, and counted in Shard.skipped.
     """
     rows = []
-    languages, skipped, fields = (collections.Counter() for _ in range(3))
+    languages, skipped = collections.Counter(), collections.Counter()
+    fields = collections.Counter(dict.fromkeys(fields, 0))
     suffixes_of = {}  # key -> the suffixes of its members
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -290,9 +294,10 @@ def index_tar(path):
                     skipped["further images of a key"] += 1
                 _count_captions(members, read, languages, fields)
             suffixes_of[key] = suffixes | suffixes_of.get(key, frozenset())
+    rows = np.array(rows, np.uint32).reshape(-1, 2)
     shard = Shard(path, status.st_size, status.st_mtime_ns, len(rows), dict(languages),
-                  dict(skipped), dict(fields.most_common(MAX_FIELDS)), digest.hexdigest())
-    return shard, np.array(rows, np.uint32).reshape(-1, 2)
+                  dict(skipped), dict(fields), digest.hexdigest(), zlib.crc32(rows))
+    return shard, rows
 
 
 def _walk_pairs(read, size, skipped):
@@ -323,29 +328,34 @@ def _walk_pairs(read, size, skipped):
 
 def _count_captions(members, read, languages, fields):
     """Add a pair to the Counters `languages` and `fields` of a Shard. members: {suffix: Member}."""
-    has_caption = False
-    for suffix in members:
-        language = caption_language(suffix)
-        if language is not None:
-            languages[language] += 1
-            has_caption = True
-        elif suffix.endswith(".txt"):
-            fields[suffix] += 1
+    has_caption, names = False, []
+    for suffix, member in members.items():
+        if suffix == "txt" or suffix.endswith(".txt"):
+            read(min(member.size, MAX_JSON), member.body)  # for the digest
+            language = caption_language(suffix)
+            if language is None:
+                names.append(suffix)
+            else:
+                languages[language] += 1
+                has_caption = True
     if "json" in members and members["json"].size <= MAX_JSON:
         record = _parse_json(read(members["json"].size, members["json"].body)) or {}
-        fields.update([f"{name}.json" for name, value in record.items()
-                       if isinstance(value, (str, list)) and len(name) <= 64])
+        names += [f"{name}.json" for name, value in record.items()
+                  if isinstance(value, (str, list))]
         if not has_caption:
             languages.update({language for language, _ in _by_language(record.get("caption"))})
+    for name in names:
+        if name in fields or (len(fields) < MAX_FIELDS and len(name) <= MAX_FIELD_NAME):
+            fields[name] += 1
 
 
-def index_shards(paths, workers=0):
+def index_shards(paths, workers=0, fields=()):
     """The Shard of each path. Walks tars that are new or have changed, and writes the index.
 
     A folder's index is pairs.index in it. If the folder is read-only, the index is in
     ~/.cache/kelip, and if that is read-only, too, in a temporary folder, which is deleted when the
-    process ends. A damaged index is made again. workers: processes that walk tars. Raises
-    ValueError when a file is not a tar.
+    process ends. A damaged index is made again. workers: processes that walk tars. fields: names
+    that Shard.fields must have. Raises ValueError when a file is not a tar.
     """
     by_folder = collections.defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -355,18 +365,28 @@ def index_shards(paths, workers=0):
         known = {}
         for index_file in reversed(_index_files(folder)):
             known.update(_read_index(index_file, folder))
-        changed = []
+        changed, damaged = [], set()
         for path in members:
             status = os.stat(path)
             shard = known.get(path)
             if not shard or (shard.size, shard.mtime) != (status.st_size, status.st_mtime_ns):
                 _check_is_tar(path)
                 changed.append(path)
+            elif not _has_rows(shard):
+                if os.path.exists(shard.rows_file):
+                    damaged.add(shard.rows_file)
+                changed.append(path)
+            elif not _has_counted(shard, fields):
+                changed.append(path)
+        for rows_file in sorted(damaged):
+            print(one_line(f"{rows_file}: damaged; its shards are indexed again"),
+                  file=sys.stderr)
         # Write the index after each chunk: an interruption then loses one chunk at most.
         for first in range(0, len(changed), INDEX_CHUNK):
             chunk = changed[first:first + INDEX_CHUNK]
             title = f"index, {first:,} of {len(changed):,} shards done"
-            walked = map_processes(index_tar, chunk, workers, title)
+            walked = map_processes(functools.partial(index_tar, fields=fields), chunk, workers,
+                                   title)
             known.update(_save_rows(folder, known, walked))
         result.update((path, known[path]) for path in members)
     return [result[path] for path in paths]
@@ -393,8 +413,7 @@ def write_index(path, shards, rows):
     folder = os.path.dirname(path)
     os.makedirs(folder or ".", exist_ok=True)
     content = b"".join(one.tobytes() for one in rows.values())
-    digest = f"{_digest(content)}-{zlib.crc32(content):08x}"
-    rows_file = os.path.splitext(path)[0] + f"-{digest}.rows"
+    rows_file = f"{os.path.splitext(path)[0]}-{_digest(content)}.rows"
     written, first_row = {}, 0
     for name, one in rows.items():
         written[name] = shards[name]._replace(first_row=first_row, rows_file=rows_file)
@@ -403,9 +422,9 @@ def write_index(path, shards, rows):
     table = {}
     for shard in sorted({**shards, **written}.values()):
         if os.path.exists(shard.path):
-            *fields, shard_rows_file = shard[1:]
-            fields.append(os.path.relpath(shard_rows_file, folder))
-            table[os.path.basename(shard.path)] = fields
+            *values, shard_rows_file = shard[1:]
+            values.append(os.path.relpath(shard_rows_file, folder))
+            table[os.path.basename(shard.path)] = values
     text = json.dumps(table)
     head = json.dumps({"format": INDEX_FORMAT, "digest": _digest(text.encode())})
     for name, data in ((rows_file, content), (path, f"{head}\n{text}".encode())):
@@ -448,9 +467,6 @@ def _save_rows(folder, known, walked):
 
 def _read_index(path, folder):
     """{path: Shard} of an index file. {} when it does not exist, has another format or is damaged.
-
-    Compares the checksums of the table and of the rows, since a wrong row is a wrong pair. Omits
-    shards whose rows are missing or damaged.
     """
     if not os.path.isfile(path):
         return {}
@@ -463,26 +479,21 @@ def _read_index(path, folder):
             return {}
         if head["digest"] != _digest(text.encode()):
             raise ValueError
-        shards = [Shard(os.path.join(folder, name), *fields)
-                  for name, fields in json.loads(text).items()]
+        shards = [Shard(os.path.join(folder, name), *values)
+                  for name, values in json.loads(text).items()]
         if not all(map(_is_sound, shards)):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         print(one_line(f"{path}: damaged; the shards are indexed again"), file=sys.stderr)
         return {}
-    found, n_rows = {}, {}
-    for shard in shards:
-        rows_file = os.path.join(os.path.dirname(path), shard.rows_file)
-        if rows_file not in n_rows:
-            n_rows[rows_file] = _count_rows(rows_file)
-        if shard.first_row + shard.count <= n_rows[rows_file]:
-            found[shard.path] = shard._replace(rows_file=rows_file)
-    return found
+    above = os.path.dirname(path)
+    return {shard.path: shard._replace(rows_file=os.path.join(above, shard.rows_file))
+            for shard in shards}
 
 
 def _is_sound(shard):
     """Whether an entry of an index file is of the right types."""
-    numbers = [shard.size, shard.mtime, shard.count, shard.first_row]
+    numbers = [shard.size, shard.mtime, shard.count, shard.checksum, shard.first_row]
     for counts in (shard.languages, shard.skipped, shard.fields):
         numbers += counts.values()
     return (all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
@@ -490,22 +501,26 @@ def _is_sound(shard):
             == shard.rows_file and shard.rows_file.endswith(".rows"))
 
 
-def _count_rows(path):
-    """The number of rows in a file of rows; -1 if it is missing or damaged.
+def _has_rows(shard):
+    """Whether the file of rows has those of a shard. A wrong row would be a wrong pair.
 
-    Its name ends in its checksum: a CRC, which is faster than a digest, since a billion pairs have
-    gigabytes of rows.
+    Reads no more rows than the tar has blocks, since a damaged index may name any file. The
+    checksum is a CRC, which is faster than a digest: a billion pairs have gigabytes of rows.
     """
-    if not os.path.isfile(path):
-        return -1
-    checksum = 0
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        while chunk := file.read(SCAN):
-            checksum = zlib.crc32(chunk, checksum)
-        if path.endswith(f"-{checksum:08x}.rows"):
-            return os.fstat(file.fileno()).st_size // 8
-    print(one_line(f"{path}: damaged; its shards are indexed again"), file=sys.stderr)
-    return -1
+    if not os.path.isfile(shard.rows_file) or shard.count > shard.size // BLOCK:
+        return False
+    begin, size = 8 * shard.first_row, 8 * shard.count  # bytes
+    with contextlib.suppress(OSError), open(shard.rows_file, "rb") as file:
+        if begin + size <= os.fstat(file.fileno()).st_size:
+            return zlib.crc32(os.pread(file.fileno(), size, begin)) == shard.checksum
+    return False
+
+
+def _has_counted(shard, fields):
+    """Whether a shard's counts include these fields, even if they are zero."""
+    has_all = len(shard.fields) < MAX_FIELDS
+    return all(name in shard.fields or (has_all and len(name) <= MAX_FIELD_NAME)
+               for name in fields)
 
 
 def are_sound(rows, size):

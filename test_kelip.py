@@ -2571,7 +2571,8 @@ def test_index_is_kept_on_disk_and_renewed(tmp_path, monkeypatch):
     assert len(data.Pairs(folder)) == 7 and os.path.exists(f"{folder}/pairs.index")
     walked = []
     walk = shards.index_tar
-    monkeypatch.setattr(shards, "index_tar", lambda path: walked.append(path) or walk(path))
+    monkeypatch.setattr(shards, "index_tar",
+                        lambda path, fields: walked.append(path) or walk(path))
     assert len(data.Pairs(folder)) == 7 and not walked
     write_some_shards(folder, [5])  # replaces s00
     assert len(data.Pairs(folder)) == 9 and walked == [f"{folder}/s00.tar"]
@@ -2669,12 +2670,30 @@ def test_changed_rows_are_made_again(tmp_path, capsys):
     assert [pair.key for pair in data.Pairs(folder)] == before
     assert f"{path}: damaged; its shards are indexed again" in capsys.readouterr().err
     assert shards.index_shards(shards.expand_pattern(folder)) and not capsys.readouterr().err
-    rows[1] = 2 ** 32 - 1  # behind the back of one who has read the index
     pairs = data.Pairs(folder)
-    [path] = {shard.rows_file for shard in pairs.shards}
+    path = pairs.shards[0].rows_file
+    assert path != pairs.shards[1].rows_file  # whose rows were good
+    rows = np.fromfile(path, np.uint32)
+    rows[1] = 2 ** 32 - 1  # behind the back of one who has read the index
     rows.tofile(path)
     assert [pair.key for pair in pairs] == before
     assert f"{path}: damaged; {folder}/s00.tar is indexed again" in capsys.readouterr().err
+
+
+def test_no_more_rows_are_read_than_a_tar_can_have(tmp_path):
+    folder = write_some_shards(tmp_path / "x", [3, 4])
+    before = [pair.key for pair in data.Pairs(folder)]
+    [path] = Path(folder).glob("*.rows")
+    os.truncate(path, 1 << 36)  # a sparse file; its first rows are those of the shards
+    assert [pair.key for pair in data.Pairs(folder)] == before
+    index = Path(folder, "pairs.index")
+    _, text = index.read_text(encoding="utf-8").splitlines()
+    table = json.loads(text)
+    table["s00.tar"][2] = 1 << 32  # pairs
+    text = json.dumps(table)
+    head = {"format": shards.INDEX_FORMAT, "digest": shards._digest(text.encode())}
+    index.write_text(f"{json.dumps(head)}\n{text}", encoding="utf-8")
+    assert [pair.key for pair in data.Pairs(folder)] == before
 
 
 def test_a_shard_with_other_pairs_is_changed(tmp_path):
@@ -2692,6 +2711,10 @@ def test_a_shard_with_other_pairs_is_changed(tmp_path):
     os.utime(path, ns=(status.st_atime_ns + 1, status.st_mtime_ns + 1))
     assert path.stat().st_size == status.st_size
     assert data.Pairs(folder, state).skipped == {"shard changed": 3}
+    for old, new in ((b"an apple", b"my apple"), ("사과".encode(), "포도".encode())):
+        assert old in content
+        path.write_bytes(content.replace(old, new))  # captions of the same length
+        assert data.Pairs(folder, state).skipped == {"shard changed": 3}
 
 
 def test_what_is_no_shard_says_what_it_is(tmp_path, monkeypatch):
@@ -2864,6 +2887,23 @@ def test_the_index_counts_the_captions_that_are_read(tmp_path):
     assert pairs.languages == {"en": 2, "ko": 3, "fil": 1}
     assert pairs[0].captions == {"en": ["a", "b"], "ko": ["사과"], "fil": ["x"]}
     assert pairs[1].captions == {"en": ["y"], "ko": ["사과", "z"]}
+
+
+def test_a_field_that_is_named_is_counted_among_any_number_of_others(tmp_path):
+    long = "x" * 100
+    records = [{f"{i}-{j}": "x" for j in range(200)} for i in range(3)]
+    records[1]["late"] = records[2]["late"] = records[2][long] = "사과"
+    write_tar(tmp_path / "x.tar", [
+        (str(i), {"jpg": image_bytes(), "txt": b"x", "json": json.dumps(record).encode()})
+        for i, record in enumerate(records)])
+    source = f"{tmp_path}/x.tar"
+    [shard] = data.Pairs(source).shards
+    assert len(shard.fields) == shards.MAX_FIELDS and "late.json" not in shard.fields
+    for name, count in (("late", 2), (long, 1), ("0-7", 1), ("late", 2)):
+        assert data.Pairs(f"{source}::ko={name}").languages == {"": 3, "ko": count}
+    for name in ("none", "y" * 100):
+        with pytest.raises(ValueError, match=f"no pair has KEY.{name}.txt, or {name} in KEY.json"):
+            data.Pairs(f"{source}::ko={name}")
 
 
 def test_each_line_is_a_caption_where_the_source_says_so(tmp_path):
