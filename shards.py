@@ -58,6 +58,7 @@ MAX_SHARDS = 10_000_000          # that one pattern may name
 MAX_PIXELS = 89_478_485          # of one image, a quarter of a gigabyte as RGB; Pillow's own limit
 MAX_SCANS = 1000                 # of a progressive JPEG, which usually has about ten
 MAX_SCANNED = 1_000_000_000      # pixels of all its scans
+MAX_READS = 100_000              # of parts of an image, which usually has less than a thousand
 MAX_CAPTION = 1_000_000          # characters of a caption that are read
 MAX_INDEX = 1 << 30              # bytes of an index file
 INDEX_CHUNK = 256                # shards to walk before the index is written
@@ -828,7 +829,7 @@ def decode(data, min_side=None):
             image = open_image(data)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            _check_effort(data, image.width * image.height)
+            _check_scans(data, image.width * image.height)
             if min_side:
                 scale = min_side / max(image.size)
                 size = tuple(max(1, int(side * scale)) for side in image.size)
@@ -850,22 +851,35 @@ class TooMuchEffort(ValueError):
     """A small file that would take many seconds to decode."""
 
 
-def _check_effort(data, n_pixels):
-    """Raise TooMuchEffort for kinds of images that take long for their number of pixels."""
-    # Each scan of a JPEG takes one more pass over the entire image. FF DA begins a scan.
+def _check_scans(data, n_pixels):
+    """Raise TooMuchEffort for a JPEG of many scans, each of which is a pass over the entire image.
+    """
+    # FF DA begins a scan.
     at_most = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 1
     if at_most > MAX_SCANS or at_most * n_pixels > MAX_SCANNED:
         scans = _count_scans(data)
         if scans > MAX_SCANS or scans * n_pixels > MAX_SCANNED:
             raise TooMuchEffort(f"{scans:,} scans of {n_pixels:,} pixels in one JPEG")
-    # Pillow decodes run-length encoded BMPs in Python.
-    if data[:2] == b"BM" and int.from_bytes(data[30:34], "little") in (1, 2):
-        raise TooMuchEffort("a run-length encoded BMP")
+
+
+class CountedReads(io.BytesIO):
+    """A file in memory of which only MAX_READS parts can be read.
+
+    Pillow reads the chunks of a PNG, the segments of a JPEG, the strips of a TIFF and the runs of a
+    BMP one by one, in Python.
+    """
+    count = 0
+
+    def read(self, size=-1):
+        self.count += 1
+        if self.count > MAX_READS:
+            raise TooMuchEffort(f"the image is in more than {MAX_READS:,} parts")
+        return super().read(size)
 
 
 def open_image(data):
     """A PIL image, of which only the header is read. Broken bytes raise errors of many kinds."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.open(CountedReads(data), formats=FORMATS)
 
 
 def _count_scans(data):

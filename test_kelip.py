@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -29,6 +30,7 @@ import time
 import unicodedata
 import urllib.parse
 import zipfile
+import zlib
 from collections import Counter
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -3079,6 +3081,32 @@ def test_a_jpeg_of_many_scans_is_not_decoded():
         shards.decode(many[:2] + b"\xff" + many[2:])  # FF may be repeated before a marker
     assert shards.decode(progressive + b"\xff\xda" * 2000).size == (64, 48)
     assert np.array_equal(shards.decode(progressive), Image.open(io.BytesIO(progressive)))
+
+
+@pytest.mark.parametrize("kind, part, at", [
+    ("PNG", b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4, "big"), 33),
+    ("JPEG", b"\xff\xe9\0\2", 2), ("JPEG", b"\xff", 2), ("GIF", b"\x21\xff\x01a\0", 25)])
+def test_an_image_of_many_parts_is_not_decoded(kind, part, at):
+    content = encoded(Image.new("L", (48, 36), 255), kind)
+    few, many = (content[:at] + part * count + content[at:] for count in (1000, 200_000))
+    assert shards.decode(few).tobytes() == bytes([255]) * 48 * 36 * 3
+    with pytest.raises(ValueError, match="decoding takes too long: the image is in more than 100,"):
+        shards.decode(many)
+
+
+def test_runs_of_a_bmp_are_decoded_within_a_bound():
+    """Pillow decodes them in Python. A run is a length and an index into the palette."""
+    def bmp(width, height, runs):
+        palette = bytes(x for i in range(256) for x in (i, i, i, 0))
+        head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+        start = 14 + len(head) + len(palette)
+        return b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start) + head + palette + runs
+
+    line = b"\x28\x07\x08\x09\0\0"  # 40 times 7, 8 times 9, end of the line
+    pixels = np.asarray(shards.decode(bmp(48, 36, line * 36 + b"\0\1")))
+    assert (pixels[:, :40] == 7).all() and (pixels[:, 40:] == 9).all()
+    with pytest.raises(ValueError, match="decoding takes too long"):
+        shards.decode(bmp(1000, 1000, b"\1\7" * 1_000_000))
 
 
 def test_decode_says_why_not():
