@@ -467,7 +467,7 @@ class Batch(NamedTuple):
     images: torch.Tensor        # uint8 [n, 3, S, S], channels last in memory
     aspect: torch.Tensor        # float32 [n], width / height of each image
     tokens: object              # int64 [n, context_length], None without a tokenizer
-    language: object            # int64 [n], index in Loader.languages, -1 if invalid; or None
+    language: object            # int64 [n], index in Loader.languages or -1 for none; or None
     valid: torch.Tensor         # bool [n]
     sample_index: torch.Tensor  # int64 [n]
 
@@ -648,8 +648,9 @@ class Loader:
     def _prepare(self, number):
         """Read and decode a pair: (uint8 [h, w, 3], width / height, captions).
 
-        captions: for each language, (its index in self.languages, int64 [captions, L]). Raises
-        ValueError("reason: details").
+        captions: for each language, (its index in self.languages, int64 [captions, L]). The index
+        is -1 for a language that the shards' index did not have. Raises ValueError("reason:
+        details").
         """
         if number in self._cache:
             return self._cache[number]
@@ -658,7 +659,8 @@ class Loader:
         if self.tokenizer is not None:
             if not pair.captions:
                 raise ValueError(f"{pair.errors[0]}: pair {pair.key}")
-            captions = [(self.languages.index(language),
+            number_of = {language: i for i, language in enumerate(self.languages)}
+            captions = [(number_of.get(language, -1),
                          self.tokenizer.encode(texts, self.context_length))
                         for language, texts in sorted(pair.captions.items())]
         try:

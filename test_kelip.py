@@ -2930,6 +2930,18 @@ def test_every_caption_of_a_pair_is_drawn(tmp_path):
     assert abs(drawn["a"] - 300) < 60 and all(abs(drawn[x] - 100) < 40 for x in "bcd")
 
 
+def test_a_pair_in_a_language_that_is_not_in_the_index_is_valid(tmp_path):
+    """A shard is replaced after it is indexed by one of the same size."""
+    path = tmp_path / "x.tar"
+    image = image_bytes()
+    write_tar(path, [("1", {"jpg": image, "en.txt": b"a"}), ("2", {"jpg": image, "en.txt": b"b"})])
+    pairs = data.Pairs(str(path))
+    write_tar(path, [("1", {"jpg": image, "en.txt": b"a"}), ("2", {"jpg": image, "fr.txt": b"b"})])
+    [batch], [loader] = load_batches(pairs, batch_size=2, steps=1)
+    assert batch.valid.all() and not loader.skipped and loader.languages == ["en"]
+    assert dict(zip(batch.tokens[:, 0].tolist(), batch.language.tolist())) == {97: 0, 98: -1}
+
+
 def test_captions_command_prints_one_a_line(tmp_path, data_command):
     shards.write_shard(tmp_path / "x.tar", [
         ("1", {"jpg": image_bytes(), "en.txt": b" a\nred &amp; blue", "ko.txt": "사과".encode()}),
