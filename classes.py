@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from tokenizer import NOT_UTF8, one_line, read_file, read_json
+from tokenizer import not_utf8, one_line, read_file, read_json
 
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
 
 MAX_NAME = 1000  # characters of a class name or of a template
+PLACE = re.compile(r"\{c?\}")  # of the name in a template
 CODE_POINTS = re.compile("[0-9A-F]{1,6}(-[0-9A-F]{1,6})?")
 
 
@@ -83,7 +84,7 @@ def format_prompt(template, name):
         format_prompt("{}{이/가}", "사과")       -> '사과가'
         format_prompt("{}{으로/로}", "연필")     -> '연필로', since 로 follows vowels and ㄹ
     """
-    text = re.sub(r"\{c?\}", lambda _: name, template)
+    text = PLACE.sub(lambda _: name, template)
     prompt, end = "", 0
     for particle in re.finditer(r"\{([^{}/]+)/([^{}/]+)\}", text):
         prompt += text[end:particle.start()]
@@ -134,8 +135,10 @@ def _error_in_set(found):
             if not _are_texts(spellings(spelled)):
                 return (f"class {label} in {language!r} is not a name of at most {MAX_NAME:,} "
                         "characters, or a list of spellings")
-        if not _are_texts(found["templates"].get(language)):
-            return f'"templates" has no list such as ["a photo of a {{}}."] for {language!r}'
+        templates = found["templates"].get(language)
+        if not _are_texts(templates) or not all(map(PLACE.search, templates)):
+            return (f'"templates" has no list such as ["a photo of a {{}}."] for {language!r}, '
+                    "each with {} for the name")
         counts[language] = len(names)
     if "codepoints" in found:
         ranges = found["codepoints"]
@@ -195,7 +198,10 @@ def _label_of_cls(pair, classes):
     count = len(next(iter(classes["classnames"].values())))
     order = classes.get("order", range(count))
     if not re.fullmatch(rb"\d{1,18}", text) or int(text) >= len(order):
-        raise ValueError(f"bad .cls: {pair.key}: class {text[:20].decode(errors='replace')!r}, but "
+        reason = "bad .cls"
+        if text == str(len(order)).encode():
+            reason += " (one above the last, as numbers begin at 0)"
+        raise ValueError(f"{reason}: {pair.key}: class {text[:20].decode(errors='replace')!r}, but "
                          f"the set has {len(order)}, from 0 to {len(order) - 1}")
     return order[int(text)]
 
@@ -367,12 +373,19 @@ class _Layout(NamedTuple):
 
 
 def _read_layout(folder):
-    """The _Layout of a folder. Raises ValueError when its images have several classes."""
+    """The _Layout of a folder. Raises ValueError when its images have several classes, or a
+    template has no place for the name.
+    """
     kind = " ".join(_read_lines(folder / "dataset_type.txt")).strip().lower()
     if kind == "multilabel":
         raise ValueError(f"{folder}: images have several classes there, which is not supported")
     names = _read_lines(folder / "classnames.txt")
-    templates = _read_lines(folder / "zeroshot_classification_templates.txt")
+    path = folder / "zeroshot_classification_templates.txt"
+    templates = _read_lines(path)
+    for number, template in enumerate(templates, 1):
+        if template and not PLACE.search(template):  # a blank one counts, as in CLIP_benchmark
+            raise ValueError(f"{path}: line {number}, {template[:100]!r}, has no {{c}} for the "
+                             "name")
     return _Layout(kind, names, templates)
 
 
@@ -393,10 +406,11 @@ def _read_lines(path):
     """The lines of a text file, stripped, as CLIP_benchmark reads them; [] if there is no file."""
     if not path.exists():
         return []
+    content = read_file(path)
     try:
-        text = read_file(path).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: {NOT_UTF8}") from None
+        raise ValueError(f"{path}: {not_utf8(content)}") from None
     lines = [line.strip() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_NAME:

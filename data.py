@@ -259,7 +259,8 @@ class Pairs:
                 raise ValueError(f"{flag} {source.name}: no captions there, though the other "
                                  "sources have some: leave it out")
         if not self.languages:
-            found = format_counts(self.skipped | self.fields) or "images alone"
+            # Of images alone, the first pair says why: no caption, bad json, ...
+            found = format_counts(self.skipped | self.fields) or ", ".join(self[0].errors)
             raise ValueError(f"{flag} {' '.join(source.name for source in self.sources)}: no "
                              f"captions there ({found}){self._hint()}; a caption is in KEY.txt, "
                              "KEY.ko.txt, or under \"caption\" in KEY.json; others are named as "

@@ -732,7 +732,7 @@ def set_name(sources, classes=None):
 
 def folder_of(model):
     """The folder of the weights that kelip.build_model opens under this name or path."""
-    path = Path("weights") if model in kelip.PRESETS else Path(model)
+    path = Path("weights" if model in kelip.PRESETS else os.path.expanduser(model))
     return path if path.is_dir() else path.parent
 
 

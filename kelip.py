@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import pickle
 import warnings
 import zipfile
@@ -434,7 +435,7 @@ class KELIP(nn.Module):
         same features without computing padding. Keep text on the CPU even if the model is on a GPU:
         the lengths are needed there, and copying them back would wait for the GPU.
         """
-        _check_tokens(text, context_length=len(self.positional_embedding))
+        _check_tokens(text, len(self.positional_embedding), len(self.token_embedding.weight))
         text = text.cpu()
         device = self.positional_embedding.device
         lengths = text.argmax(dim=-1) + 1                                    # [N]
@@ -458,8 +459,11 @@ class KELIP(nn.Module):
         return logits_per_image, logits_per_image.T
 
 
-def _check_tokens(text, context_length):
-    """Raise TypeError or ValueError unless text is token ids [N, L], with L <= context_length."""
+def _check_tokens(text, context_length, vocab_size):
+    """Raise TypeError or ValueError unless text is token ids [N, L], with L <= context_length.
+
+    Ids are compared with vocab_size on the CPU alone: elsewhere, it would wait for the device.
+    """
     if not torch.is_tensor(text) or text.dtype not in (torch.int64, torch.int32):
         found = text.dtype if torch.is_tensor(text) else type(text).__name__
         raise TypeError(f"text is {found}: the text encoder takes token ids, int64 [N, L]; "
@@ -469,6 +473,11 @@ def _check_tokens(text, context_length):
                          "[N, L]; tokenizer.encode(texts) makes them")
     if text.shape[1] > context_length:
         raise ValueError(f"text of {text.shape[1]} tokens: context_length is {context_length}")
+    if text.device.type == "cpu":
+        lowest, highest = text.aminmax()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(f"text has token ids from {lowest} to {highest}: those of the model "
+                             f"are from 0 to {vocab_size - 1}; is it another model's tokenizer?")
 
 
 def default_options(config):
@@ -946,7 +955,7 @@ def _released_tokenizer(folder):
 
 def _find_weights(name_or_path):
     """The file of weights for a name or path."""
-    path = Path("weights") if name_or_path in PRESETS else Path(name_or_path)
+    path = Path("weights" if name_or_path in PRESETS else os.path.expanduser(name_or_path))
     if path.exists() and not path.is_dir() and path.suffix != ".json":
         return path
     for name in WEIGHT_FILES:

@@ -1196,6 +1196,7 @@ def test_command_trains_encodes_and_decodes(tmp_path):
     (["train", "blank.txt"], "blank.txt: no text"),
     (["train", "shard.tar"], "python data.py captions SHARDS | python tokenizer.py train -"),
     (["train", "bytes.txt"], "bytes.txt, line 1: not UTF-8"),
+    (["train", "utf16.txt"], "utf16.txt, line 1: not UTF-8 but UTF-16: save it as UTF-8"),
     (["train", "cp949.txt"], "cp949.txt, line 3: not UTF-8: save it as UTF-8 (Excel writes CP949)"),
     (["train", "."], ".: Is a directory"),
     (["train", "--out", ".", "good.txt"], "--out .: a file cannot be written there"),
@@ -1220,7 +1221,8 @@ def test_command_says_one_line_on_bad_input(tmp_path, arguments, complaint):
     (tmp_path / "blank.txt").write_bytes(b" \n\n")
     (tmp_path / "good.txt").write_bytes(b"a dog\n")
     (tmp_path / "shard.tar").touch()
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xff")
+    (tmp_path / "utf16.txt").write_bytes("사과\n".encode("utf-16"))
     (tmp_path / "cp949.txt").write_bytes(b"a\nb\n" + "사과\n".encode("cp949") * 9999)
     (tmp_path / "other.json").write_text('{"architectures": ["CLIPModel"]}')
     (tmp_path / "escapes.json").write_text('{"model": {"type": "\\u001b[31mred\\n"}}')
@@ -1789,6 +1791,8 @@ def test_images_of_another_type_or_shape_are_named(image, message):
     (torch.zeros(20, dtype=torch.int64), r"text of shape \[20\]"),
     (torch.zeros(0, 20, dtype=torch.int64), r"text of shape \[0, 20\]"),
     (torch.zeros(1, 2, 20, dtype=torch.int64), r"text of shape \[1, 2, 20\]"),
+    (torch.tensor([[298, 300]]), "token ids from 298 to 300: those of the model are from 0 to 299"),
+    (torch.tensor([[-1, 299]], dtype=torch.int32), "token ids from -1 to 299"),
 ])
 def test_texts_of_another_type_or_shape_are_named(text, message):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
@@ -2350,7 +2354,7 @@ def test_many_damaged_checkpoints_open_or_say_why(tmp_path_factory, content):
     opens_or_says_why(tmp_path_factory.getbasetemp(), content)
 
 
-def test_released_kelip_opens(tmp_path):
+def test_released_kelip_opens(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["한국어 하나", "one english"] * 5, 280)
     tokenizer.save(tmp_path / "tokenizer.json")
     model = small_model(dtype=torch.float32, vocab_size=len(tokenizer)).eval()
@@ -2358,7 +2362,9 @@ def test_released_kelip_opens(tmp_path):
     weights = {f"model.{key}": value.half() for key, value in model.state_dict().items()}
     torch.save(weights, tmp_path / "pytorch_model.bin")
 
-    opened, preprocess, tokenizer = kelip.build_model(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    opened, preprocess, tokenizer = kelip.build_model(f"~/{tmp_path.name}")
+    assert evaluate.folder_of(f"~/{tmp_path.name}") == tmp_path
     image = preprocess(Image.new("RGB", (80, 70), "red"))[None]
     assert image.dtype == torch.float32 and not opened.training
     torch.testing.assert_close(opened.encode_image(image), model.encode_image(image),
@@ -2768,6 +2774,10 @@ def test_what_the_index_finds_besides_pairs_is_said(tmp_path):
         data.Pairs([good, f"{tmp_path}/bare.tar"]).require_captions("--data")
     with pytest.raises(ValueError, match="no pair has KEY.none.txt, or none in KEY.json"):
         data.Pairs(f"{good}::ko=none")
+    write_tar(tmp_path / "json.tar", [("1", {"jpg": image_bytes(), "json": b"{"})])
+    for name, reason in (("bare", "no caption"), ("json", "bad json")):
+        with pytest.raises(ValueError, match=rf"{name}.tar: no captions there \({reason}\)"):
+            data.Pairs(f"{tmp_path}/{name}.tar").require_captions("--data")
     for content, what in (
             (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
             (b"<!DOCTYPE html>", "a page of HTML"), (b"PK\3\4" + b"x" * 600, "a zip")):
@@ -3430,6 +3440,7 @@ def test_every_set_has_the_same_classes_in_each_language_and_prompts_that_fill()
     ({"templates": {"en": []}}, "\"templates\" has no list .* for 'en'"),
     ({"templates": {"en": "a {}"}}, "\"templates\" has no list .* for 'en'"),
     ({"templates": {"en": ["x" * 1001]}}, "\"templates\" has no list .* for 'en'"),
+    ({"templates": {"en": ["a {}", "{이/가}"]}}, "\"templates\" .* each with {} for the name"),
     ({"templates": None}, "\"templates\" is not of the form"),
     ({"classnames": ["a"]}, "\"classnames\" is not of the form"),
     ({"classnames": {}}, "\"classnames\" is not of the form"),
@@ -3476,12 +3487,12 @@ def test_labels_come_from_cls_code_points_or_captions():
     unnamed = {"classnames": {"en": ["square", "", "circle"]}}
     assert label(unnamed) == 2 and label(unnamed, members={"cls": b"1"}) == 1
     for content in (b"2", b"-1", b"1.0", b"", b"x", b"\xff", b"9" * 5000):
-        with pytest.raises(ValueError, match="bad .cls: Joy.*: class '.*', but the set has 2"):
+        with pytest.raises(ValueError, match="bad .cls.*: Joy.*: class '.*', but the set has 2"):
             label(two, members={"cls": content})
     skipped = Counter()
     pairs = [pair._replace(members={"cls": content}) for content in (b"1", b"2", b"0", b"")]
     assert classes.labels_of(pairs, two, skipped) == [1, None, 0, None]
-    assert skipped == {"bad .cls": 2}
+    assert skipped == {"bad .cls": 1, "bad .cls (one above the last, as numbers begin at 0)": 1}
 
 
 def test_names_on_disk_match_classes():
@@ -3598,6 +3609,7 @@ def check_texts_of_a_set(tmp_path, examples):
         for content in (names, templates):
             decoded = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
             expected.append([line.strip() for line in decoded.splitlines()])
+        assert all(not line or "{}" in line or "{c}" in line for line in expected[1])
         if not expected[0]:
             assert opened.classes is None
             return
@@ -3733,7 +3745,7 @@ def test_the_page_has_the_first_table_examples_curves_and_confusions(
 def test_numbers_of_classes_are_numbers_of_lines_and_a_bad_one_is_skipped(small_run, tmp_path):
     """As CLIP_benchmark reads them: one of its own sets has a blank line among its classes."""
     folder = write_benchmark(tmp_path / "clevr", "", lambda n, color, shape: {
-        "cls": str(n % 6).encode() if n < 14 else b"6"})
+        "cls": str(n % 6).encode() if n < 14 else b"7"})
     write_names(folder, ["red", "green", "blue", "", "a_black", "cross"])
     (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n\n{c}\n")
     printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")

@@ -25,6 +25,7 @@ expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
 """
 
 import argparse
+import codecs
 import contextlib
 import hashlib
 import heapq
@@ -1032,7 +1033,13 @@ def read_split(spec):
 # ---- the commands ----
 
 MAX_LINE_BYTES = 100_000_000  # a device such as /dev/zero has a line without end
-NOT_UTF8 = "not UTF-8: save it as UTF-8 (Excel writes CP949)"
+
+
+def not_utf8(content):
+    """What to say of bytes that are not UTF-8."""
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "not UTF-8 but UTF-16: save it as UTF-8"
+    return "not UTF-8: save it as UTF-8 (Excel writes CP949)"
 
 
 def read_lines(path):
@@ -1049,7 +1056,7 @@ def read_lines(path):
             try:
                 text = line.decode()
             except UnicodeDecodeError:
-                raise ValueError(f"{name}, line {number}: {NOT_UTF8}") from None
+                raise ValueError(f"{name}, line {number}: {not_utf8(line)}") from None
             yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark
 
 

@@ -42,7 +42,7 @@ from data import parse_source
 from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
 from kelip import ceil_div
 from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
-from tokenizer import NOT_UTF8, ArgumentParser, atomic_write, number, one_line, run_command
+from tokenizer import ArgumentParser, atomic_write, not_utf8, number, one_line, run_command
 
 SHARD_PAIRS = 10_000
 MAX_REASONS = 20     # that are printed
@@ -192,7 +192,7 @@ def _read_table(path, report):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if line := _line_not_utf8(content):
-        raise ValueError(f"{path}, line {line}: {NOT_UTF8}")
+        raise ValueError(f"{path}, line {line}: {not_utf8(content)}")
     text = content.decode("utf-8-sig")
     excel = re.match(r'sep=([^"\r\n])\r?\n', text)  # a line with which Excel may begin
     separator = next((mark for mark in "\t,;" if mark in text.partition("\n")[0]), ",")
@@ -216,10 +216,8 @@ def _split(path, text, separator, quoting):
     rows, line = [], 1
     try:
         for row in reader:
-            following = [part for field in row for part in field.splitlines()[1:]]
-            if any(separator in part and suffix_of(part.partition(separator)[0]) in IMAGE_SUFFIXES
-                   for part in following):
-                raise csv.Error  # a quote is missing: the field includes the next row
+            if any(_includes_a_row(field, separator) for field in row):
+                raise csv.Error  # a quote is missing
             if any(row):
                 rows.append((line, row))
             line = reader.line_num + 1
@@ -227,6 +225,19 @@ def _split(path, text, separator, quoting):
         raise ValueError(f'{path}, line {line}: a quoted field does not end; in it, "" stands for '
                          "a quote") from None
     return rows
+
+
+def _includes_a_row(field, separator):
+    """Whether a field of several lines seems to include the end of a row or another row.
+
+    It does if an image's name is at the beginning of a line or behind a separator.
+    """
+    if "\n" not in field and "\r" not in field:
+        return False
+    first, *others = field.splitlines()
+    parts = first.split(separator)[1:]
+    parts += [part for line in others if separator in line for part in line.split(separator)]
+    return any(suffix_of(part) in IMAGE_SUFFIXES and part[0] != " " for part in parts)
 
 
 def _suffixes_of_columns(path, header, names):
@@ -332,7 +343,7 @@ def _read_members(image, others, report):
             content = value.encode() if isinstance(value, str) else read_file(value)
             if line := _line_not_utf8(content):
                 where += f", line {line}"
-                raise ValueError(NOT_UTF8)
+                raise ValueError(not_utf8(content))
             found, errors = shards.read_captions({suffix: content})
             for error in errors:
                 if error != "no caption":  # a .cls has none, and a .json need not
@@ -374,6 +385,15 @@ def pack_classes(out, folder, split="test", workers=1):
     folder = on_disk(folder)
     images, report = ImageFolder(folder), Report()
     name_of = _class_names(folder)
+    first_of = {}  # name of a class -> its first folder
+    for class_folder, name in name_of.items():
+        if first_of.setdefault(name, class_folder) != class_folder:
+            report.note("folders of the same class as another one",
+                        f"{first_of[name]} and {class_folder}: {name}")
+    for path, files in walk_files(folder):
+        for name in files:
+            if suffix_of(name) not in IMAGE_SUFFIXES:
+                report.note(f"files of another kind: .{suffix_of(name)}", os.path.join(path, name))
     names = sorted(set(name_of.values()))
     numbers = {name: str(i) for i, name in enumerate(names)}
     items = []

@@ -1420,7 +1420,11 @@ def test_tables(tmp_path, pack_command, name, content, flags, captions):
     ("", ": its header is ''"),
     ("image,caption\n0.jpg,x\n1.jpg,사과\n".encode("cp949"),
      ", line 3: not UTF-8: save it as UTF-8 (Excel writes CP949)"),
-    ("image\tcaption\n0.jpg\tx\n".encode("utf-16"), ", line 1: not UTF-8"),
+    ("image\tcaption\n0.jpg\tx\n".encode("utf-16"), ", line 1: not UTF-8 but UTF-16: save it as"),
+    ('en,image\n"open,0.jpg\nb,1.jpg\n",2.jpg\n', ", line 2: a quoted field does not end"),
+    ('en,image\na,0.jpg\n"open,1.jpg\n",2.jpg\n', ", line 3: a quoted field does not end"),
+    ('en,image,ko\n"open,0.jpg,가\nb,1.jpg,"나"\n', ", line 2: a quoted field does not end"),
+    ('en,image\na,"0.jpg\nb,1.jpg\n"\n', ", line 2: a quoted field does not end"),
     ("image,caption\n", ": no images there"),
 ])
 def test_errors_of_tables_are_one_line(tmp_path, pack_command, content, message):
@@ -1673,10 +1677,13 @@ def test_a_folder_of_classes_becomes_a_set_in_clip_benchmarks_layout(tmp_path, p
     (folder / "ant/broken.jpg").symlink_to(folder / "nothing.jpg")
     (folder / "outside.jpg").write_bytes(image_bytes(7))
     (folder / "empty").mkdir()
+    (folder / "zebra red").mkdir()
     out = tmp_path / "set"
     text, error = pack_command("classes", out, folder)
     assert not error and text.splitlines() == [
         f"{out}: 5 images of 3 classes",
+        "  1 folders of the same class as another one (first: zebra red and zebra_red: zebra red)",
+        f"  1 files of another kind: .txt (first: {folder}/ant/note.txt)",
         f"  1 images that are not in the folder of a class (first: {folder}/outside.jpg)",
         "  1 classes without images (first: empty)",
         f"  1 images skipped: No such file or directory (first: {folder}/ant/broken.jpg)"]
