@@ -1065,8 +1065,8 @@ def save_checkpoint(path, state):
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # what torch raises after an OSError, such as a full disk
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # what torch raises after a full disk or a second Ctrl-C
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
 
@@ -1207,18 +1207,20 @@ def _describe(value):
 def error_in_archive(path):
     """Why a zip archive is not a file of torch.save or numpy.savez, in words; None if it may be.
 
-    They do not compress, so reading an archive takes no more memory than it has bytes.
+    They do not compress, so reading an archive takes no more memory than it has bytes. torch.load
+    does not compare the checksums in the archive. Comparing them reads the file once, which takes
+    about a second per GB.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-    if any(record.filename.endswith("constants.pkl") for record in records):
-        return ("a TorchScript archive, which is a program and never run; plain weights are at "
-                "huggingface.co/openai, clip-vit-base-patch32 and others")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "a compressed archive, which torch.save does not write"
-    if sum(record.file_size for record in records) > Path(path).stat().st_size:
-        return "an archive whose entries overlap, and so a damaged one"
-    return None
+        if any(record.filename.endswith("constants.pkl") for record in records):
+            return ("a TorchScript archive, which is a program and never run; plain weights are at "
+                    "huggingface.co/openai, clip-vit-base-patch32 and others")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            return "a compressed archive, which torch.save does not write"
+        if sum(record.file_size for record in records) > Path(path).stat().st_size:
+            return "an archive whose entries overlap, and so a damaged one"
+        return INCOMPLETE if archive.testzip() else None
 
 
 # ---- the command ----

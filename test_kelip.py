@@ -2116,6 +2116,46 @@ def test_a_checkpoint_is_written_atomically_and_a_damaged_one_raises(tmp_path, m
         kelip.load_checkpoint(tmp_path / "overlaps.pt")
 
 
+@pytest.mark.parametrize("read", [
+    kelip.load_checkpoint, kelip.build_model, kelip.open_checkpoint])
+def test_one_changed_bit_of_a_checkpoint_is_found(small_run, tmp_path, read):
+    """In weights, which torch.load itself does not check, and in everything else."""
+    path = tmp_path / "last.pt"
+    content = (small_run / "last.pt").read_bytes()
+    with zipfile.ZipFile(small_run / "last.pt") as archive:
+        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+    for name in ("data.pkl", "data/0", "data/9", "version"):
+        changed = bytearray(content)
+        header = records[name].header_offset  # of 30 bytes, a name and padding
+        at = header + 30 + sum(struct.unpack_from("<HH", content, header + 26))
+        changed[at + records[name].file_size // 2] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"^{path}: not a complete checkpoint: it is damaged"):
+            read(path)
+    path.write_bytes(content)
+    read(path)
+
+
+def test_a_second_interrupt_while_saving_leaves_the_checkpoint_that_was_there(
+        tmp_path, monkeypatch):
+    """Torch's own writer raises another error after that of the interrupt."""
+    path = tmp_path / "last.pt"
+    kelip.save_checkpoint(path, {"step": 1})
+
+    @contextlib.contextmanager
+    def interrupted(path, atomic_write=tokenizer.atomic_write):
+        with atomic_write(path) as file:
+            yield argparse.Namespace(write=interrupt, flush=file.flush)
+
+    def interrupt(content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "atomic_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kelip.save_checkpoint(path, {"step": 2})
+    assert kelip.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
+
+
 def test_only_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, kind in (("pipe", "a pipe or device"), ("/dev/zero", "a pipe or device"),
