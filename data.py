@@ -72,6 +72,13 @@ class Source(NamedTuple):
     shards: int       # number of shards
     pairs: int        # number of pairs
 
+    @property
+    def options(self):
+        """The weight and the caption rule as text, such as "2.0::ko::ko=title"."""
+        fields = ["=".join(field) for field in self.rule.fields]
+        options = [str(self.weight), self.rule.language, *fields, "lines" * self.rule.lines]
+        return "::".join(filter(None, options))
+
 
 def parse_source(text):
     """'ko-*.tar::2::ko' -> ('ko-*.tar', 2.0, CaptionRule("ko")).
@@ -135,8 +142,12 @@ class Pairs:
             if state:
                 shards = _match_shards(state["shards"][i], shards)
             count = sum(shard.count for shard in shards)
-            self.sources.append(
-                Source(pattern, weight, rule, len(self.shards), len(shards), count))
+            source = Source(pattern, weight, rule, len(self.shards), len(shards), count)
+            if state and state["options"][i] != source.options:
+                raise ValueError(f"--data {text}: the run began with {pattern}::"
+                                 f"{state['options'][i]:.100}: set it back to resume, or choose "
+                                 "another --out")
+            self.sources.append(source)
             self.shards += shards
             found = {name: 0 for _, name in rule.fields}  # pairs that have this field
             for shard in shards:
@@ -222,12 +233,15 @@ class Pairs:
         return {**self.__dict__, "_open": {}}
 
     def state(self):
-        """What a checkpoint saves: each source's shards as [file name, bytes, pairs, digest]."""
+        """What a checkpoint saves: each source's options, and its shards.
+
+        A shard is [file name, bytes, pairs, digest].
+        """
         shards = []
         for source in self.sources:
             own = self.shards[source.first_shard:source.first_shard + source.shards]
             shards.append([[os.path.basename(x.path), x.size, x.count, x.digest] for x in own])
-        return {"shards": shards}
+        return {"options": [source.options for source in self.sources], "shards": shards}
 
     def describe(self):
         """Lines of text: one for each source, then one on captions and one on what was skipped."""

@@ -28,7 +28,7 @@ from kelip import entry
 from tokenizer import atomic_write, check_is_file, one_line, read_file
 
 LOG_EVERY = 10       # steps between lines of the log
-BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run
+BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run; 1 at its end
 SKIPPED_STEPS = 200  # steps after which a run ends if more than half of its pairs were skipped
 
 
@@ -97,16 +97,19 @@ def check_checkpoint(checkpoint, path):
     for key, kind in {"stage": str, "preset": str, "model": dict, "padded_size": int, "lr": float,
                       "is_from_stage_1": bool}.items():
         entry(config, key, kind, f"{path}: config.")
-    if not 0 <= config["lr"] <= 1000 or not 1 <= config["padded_size"] <= 1 << 16:
-        raise ValueError(f"{path}: config.lr, {config['lr']}, or config.padded_size, "
-                         f"{config['padded_size']}, is out of range")
+    if not 0 <= config["lr"] <= 1000:
+        raise ValueError(f"{path}: config.lr, {config['lr']}, is out of range")
     for key, value in config.items():  # all others are compared with the flags
         try:
             json.dumps(value)
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"{path}: config.{key!s:.40} is not a plain value, as JSON has "
                              "them") from None
-    for source in entry(checkpoint["data"], "shards", list, f"{path}: data."):
+    shards = entry(checkpoint["data"], "shards", list, f"{path}: data.")
+    options = entry(checkpoint["data"], "options", list, f"{path}: data.")
+    if [type(x) for x in options] != [str] * len(shards):
+        raise ValueError(f"{path}: its list of sources is damaged")
+    for source in shards:
         for shard in source if isinstance(source, list) else [None]:
             # [file name, bytes, pairs, digest]: see data.Pairs.state
             if (not isinstance(shard, list) or [type(x) for x in shard] != [str, int, int, str]
@@ -114,16 +117,21 @@ def check_checkpoint(checkpoint, path):
                 raise ValueError(f"{path}: its list of shards is damaged")
 
 
-def check_free_space(folder, module, keep):
-    """Raise OSError when the disk has no room for the checkpoints of a module."""
+def check_free_space(folder, module, keep, saves):
+    """Raise OSError when the disk has no room for the next checkpoints of a module.
+
+    keep: how many are kept. saves: how many are written at most.
+    """
     # AdamW keeps two numbers for each weight that is trained.
     one = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1)
               for p in module.parameters())
-    needed, free = one * (keep + 1), shutil.disk_usage(folder).free  # one more while it is written
+    existing = len(older_checkpoints(folder)) + (folder / "last.pt").exists()
+    count = 1 + max(0, min(keep - existing, saves - 1))  # one more than is kept while it is written
+    needed, free = one * count, shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"{folder}: its disk has {free / 1e9:.1f} GB free, and {keep + 1} "
-                      f"checkpoints of {one / 1e9:.1f} GB need {needed / 1e9:.1f} GB: make room, "
-                      "or lower --keep")
+        raise OSError(f"{folder}: its disk has {free / 1e9:.1f} GB free, and {count} more "
+                      f"checkpoint(s) of {one / 1e9:.1f} GB need {needed / 1e9:.1f} GB: make "
+                      "room, or lower --keep")
 
 
 def link_or_copy(path, name):
@@ -229,13 +237,17 @@ class Log:
                 steps_done >= SKIPPED_STEPS and 2 * self.skipped_pairs > pairs_done):
             raise ValueError(f"{self.skipped_pairs:,} of {pairs_done:,} pairs could not be used: "
                              f"{self.loader.report()}")
-        if self.bad_steps >= min(BAD_STEPS, run.total_steps - run.first_step):
-            again = "start again"
-            if run.saved_step:
-                again = (f"start from the last good checkpoint, {run.folder}/last.pt of step "
-                         f"{run.saved_step}, with --init")
-            raise ValueError(f"the loss or the gradients of the last {self.bad_steps} steps were "
-                             f"not finite: {again}, a lower --lr and another --out")
+        if self.bad_steps >= (1 if step == run.total_steps else BAD_STEPS):
+            raise ValueError("the loss or the gradients were not finite in the last "
+                             f"{self.bad_steps} step(s): {self.advice()}")
+
+    def advice(self):
+        """How to continue when the loss, the gradients or the weights are not finite."""
+        run, again = self.run, "start again"
+        if run.saved_step:
+            again = (f"start from the last good checkpoint, {run.folder}/last.pt of step "
+                     f"{run.saved_step}, with --init")
+        return f"{again}, a lower --lr and another --out"
 
     def append(self, line):
         """Add a line to metrics.jsonl. JSON has no NaN and infinity: they become null."""

@@ -87,6 +87,7 @@ from conftest import (
     write_pairs,
     write_tar,
 )
+from folder import check_free_space
 from tokenizer import Tokenizer, run_command
 
 # ---- helpers ----
@@ -2147,8 +2148,13 @@ def test_a_second_interrupt_while_saving_leaves_the_checkpoint_that_was_there(
         with atomic_write(path) as file:
             yield argparse.Namespace(write=interrupt, flush=file.flush)
 
+    written = []
+
     def interrupt(content):
-        raise KeyboardInterrupt
+        if written:
+            raise KeyboardInterrupt
+        written.append(content)
+        return len(content)
 
     monkeypatch.setattr(tokenizer, "atomic_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -4225,7 +4231,7 @@ def test_non_finite_gradients_skip_the_step(make_run):
     module = torch.nn.Linear(3, 1)
     before = module.weight.detach().clone()
     for steps, values in ((12, [float("nan")] * 12), (3, [float("inf")] * 3)):
-        with pytest.raises(ValueError, match=r"the last \d+ steps were not finite: start again"):
+        with pytest.raises(ValueError, match=r"not finite in the last \d+ step\(s\): start ag"):
             train_linear(make_run(steps=steps), module, values)
         assert torch.equal(module.weight, before)
     run = make_run(steps=12)
@@ -4234,6 +4240,38 @@ def test_non_finite_gradients_skip_the_step(make_run):
     assert log_of(run.folder)[1]["skipped"] == pytest.approx(8 / 9)
     assert not torch.equal(module.weight, before)
     assert (run.folder / "last.pt").exists()
+
+
+def test_a_run_that_ends_with_skipped_steps_or_weights_that_are_not_finite_fails(make_run):
+    """The last checkpoint, of step 10, stays as it was."""
+    for ending, error in ((float("nan"), "the loss or the gradients were not finite in the last 2"),
+                          (1.0, "the weights are not finite after step 12: start from the last")):
+        run, module = make_run(steps=12, save_every=10, keep=2), torch.nn.Linear(3, 1)
+
+        def save_if_due(step, run=run, module=module):
+            if step == 12:
+                module.bias.data.fill_(float("inf"))
+            trainer.Run.save_if_due(run, step)
+
+        run.save_if_due = save_if_due
+        with pytest.raises(ValueError, match=f"^{error}"):
+            train_linear(run, module, [1.0] * 10 + [ending] * 2)
+        assert [path.name for path in run.folder.glob("*.pt")] == ["last.pt"]
+        assert step_of(run.folder / "last.pt") == 10
+        shutil.rmtree(run.folder)
+
+
+@pytest.mark.parametrize("error, size", [
+    (lambda: torch.empty(10 ** 15, dtype=torch.uint8), "1000000000000000 bytes"),
+    (lambda: np.empty(10 ** 15, np.uint8), "909. TiB"),
+    (lambda: bytearray(10 ** 15), "more")])
+def test_short_memory_is_one_line_that_says_what_to_lower(make_run, error, size):
+    with pytest.raises(ValueError) as caught, make_run(micro_batch=8, crops="1x64"):
+        error()
+    assert str(caught.value) == (f"memory is short: {size} could not be allocated; lower "
+                                 "--batch-size or --micro-batch or --crops")
+    with pytest.raises(RuntimeError, match="other"), make_run():
+        raise RuntimeError("other")
 
 
 def test_the_log_averages_values_where_they_count(make_run):
@@ -4431,6 +4469,39 @@ def test_a_new_run_uses_nothing_that_another_left(shapes, tmp_path):
     assert [line["step"] for line in log_of(out)] == [1, 6]
 
 
+def test_a_new_run_does_not_mix_with_checkpoints_of_an_older_one(make_run):
+    module, error = torch.nn.Linear(3, 1), "holds checkpoints of an older run, such as step-2.pt"
+    run = make_run(save_every=1, keep=9)
+    train_linear(run, module, [1.0] * 3)
+    (run.folder / "last.pt").unlink()
+    with pytest.raises(ValueError, match=f"{error}: choose another --out, or delete them"):
+        make_run()
+    for path in run.folder.glob("step-*.pt"):
+        path.unlink()
+    for name in (".last.pt.123", ".last.pt.45"):  # of processes killed while they wrote
+        (run.folder / name).touch()
+    (run.folder / ".last.pt.mine").touch()
+    train_linear(make_run(steps=4), module, [1.0] * 4)
+    assert {path.name for path in run.folder.iterdir()} == {
+        "last.pt", "config.json", "metrics.jsonl", ".last.pt.mine"}
+
+
+def test_the_precision_of_a_resumed_run_may_change_and_is_said(make_run, capsys):
+    module = torch.nn.Linear(3, 1)
+    run = make_run(steps=12, save_every=10, precision="auto")
+    assert run.args.precision in ("fp32", "bf16")
+    with pytest.raises(ValueError, match="not finite"):
+        train_linear(run, module, [1.0] * 10 + [float("nan")] * 2)
+    state = kelip.load_checkpoint(run.folder / "last.pt")
+    assert state["config"]["precision"] == run.args.precision and state["step"] == 10
+    shutil.rmtree(run.folder)
+    run = make_run(steps=12, precision="fp16")
+    run.checkpoint = state
+    train_linear(run, module, [1.0] * 2)
+    assert f"--precision was {state['config']['precision']} and is now fp16\n" in (
+        capsys.readouterr().out)
+
+
 def test_a_folder_has_one_writer(shapes, tmp_path):
     out = tmp_path / "run"
     process = start_clip(shapes, out, "--steps", "5000")
@@ -4555,9 +4626,26 @@ def test_pairs_without_captions_or_images_are_refused(shapes, tmp_path):
 
 def test_a_disk_without_room_for_checkpoints_is_one_line(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(free=10 ** 7))
-    with pytest.raises(OSError, match=f"{tmp_path}/x: its disk has 0.0 GB free, and 3 checkpoints"):
-        clip_here(shapes, tmp_path / "x")
+    for flags, count in ((["--save-every", "1"], 3), (["--save-every", "5", "--keep", "99"], 2)):
+        with pytest.raises(OSError, match=f"^{tmp_path}/x: .* GB free, and {count} more check"):
+            clip_here(shapes, tmp_path / "x", *flags)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("names, keep, saves, count", [
+    ([], 2, 10 ** 9, 3), ([], 1 << 20, 2, 2), ([], 2, 1, 1), (["last.pt"], 2, 5, 2),
+    (["last.pt", "step-1.pt"], 2, 5, 1), (["last.pt", "step-1.pt", "step-2.pt"], 1, 5, 1),
+    (["last.pt"], 9, 3, 3)])
+def test_room_is_needed_for_the_checkpoints_that_will_be_there(
+        tmp_path, monkeypatch, names, keep, saves, count):
+    for name in names:
+        (tmp_path / name).touch()
+    module = torch.nn.Linear(9, 1)  # 120 bytes with its optimizer
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=120 * count))
+    check_free_space(tmp_path, module, keep, saves)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=120 * count - 1))
+    with pytest.raises(OSError, match=f"and {count} more checkpoint"):
+        check_free_space(tmp_path, module, keep, saves)
 
 
 def test_rank_zero_alone_says_what_all_ranks_found(shapes, tmp_path):
@@ -4645,7 +4733,11 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(one_run, shapes, 
     with pytest.raises(ValueError, match=f"{out} holds a run already: add --resume"):
         clip_here(shapes, out, *flags)
 
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").unlink()
     clip_here(shapes, out, *flags, "--resume", "--keep", "3")
+    assert (json.loads((out / "config.json").read_text(encoding="utf-8")) ==
+            {**settings, "keep": 3, "resume": True})
     cut = kelip.load_checkpoint(out / "last.pt")
     whole = kelip.load_checkpoint(one_run / "last.pt")
     assert cut["step"] == whole["step"] == 6
@@ -4668,7 +4760,10 @@ def test_a_run_whose_sizes_are_damaged_is_not_resumed(one_run, shapes, tmp_path)
 @pytest.mark.parametrize("key, value, message", [
     ("is_from_stage_1", "no", "config.is_from_stage_1 is 'no', where a bool is expected"),
     ("lr", True, "config.lr is True, where a float is expected"),
-    ("lr", float("nan"), "config.lr, nan, or config.padded_size, .*, is out of range"),
+    ("lr", float("nan"), "config.lr, nan, is out of range"),
+    ("padded_size", 65536, "config.padded_size is 65536, where the crops need at most 192"),
+    ("padded_size", 0, "config.padded_size is 0, where the crops need at most 192"),
+    ("precision", "fp64", "--precision was fp64 and is now fp32: set it back to resume"),
     ("preset", ["tiny"], "config.preset is a list, where a str is expected"),
     ("seed", torch.zeros(2), "config.seed is not a plain value, as JSON has them"),
     ("augment", 0, "augment was 0 and is now False: set it back to resume"),
@@ -4699,6 +4794,23 @@ def test_a_damaged_state_of_the_gradient_scaler_is_refused(make_run, key, value)
         train_linear(run, torch.nn.Linear(3, 1), [1.0] * 3)
 
 
+def test_the_options_of_sources_are_those_that_the_run_began_with(tmp_path):
+    texts = {"title.txt": "제목".encode(), "txt": b"a title"}
+    write_tar(tmp_path / "a.tar", [make_pair("1", **texts)])
+    write_tar(tmp_path / "b.tar", [make_pair("2")])
+    a, b = f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"
+    begun = [f"{a}::2.50::en::ko=title", b]
+    state = json.loads(json.dumps(data.Pairs(begun).state()))
+    assert state["options"] == ["2.5::en::ko=title", "1.0"]
+    same = data.Pairs([f"{a}::ko=title::en::2.5", f"{b}::1"], state)
+    assert same.sources == data.Pairs(begun).sources
+    for changed, name in (([a, b], a), ([begun[0], f"{b}::5"], f"{b}::5"),
+                          ([f"{begun[0]}::lines", b], f"{begun[0]}::lines"),
+                          ([f"{begun[0]}::en=title", b], f"{begun[0]}::en=title")):
+        with pytest.raises(ValueError, match=f"^--data {name}: the run began with {tmp_path}"):
+            data.Pairs(changed, state)
+
+
 def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(one_run, out)
@@ -4719,6 +4831,7 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
 
     with pytest.raises(ValueError, match="holds a run of train_clip.py: choose another --out"):
         train_mae.main(["--out", str(out), "--resume", *TRAIN])
+    assert "--precision was fp32 and is now fp64: set it" in error_of_resuming(precision=["fp64"])
     assert "lr was 0.0004 and is now 0.0005" in error_of_resuming(lr=["5e-4"])
     assert ("--model ViT-S/16: --resume brings a model of other sizes" in
             error_of_resuming(model=["ViT-S/16"], crops=["1x64"]))
@@ -4728,6 +4841,10 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
         scale=["0.8", "1"], **{"weight-decay": ["0"]})
     assert ("other.json: not the one that the weights were trained with" in
             error_of_resuming(tokenizer=[tmp_path / "other.json"]))
+    source = f"{tmp_path}/train-*.tar"
+    for option in ("2", "ko", "lines"):
+        assert (f"--data {source}::{option}: the run began with {source}::1.0: set it back" in
+                error_of_resuming(data=[f"{source}::{option}"]))
     assert ("shard missing: train-0.tar, which had 64 pairs" in
             error_of_resuming(data=[tmp_path / "other.tar"]))
     shutil.copy(tmp_path / "other.tar", tmp_path / "train-1.tar")
@@ -4751,6 +4868,34 @@ def test_a_signal_saves_and_ends_the_run(shapes, tmp_path, number, launcher):
     assert process.returncode == 1
     assert re.search(rf"{number.name} at step \d+ of 5000: saved {out}/last.pt; continue", text)
     assert step_of(out / "last.pt") > 0
+
+
+def test_torchrun_restarts_no_run_that_it_did_not_begin(one_run, tmp_path):
+    """What the first attempt refuses, the second one does, too."""
+    shutil.copytree(one_run, tmp_path / "old")
+    script = tmp_path / "open_runs.py"
+    script.write_text(f"""
+import argparse, shutil, sys
+sys.path.insert(0, {str(HERE)!r})
+import trainer
+
+for out, resume in (("old", False), ("none", True), ("new", False)):
+    try:
+        args = argparse.Namespace(out=out, resume=resume, precision="fp32")
+        with trainer.Run(args, "clip") as run:
+            print(out, "is resumed" if run.checkpoint else "is begun")
+            if not run.checkpoint:
+                shutil.copy("old/last.pt", out)
+    except (OSError, ValueError) as error:
+        print(error)
+sys.exit(1)
+""")
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "--max-restarts=1", script], cwd=tmp_path, text=True,
+        capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    refused = ["old holds a run already: add --resume to continue it, or choose another --out",
+               "none/last.pt: no run to resume; start one without --resume"]
+    assert done.stdout.splitlines() == [*refused, "new is begun", *refused, "new is resumed"]
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(shapes, tmp_path):
@@ -4857,12 +5002,18 @@ def test_a_bad_flag_is_one_line(shapes, tmp_path, monkeypatch, arguments, messag
     ("batch-size", "0"), ("batch-size", "1e12"), ("epochs", "nan"), ("epochs", "0"),
     ("epochs", "-1"), ("steps", "0"), ("warmup", "-5"), ("lr", "-1"), ("lr", "nan"),
     ("seed", "-1"), ("seed", str(2 ** 64)), ("workers", "-1"), ("workers", "3000"),
-    ("save-every", "0"), ("keep", "0"), ("weight-decay", "-1")])
+    ("save-every", "0"), ("keep", "0"), ("weight-decay", "-1"), ("weight-decay", "1e308")])
 def test_a_number_out_of_range_is_one_line(script, flag, value, capsys):
     with pytest.raises(SystemExit):
         script.parse_arguments([f"--{flag}", value])
     error = capsys.readouterr().err
     assert re.fullmatch(f".*: argument --{flag}: must be .*, not '{value}'; see --help\n", error)
+
+
+def test_evaluations_are_bounded(capsys):
+    with pytest.raises(SystemExit):
+        train_clip.parse_arguments(["--evals", "1099511627776"])
+    assert "argument --evals: must be from 0 to 10000, not" in capsys.readouterr().err
 
 
 def test_pairs_that_cannot_be_read_are_skipped_and_counted(shapes, tmp_path):

@@ -42,6 +42,7 @@ import evaluate
 import kelip
 from tokenizer import ArgumentParser, Tokenizer, number, run_command
 from trainer import (
+    MAX_WEIGHT_DECAY,
     Run,
     add_arguments,
     check_preset,
@@ -93,12 +94,12 @@ def parse_arguments(argv=None):
     add("--micro-batch", type=number(int, 1), metavar="N",
         help="encode N pairs per process at a time (GradCache): the same loss and gradients in "
              "less memory, for one more forward pass (default: all at once)")
-    add("--weight-decay", type=number(float, 0), default=0.2, metavar="X",
+    add("--weight-decay", type=number(float, 0, MAX_WEIGHT_DECAY), default=0.2, metavar="X",
         help="weight decay, of matrices only (default: 0.2)")
     add("--test", nargs="+", metavar="SHARDS",
         help="held-out pairs for retrieval, during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
-    add("--evals", type=number(int, 0), default=4, metavar="N",
+    add("--evals", type=number(int, 0, 10_000), default=4, metavar="N",
         help="evaluations during the run on --test, including one at the end (default: 4)")
     args = parser.parse_args(argv)
     check_preset(args.model)
@@ -355,8 +356,7 @@ def train(args, run):
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
                                weight_decay=args.weight_decay)
     # The loader pads images to squares that are large enough for all crops.
-    padded_size = data.fit_padded_size(
-        crops.padded_size(crop_groups, args.scale, args.low_scale), pairs)
+    padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
     # Fixes the number of steps, or restores the checkpoint.
     run.start(model, optimizer, pairs, config, args.evals if test else 0, tokenizer, padded_size)
     encoders = run.data_parallel(Encoders(model))

@@ -28,6 +28,7 @@ import data
 import kelip
 from tokenizer import ArgumentParser, number, run_command
 from trainer import (
+    MAX_WEIGHT_DECAY,
     Run,
     add_arguments,
     check_preset,
@@ -57,7 +58,7 @@ def parse_arguments(argv=None):
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
     add("--mask-ratio", type=number(float, above=0), default=0.75, metavar="X",
         help="fraction of the patches to mask (default: 0.75)")
-    add("--weight-decay", type=number(float, 0), default=0.05, metavar="X",
+    add("--weight-decay", type=number(float, 0, MAX_WEIGHT_DECAY), default=0.05, metavar="X",
         help="weight decay, of matrices only (default: 0.05)")
     args = parser.parse_args(argv)
     check_preset(args.model)
@@ -124,7 +125,7 @@ def train(args, run):
     optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
                                weight_decay=args.weight_decay)
     # The loader pads images to squares that are large enough for the crops.
-    padded_size = data.fit_padded_size(crops.padded_size([(1, args.size)], args.scale), pairs)
+    padded_size = crops.padded_size([(1, args.size)], args.scale)
     # Fixes the number of steps, or restores the checkpoint.
     run.start(mae, optimizer, pairs, config, RECONSTRUCTIONS, padded_size=padded_size)
     model = run.data_parallel(mae)

@@ -30,6 +30,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -66,6 +67,7 @@ FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
 MAX_WORKERS = 512
 MAX_LR = 1000
+MAX_WEIGHT_DECAY = 1000
 
 
 def add_arguments(parser, out, lr, batch_size, epochs):
@@ -120,7 +122,7 @@ def check_scale(flag, scale):
 
 
 # Flags that may change when a run is resumed. The number of steps may not, whatever --epochs says.
-MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "precision", "compile",
+MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "compile",
               "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text"}
 
 
@@ -146,7 +148,9 @@ class Run:
         self.rank, self.world_size, self.device, self.group = _join_processes()
         self.is_rank_zero = self.rank == 0
         self.folder = Path(args.out)
-        self.dtype = choose_precision(args.precision, self.device)
+        args.precision = choose_precision(args.precision, self.device)
+        # The dtype of autocast, None for none.
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
         self.has_begun = False  # whether a step is done
         self._log = self._stop_signal = None
         self._lock = FolderLock(self.folder) if self.is_rank_zero else None
@@ -168,6 +172,7 @@ class Run:
         if self.group is not None and error is None:
             self._barrier()
             dist.destroy_process_group()
+        _check_memory_error(error, self.args)
 
     def _release_folder(self):
         if self._lock:
@@ -176,18 +181,32 @@ class Run:
 
     def _open_checkpoint(self):
         """The checkpoint in the folder, to resume from; None for a new run."""
-        last = self.folder / "last.pt"
-        # When a process fails, torchrun restarts all of them, and they resume without --resume.
-        # Only the node of the failed process counts the restart.
-        restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        restarted = self.sum_over_ranks(torch.tensor(restarts, device=self.device)).item() > 0
-        if not last.exists():
-            if self.args.resume and not restarted:
-                raise FileNotFoundError(f"{last}: no run to resume; start one without --resume")
-            return None
-        if not (self.args.resume or restarted):
-            raise ValueError(f"{self.folder} holds a run already: add --resume to continue it, or "
-                             "choose another --out")
+        last, checkpoint = self.folder / "last.pt", None
+        # When a process fails, torchrun restarts all of them, and they resume without --resume. But
+        # not a run that this torchrun did not begin: its first attempt was refused.
+        store = _agent_store() if self.is_rank_zero else None
+        began = self.broadcast(store is not None and store.check([f"began {self.folder}"]))
+        if last.exists():
+            if not (self.args.resume or began):
+                raise ValueError(f"{self.folder} holds a run already: add --resume to continue it, "
+                                 "or choose another --out")
+            checkpoint = self._read_checkpoint(last)
+        elif self.args.resume:
+            raise FileNotFoundError(f"{last}: no run to resume; start one without --resume")
+        elif older_checkpoints(self.folder):
+            raise ValueError(f"{self.folder} holds checkpoints of an older run, such as "
+                             f"{older_checkpoints(self.folder)[-1].name}: choose another --out, or "
+                             "delete them")
+        if self.is_rank_zero:
+            for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
+                if temporary.suffix[1:].isdecimal() and temporary.is_file():
+                    temporary.unlink()
+        if store is not None:
+            store.set(f"began {self.folder}", "")
+        return checkpoint
+
+    def _read_checkpoint(self, last):
+        """The content of last.pt. Raises ValueError if no run of this stage can resume from it."""
         try:
             checkpoint = load_checkpoint(last)
             check_checkpoint(checkpoint, last)
@@ -203,10 +222,6 @@ class Run:
         if checkpoint["config"]["stage"] != self.stage:
             raise ValueError(f"{self.folder} holds a run of train_"
                              f"{checkpoint['config']['stage']:.20}.py: choose another --out")
-        if self.is_rank_zero:
-            for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
-                if temporary.suffix[1:].isdecimal() and temporary.is_file():
-                    temporary.unlink()
         return checkpoint
 
     def open_pairs(self):
@@ -236,8 +251,9 @@ class Run:
 
         Checkpoints hold module, optimizer and tokenizer. evaluations: how many times evaluates_at
         is true, the last time at the end. padded_size: the side of the square to which the loader
-        pads images. Raises ValueError when the epochs are less than a batch or a run is resumed
-        with other settings, OSError when the disk has no room for the checkpoints.
+        pads images that are large enough; it is less if they are smaller. Raises ValueError when
+        the epochs are less than a batch or a run is resumed with other settings, OSError when the
+        disk has no room for the checkpoints.
         """
         args = self.args
         steps = args.steps
@@ -254,6 +270,8 @@ class Run:
         self.config = {"stage": self.stage, "preset": args.model, "model": dict(model_config),
                        "pairs": len(pairs), **flags, "steps": steps, "warmup": warmup,
                        "padded_size": padded_size}
+        if not self.checkpoint:
+            self.config["padded_size"] = data.fit_padded_size(padded_size, pairs)
         self.module, self.optimizer, self.tokenizer = module, optimizer, tokenizer
         self.total_steps, self.warmup = steps, warmup
         self.first_step = 0
@@ -263,10 +281,11 @@ class Run:
         # Scales the loss under fp16, whose gradients would underflow. Disabled otherwise.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.checkpoint:
-            self.config["padded_size"] = self.checkpoint["config"]["padded_size"]
             self._restore()
         if self.is_rank_zero:
-            check_free_space(self.folder, module, args.keep)
+            saves = (steps // args.save_every - self.first_step // args.save_every
+                     + max(1, len(self.evaluation_steps)))
+            check_free_space(self.folder, module, args.keep, min(saves, steps - self.first_step))
             if steps < FEW_STEPS:
                 print(f"{steps} steps are few, and teach a model little: raise --epochs, or lower "
                       f"--batch-size {args.batch_size}")
@@ -276,10 +295,22 @@ class Run:
         """Load weights, optimizer and step from the checkpoint."""
         path = self.folder / "last.pt"
         before = self.checkpoint["config"]
+        fitted, largest = before["padded_size"], self.config["padded_size"]
+        if not 1 <= fitted <= largest:
+            raise ValueError(f"{path}: config.padded_size is {fitted}, where the crops need at "
+                             f"most {largest}")
+        self.config["padded_size"] = fitted
         for key, value in self.config.items():
+            was = before.get(key)
             # As JSON, in which 1 is not true, and a tuple is a list.
-            if key not in MAY_CHANGE and json.dumps(before.get(key)) != json.dumps(value):
-                raise ValueError(f"{path}: {key} was {before.get(key)!s:.100} and is now {value}: "
+            if json.dumps(was) == json.dumps(value):
+                continue
+            if key == "precision" and "fp64" not in (was, value):
+                if self.is_rank_zero:
+                    print(one_line(f"--precision was {was!s:.100} and is now {value}"))
+            elif key not in MAY_CHANGE:
+                flag = "--precision" if key == "precision" else key
+                raise ValueError(f"{path}: {flag} was {was!s:.100} and is now {value}: "
                                  "set it back to resume, or choose another --out")
         step = self.checkpoint["step"]
         if not 0 <= step <= self.total_steps:
@@ -404,9 +435,10 @@ class Run:
     def _write_settings(self):
         """After the first step: write config.json and tokenizer.json."""
         self.has_begun = True
-        if self.is_rank_zero and not self.checkpoint:
+        path = self.folder / "config.json"
+        if self.is_rank_zero and not (self.checkpoint and path.exists()):
             text = json.dumps(self.config, indent=1, ensure_ascii=False)
-            with atomic_write(self.folder / "config.json") as file:
+            with atomic_write(path) as file:
                 file.write(text.encode("utf-8", "backslashreplace"))  # paths may not be UTF-8
         if self.is_rank_zero and self.tokenizer:
             self.tokenizer.save(self.folder / "tokenizer.json")
@@ -430,14 +462,17 @@ class Run:
         """Write last.pt. The previous one is kept as step-N.pt; --keep counts both."""
         if self.is_rank_zero and step != self.saved_step:
             last, keep = self.folder / "last.pt", self.args.keep
-            if self.saved_step is not None and keep > 1:
-                link_or_copy(last, self.folder / f"step-{self.saved_step}.pt")
             state = {
                 "model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "step": step, "config": self.config,
                 "data": self._log.loader.pairs.state()}
+            if not torch.stack([x.isfinite().all() for x in state["model"].values()]).all():
+                raise ValueError(f"the weights are not finite after step {step}: "
+                                 f"{self._log.advice()}")
             if self.tokenizer:
                 state["tokenizer"] = json.dumps(self.tokenizer.spec, ensure_ascii=False)
+            if self.saved_step is not None and keep > 1:
+                link_or_copy(last, self.folder / f"step-{self.saved_step}.pt")
             save_checkpoint(last, state)
             older = older_checkpoints(self.folder)
             for path in older[:max(0, len(older) - keep + 1)]:
@@ -514,6 +549,19 @@ def _check_shards(pairs):
                 f"{shard.size:,} bytes when the run began; restore it, or choose another --out")
 
 
+def _check_memory_error(error, args):
+    """Raise ValueError, which says what to lower, if an error means that memory is short."""
+    text = str(error)
+    if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
+            "out of memory|not enough memory|allocate memory|MemoryError", text)):
+        return
+    size = re.search(r"allocate (\d[\d.]* \w+)", text)
+    flags = [f"--{key.replace('_', '-')}" for key in ("batch_size", "micro_batch", "crops", "size")
+             if key in args]
+    raise ValueError(f"memory is short: {size[1] if size else 'more'} could not be allocated; "
+                     f"lower {' or '.join(flags)}") from None
+
+
 # ---- processes ----
 
 def _join_processes():
@@ -569,6 +617,14 @@ def _keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+def _agent_store():
+    """torchrun's own key-value store, which outlives the processes that it restarts, or None."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+
+
 def _rendezvous(rank, world_size, seconds=600):
     """The key-value store through which the processes of this attempt find each other.
 
@@ -580,11 +636,10 @@ def _rendezvous(rank, world_size, seconds=600):
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=seconds)
     end = time.monotonic() + seconds
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    agent_store = dist.TCPStore(address, port, world_size, rank == 0 and not has_agent, timeout,
-                                wait_for_workers=False)
-    if not has_agent:  # not started by torchrun: the store is new
-        return agent_store
+    agent_store = _agent_store()
+    if agent_store is None:  # not started by torchrun
+        return dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
+    agent_store.set_timeout(timeout)
     if rank == 0:
         store = dist.TCPStore(address, 0, world_size, True, timeout, wait_for_workers=False)
         agent_store.set("rank 0", str(store.port))
@@ -645,7 +700,7 @@ class _StopSignal:
 # ---- precision and compilation ----
 
 def choose_precision(name, device):
-    """The dtype of autocast, None for none, from 'auto', 'fp64', 'fp32', 'bf16' or 'fp16'.
+    """The precision for 'auto', 'fp64', 'fp32', 'bf16' or 'fp16': itself, if it is not 'auto'.
 
     'auto' is bfloat16 where matrix units support it: GPUs since Ampere, and CPUs with AMX or
     AVX-512's bfloat16 instructions.
@@ -656,7 +711,7 @@ def choose_precision(name, device):
         else:
             fast = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
         name = "bf16" if fast else "fp32"
-    return {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return name
 
 
 def weight_dtype(precision):
