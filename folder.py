@@ -28,7 +28,7 @@ from kelip import entry
 from tokenizer import atomic_write, check_is_file, one_line, read_file
 
 LOG_EVERY = 10       # steps between lines of the log
-BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run; 1 at its end
+BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run
 SKIPPED_STEPS = 200  # steps after which a run ends if more than half of its pairs were skipped
 
 
@@ -237,6 +237,7 @@ class Log:
                 steps_done >= SKIPPED_STEPS and 2 * self.skipped_pairs > pairs_done):
             raise ValueError(f"{self.skipped_pairs:,} of {pairs_done:,} pairs could not be used: "
                              f"{self.loader.report()}")
+        # A run does not succeed if it ends with such steps.
         if self.bad_steps >= (1 if step == run.total_steps else BAD_STEPS):
             raise ValueError("the loss or the gradients were not finite in the last "
                              f"{self.bad_steps} step(s): {self.advice()}")
