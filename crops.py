@@ -29,6 +29,7 @@ import torch.nn.functional as F
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_CROPS, MAX_SIDE = 100, 4096  # crops of an image, pixels of a side
+MAX_PIXELS = 1 << 26              # of all crops of an image
 
 
 # ---- multi-crop ----
@@ -46,7 +47,17 @@ def parse_crops(text):
             raise ValueError(f"--crops {text}: write groups of NUMBERxSIDE joined by +, such as "
                              f"2x224+6x96, of at most {MAX_CROPS} crops and {MAX_SIDE:,} pixels")
         groups.append((number, size))
+    n_crops = sum(number for number, _ in groups)
+    pixels = sum(number * size ** 2 for number, size in groups)
+    if n_crops > MAX_CROPS or pixels > MAX_PIXELS:
+        raise ValueError(f"--crops {text:.60}: {n_crops:,} crops of {pixels:,} pixels for each "
+                         f"image: at most {MAX_CROPS} crops and {MAX_PIXELS:,} pixels")
     return groups
+
+
+def format_crops(groups):
+    """The text of --crops for groups as parse_crops returns them: "2x224+6x96"."""
+    return "+".join(f"{number}x{size}" for number, size in groups)
 
 
 def multi_crop(images, crops, seed, sample_index, aspect=None, scale=(0.4, 1.0),

@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -431,7 +430,7 @@ def _confusions(truth, predicted, indices, classnames):
 
 def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progress=True,
            embedded=None, name=""):
-    """Evaluate, print, and write evaluation.json and index.html into folder. Returns the numbers.
+    """Evaluate, write evaluation.json and index.html into folder, print. Returns the numbers.
 
     classes: the name of a set of prompts.json, or classes as open_set returns them. embedded: the
     Embedded of the pairs if it exists already. candidates: as Embedded takes them. name: if given,
@@ -461,7 +460,6 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
         raise ValueError(f"{numbers['test'][0]}: neither captions (KEY.txt, KEY.ko.txt) nor names "
                          f"of classes{causes}; if the pairs have KEY.cls, give --classes, a set of "
                          "prompts.json")
-    _print_report(numbers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(numbers, indent=1, ensure_ascii=False)
@@ -472,6 +470,7 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
     else:
         page.write_text(folder / "evaluation.json", text)
         _write_page(folder / "index.html", embedded, numbers)
+    _print_report(numbers)  # after the files, since the reader of the output may end early
     return numbers
 
 
@@ -739,16 +738,14 @@ def folder_of(model):
 def read_candidates(sources, path=None):
     """{language: captions} of a JSON file, by default names.json in the folder of the first shard.
 
-    Returns None if no path is given and there is no names.json. Raises FileNotFoundError when there
-    is no file at `path`, ValueError when it has another form.
+    Returns None if no path is given and there is no names.json. Raises OSError, and ValueError when
+    the file is not regular or has another form.
     """
     if not path:
         first = Path(os.path.expanduser(sources[0].partition("::")[0]))
         path = (first if first.is_dir() else first.parent) / "names.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
-    elif not Path(path).is_file():
-        raise FileNotFoundError(f"--candidates {path}: no such file")
     candidates = read_json(path)
     if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
                for texts in candidates.values()):
@@ -757,5 +754,4 @@ def read_candidates(sources, path=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Hangul
     run_command(main)

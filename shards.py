@@ -223,14 +223,19 @@ def write_shard(path, pairs):
 def new_folder(out, replaceable=""):
     """A temporary folder that becomes `out` when the block ends, and is deleted if it raises.
 
-    Raises FileExistsError when `out` holds a file whose name does not match the regular expression
-    `replaceable`.
+    Raises FileExistsError when `out` is a file, or holds one whose name does not match the regular
+    expression `replaceable`.
     """
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise FileExistsError(f"{out} is a file: name a new folder")
     for name in os.listdir(out) if os.path.isdir(out) else []:
         if not re.fullmatch(replaceable, name):
             raise FileExistsError(f"{out} is not empty, it holds {name}: name a new folder")
     temporary = f"{out.rstrip('/')}.{os.getpid()}.part"
-    os.makedirs(temporary)
+    try:
+        os.makedirs(temporary)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, out) from None
     try:
         yield temporary
         shutil.rmtree(out, ignore_errors=True)

@@ -1333,6 +1333,79 @@ def test_run_command_on_signals(tmp_path, name, on_interrupt, code, message):
     assert (done.returncode, done.stderr) == (code, message)
 
 
+@pytest.mark.parametrize("arguments", [
+    ["--init", ""], ["--words", "a", ""], ["train", ""], ["train", "a", "--out", ""]])
+def test_empty_arguments_are_errors(capsys, arguments):
+    parser = tokenizer.ArgumentParser(prog="script.py")
+    parser.add_argument("--init")
+    parser.add_argument("--words", nargs="+")
+    command = parser.add_subparsers().add_parser("train")
+    command.add_argument("file")
+    command.add_argument("--out")
+    command.add_argument("--text", type=str)
+    assert parser.parse_args(["train", "a", "--text", ""]).text == ""  # may be empty
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    name = (set(arguments) & {"--init", "--words", "--out"} or {"file"}).pop()
+    assert f"argument {name}: is empty; see --help\n" in capsys.readouterr().err
+
+
+def run_in_shell(body, redirection, folder, options=""):
+    """Run a script in a shell that redirects its output."""
+    (folder / "script.py").write_text(
+        "import os, sys\nfrom tokenizer import run_command\ndef main():\n    "
+        f"{body}\n    open('made', 'w').close()\n"
+        f"run_command(main{options})\n")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(tokenizer.__file__)}
+    command = f"{sys.executable} script.py {redirection}"
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=folder,
+                          capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("redirection, is_log, code, error, finishes", [
+    ("| head -n 1", True, 0, "", True), ("> /dev/full", True, 0, "", True),
+    ("| head -n 1", False, 1, "", False),
+    ("> /dev/full", False, 1, "script.py: stdout: No space left on device\n", False),
+    (">&-", False, 0, "", True), (">&- 2>&-", False, 0, "", True),
+    ("2> /dev/full", False, 0, "", True)])
+def test_run_command_without_a_reader(tmp_path, redirection, is_log, code, error, finishes):
+    """A log can be lost, a report cannot. Standard error always can."""
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    body = "for i in range(100_000): print(i, file=sys.stderr if i == 9 else sys.stdout)"
+    done = run_in_shell(body, redirection, tmp_path, ", output='log'" if is_log else "")
+    assert done.returncode == code and (tmp_path / "made").exists() == finishes
+    assert done.stderr.replace("9\n", "") == error
+
+
+def test_run_command_names_a_full_disk_at_the_last_line(tmp_path):
+    """A short report is written when the command ends."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    done = run_in_shell("print(1)", "> /dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "script.py: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("output, printed", [("report", "\\uc0ac\n"), ("data", "")])
+def test_run_command_escapes_characters_of_reports_alone(tmp_path, monkeypatch, output, printed):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_in_shell("print('사')", "", tmp_path, f", output={output!r}")
+    assert (done.returncode, done.stdout) == (int(not printed), printed)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("import numpy; numpy.ones(1 << 60, numpy.uint8)", " for 1 EiB more"),
+    ("import torch; torch.ones(1 << 50)", " for 4,503,599,627,370,496 bytes more"),
+    ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+     " for 2 GiB more"),
+    ("b'a' * (1 << 60)", ""),
+])
+def test_run_command_says_what_to_do_when_memory_ends(tmp_path, body, words):
+    done = run_in_shell(body, "", tmp_path, ", on_out_of_memory=': lower --batch-size'")
+    assert (done.returncode, done.stderr) == (
+        1, f"script.py: not enough memory{words}: lower --batch-size\n")
+
+
 def test_run_command_ends_quietly_when_its_reader_does(tmp_path):
     body = "for i in range(100_000): print(i)"
     (tmp_path / "script.py").write_text(
@@ -3754,8 +3827,13 @@ def test_a_report_says_what_it_did_not_evaluate(small_run, shapes, tmp_path):
         names.write_text(text)
         with pytest.raises(ValueError, match=message):
             here(evaluate.main, *flags, names)
-    for path in (tmp_path / "gone.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^--candidates {path}: no such file$"):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, error in ((tmp_path, f"{tmp_path}: a folder, not a file"),
+                        (tmp_path / "pipe", "pipe: a pipe or device, not a file"),
+                        ("/dev/zero", "/dev/zero: a pipe or device, not a file"),
+                        (tmp_path / "gone", "No such file"), (tmp_path / "loop", "Too many")):
+        with pytest.raises((ValueError, OSError), match=error):
             here(evaluate.main, *flags, path)
     assert (out / "index.html").read_bytes() == before
     with pytest.raises(ValueError, match="--test .*bare.tar: no captions there"):

@@ -29,6 +29,7 @@ import codecs
 import contextlib
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
@@ -1097,11 +1098,30 @@ def read_ids(text):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but an error is one line, without the usage. Subparsers inherit this."""
+    """argparse's, but an error is one line, without the usage. Subparsers inherit this.
+
+    An argument without a `type` must not be empty: in `--init "$RUN"`, the variable may be unset.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", None, not_empty)
+
+    def add_subparsers(self, **options):
+        action = super().add_subparsers(**options)
+        action.type = str  # its values are all that follows, which the subparser checks
+        return action
 
     def error(self, message):
         wait_for_rank_zero()
         self.exit(2, f"{self.prog}: {one_line(message)}; see --help\n")
+
+
+def not_empty(text):
+    """An argparse type: a str that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def wait_for_rank_zero():
@@ -1157,12 +1177,59 @@ def describe_error(error):
     return f"{error.filename}: {'no such file or folder' if is_missing else error.strerror}"
 
 
-def run_command(main, on_interrupt=None):
+class OutputFile(io.FileIO):
+    """Standard output or error as a binary file, whose first error names it.
+
+    What is printed after that error is dropped. is_optional: this error is dropped, too.
+    """
+
+    def __init__(self, descriptor, name, is_optional):
+        super().__init__(descriptor, "w", closefd=False)
+        self.label, self.is_optional = name, is_optional
+
+    def write(self, data):
+        try:
+            return super().write(data) or len(data)
+        except OSError as error:
+            if self.is_optional:
+                return len(data)
+            self.is_optional = True
+            raise OSError(error.errno, error.strerror, self.label) from None
+
+
+def open_output(output):
+    """Prepare sys.stdout and sys.stderr for a command. output: that of run_command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the command began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif stream is getattr(sys, f"__{name}__"):  # not what a test replaced it with
+            stream.flush()
+            file = OutputFile(stream.fileno(), name, name == "stderr" or output == "log")
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(file), encoding=stream.encoding,
+                errors=stream.errors if output == "data" else "backslashreplace",
+                line_buffering=stream.line_buffering or stream.write_through))
+
+
+def is_out_of_memory(error):
+    """Whether an error of Python, numpy or torch says that there is not enough memory."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"))
+
+
+def run_command(main, on_interrupt=None, on_out_of_memory="", output="report"):
     """Run `main()` as a command that prints one line, not a traceback, for errors of the user.
 
-    OSError, ValueError and ImportError print `script.py: error`. Ctrl-C prints `script.py:
-    interrupted`. on_interrupt: text to append, such as how to resume; SIGTERM is then handled like
-    Ctrl-C. The exit status is 1.
+    OSError, ValueError and ImportError print `script.py: error`, and the exit status is 1.
+
+    Args:
+        on_interrupt: text to append to `script.py: interrupted`, which Ctrl-C prints, such as how
+            to resume. SIGTERM is then handled like Ctrl-C.
+        on_out_of_memory: text to append to `script.py: not enough memory`, such as what to lower.
+        output: what is printed. "report": for people; characters that the terminal cannot show are
+            escaped. "data": the result, which is written exactly or not at all. "log": a report
+            that the command does without; it continues when its reader ends or the disk is full.
     """
     path = Path(sys.argv[0])
     script = f"extras.{path.stem}" if path.parent.name == "extras" else path.name
@@ -1170,17 +1237,24 @@ def run_command(main, on_interrupt=None):
         sys.exit(f"{script}: runs on Linux and macOS; on Windows, use WSL")
     if on_interrupt:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    open_output(output)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted" + (f"; {on_interrupt}" if on_interrupt else ""))
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
-        # At exit, Python flushes the rest of the output, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, ImportError) as error:
         wait_for_rank_zero()
         sys.exit(f"{script}: {one_line(describe_error(error))}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        wait_for_rank_zero()
+        size = regex.search(r"allocate ([\d.]+) (bytes|\wiB)", str(error))
+        size = f" for {float(size[1]):,.0f} {size[2]} more" if size else ""
+        sys.exit(f"{script}: not enough memory{size}{on_out_of_memory}")
 
 
 TRAIN_HELP = """\
@@ -1215,11 +1289,11 @@ def main():
     encode = commands.add_parser(
         "encode", help="texts to ids",
         description="Print the ids of each text on one line, without start and end token.")
-    encode.add_argument("inputs", nargs="*", default=["-"], metavar="TEXT",
+    encode.add_argument("inputs", nargs="*", type=str, default=["-"], metavar="TEXT",
                         help="texts; - is standard input, one text per line (default: -)")
     decode = commands.add_parser(
         "decode", help="ids to text", description="Print the text of ids.")
-    decode.add_argument("inputs", nargs="*", default=["-"], metavar="ID",
+    decode.add_argument("inputs", nargs="*", type=str, default=["-"], metavar="ID",
                         help="ids; - is standard input, the ids of one text per line (default: -)")
     for command in (encode, decode):
         command.add_argument("--tokenizer", default="tokenizer.json", metavar="PATH",
@@ -1238,4 +1312,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output="data")

@@ -245,6 +245,7 @@ def fill_in_crops(args, origin):
     args.crops = args.crops or default_crops
     args.scale = args.scale or default_scale
     groups = crops.parse_crops(args.crops)
+    args.crops = crops.format_crops(groups)  # "64" and "1x64" are equal
     for _, size in groups:
         if size % patch:
             raise ValueError(f"--crops {args.crops}: {size} pixels is not a multiple of "
@@ -432,4 +433,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output="log", on_out_of_memory=": lower --batch-size, --micro-batch, --crops "
+                "or --workers")

@@ -56,7 +56,7 @@ def parse_arguments(argv=None):
         help="side of the crops (default: the preset's resolution)")
     add("--scale", nargs=2, type=number(float), default=(0.2, 1.0), metavar=("MIN", "MAX"),
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
-    add("--mask-ratio", type=number(float, above=0), default=0.75, metavar="X",
+    add("--mask-ratio", type=number(float, above=0, high=0.99), default=0.75, metavar="X",
         help="fraction of the patches to mask (default: 0.75)")
     add("--weight-decay", type=number(float, 0, MAX_WEIGHT_DECAY), default=0.05, metavar="X",
         help="weight decay, of matrices only (default: 0.05)")
@@ -171,4 +171,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output="log",
+                on_out_of_memory=": lower --batch-size, --size or --workers")

@@ -54,7 +54,7 @@ import shards
 import train_clip
 import trainer
 from extras import bench
-from tokenizer import run_command
+from tokenizer import ArgumentParser, number, run_command
 
 GOALS = dict(open_clip=1.5, mfu=0.45, loss=1.1)  # see look_at_first
 RECALL = 0.4                                     # R@1 to reach on the demo
@@ -604,7 +604,7 @@ def measure(rows, minutes, write):
 
 def main(argv=None):
     """Measure, and print the table and what to look at first."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m extras.bench gpu", description=__doc__.partition("\nFrom top")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -612,7 +612,7 @@ def main(argv=None):
         help="writes FILE.md and FILE.json; a suffix of FILE is ignored (default: gpu.md)")
     add("--rows", nargs="+", metavar="ROW",
         help=f"what to measure: {', '.join(ROWS)} (default: all, demo if --demo is given)")
-    add("--minutes", type=float, default=8, metavar="N",
+    add("--minutes", type=number(float, 0), default=8, metavar="N",
         help="start no measurement after N minutes (default: 8)")
     add("--demo", metavar="FOLDER", help="the demo's shards, train-*.tar and test-*.tar")
     add("--pack", metavar="FOLDER",

@@ -63,7 +63,7 @@ import page
 import shards
 import train_clip
 from extras.bench import FORWARD_AND_BACKWARD, image_flops, mae_flops, text_flops
-from tokenizer import Tokenizer, run_command
+from tokenizer import ArgumentParser, Tokenizer, number, run_command
 
 LANGUAGES = ("en", "ko")
 RECALL_COLUMNS = [f"{evaluate.LANGUAGE_NAMES[language]}, {direction}" for language in LANGUAGES
@@ -989,7 +989,7 @@ def describe(name):
 
 
 def report(args, name, result):
-    """Print a Result, and write OUT/NAME.json and OUT/NAME.html. Returns the lines on verdicts."""
+    """Write OUT/NAME.json and OUT/NAME.html, and print. Returns the lines on verdicts."""
     text = describe(name)
     held = [part["held"] for part in result.verdicts]
     if None in held:
@@ -1001,10 +1001,6 @@ def report(args, name, result):
     else:
         answer = "did not hold"
     lines = [*(part["words"] for part in result.verdicts), f"{text['Claim'].rstrip('.')}: {answer}"]
-    for table in result.tables:
-        _print_table(*table)
-    print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
-
     numbers = {"question": text["Question"], "claim": text["Claim"], "answer": answer,
                "refuted if": text["Refuted if"], "steps": args.steps, "seeds": args.seeds,
                "verdicts": result.verdicts, **result.numbers}
@@ -1021,6 +1017,10 @@ def report(args, name, result):
     if args.run:
         intro = f"Measured on {', '.join(args.run)}."
     page.write(args.out / f"{name}.html", text["Question"], intro, *parts)
+
+    for table in result.tables:
+        _print_table(*table)
+    print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
     return lines
 
 
@@ -1079,7 +1079,7 @@ def open_study(args):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m extras.findings",
         description=__doc__.partition("\nWhat would refute each claim")[0],
         epilog="\n\n".join(f"{name}:\n{textwrap.indent(inspect.getdoc(finding), '    ')}"
@@ -1093,19 +1093,18 @@ def parse_arguments(argv=None):
              "use)")
     add("--test", nargs="+", default=[f"{demo.DEMO}/test-*.tar"], metavar="SHARDS",
         help="held-out pairs; names.json in the same folder has all names (default: the demo's)")
-    add("--out", type=Path, default=Path("runs/findings"), metavar="FOLDER",
+    add("--out", default="runs/findings", metavar="FOLDER",
         help="results, and the runs that findings share (default: runs/findings)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: 3)")
-    add("--steps", type=int, default=300, metavar="N",
+    add("--seeds", type=number(int, 1, 1 << 20), default=3, metavar="N",
+        help="runs of each variant (default: 3)")
+    add("--steps", type=number(int, 1, 1 << 40), default=300, metavar="N",
         help="steps of a variant in stage 2 (default: 300)")
-    add("--batch-size", type=int, default=256, metavar="N", help="pairs per step (default: 256)")
+    add("--batch-size", type=number(int, 1, 1 << 24), default=256, metavar="N",
+        help="pairs per step (default: 256)")
     add("--run", nargs="+", metavar="RUN",
         help="analogy: measure these models, which kelip.build_model opens, and train none")
     args = parser.parse_args(argv)
-    for flag in ("seeds", "steps", "batch_size"):
-        value = getattr(args, flag)
-        if value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    args.out = Path(args.out)
     if args.run and args.finding != "analogy":
         raise ValueError(f"--run: only analogy takes it, not {args.finding}")
     return args
@@ -1125,4 +1124,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main, "checkpoints are saved; the same command resumes")
+    run_command(main, "checkpoints are saved; the same command resumes", output="log",
+                on_out_of_memory=": lower --batch-size")

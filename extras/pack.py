@@ -572,5 +572,4 @@ def _column(text):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     run_command(main)

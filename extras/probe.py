@@ -17,7 +17,6 @@ Not included: fine-tuning, and augmentation of the training images.
 
 import argparse
 import functools
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -208,5 +207,4 @@ def _print_table(rows):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     run_command(main, "vectors are cached; the same command continues from there")

@@ -284,20 +284,19 @@ def ask():
 
 
 def show(folder, images, found, title):
-    """Print what `nearest` found and write folder/search.html."""
-    cards = []
+    """Write folder/search.html, and print what `nearest` found."""
+    cards, lines = [], []
     for rank, (score, i) in enumerate(found):
         pair = images[i]
         names = [pair.key, *itertools.chain(*pair.captions.values())]
         if rank < PRINTED:
-            print(f"{score:6.3f}  {one_line(', '.join(names))}")
+            lines.append(f"{score:6.3f}  {one_line(', '.join(names))}")
         image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
         cards.append(page.card(image, page.lines(f"{score:.3f}", names)))
     intro = f"The {len(cards)} nearest of {len(images):,} images, by cosine."
     page.write(folder / "search.html", title, intro, page.cards(cards))
-    print(f"{folder}/search.html", flush=True)
+    print(*lines, f"{folder}/search.html", sep="\n", flush=True)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     run_command(main, "vectors are cached; the same command continues from there")
