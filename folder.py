@@ -272,6 +272,8 @@ def _drop_lines_after(path, step):
     Returns the steps of the evaluations that remain. Damaged lines are removed, too: the last one
     may be cut short.
     """
+    if os.path.lexists(path):
+        check_is_file(path)  # a pipe would block, also when it is written
     if not step or not path.exists():
         return set()
     kept, damaged, evaluated = [], 0, set()

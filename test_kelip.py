@@ -67,6 +67,7 @@ from conftest import (
     TRAIN,
     agree,
     clip,
+    clip_flags,
     clip_here,
     digests,
     encoded,
@@ -1441,6 +1442,18 @@ def test_parse_crops():
     for bad in ("", "2x", "0x224", "2*224", "2x224+", "-1x5"):
         with pytest.raises(ValueError, match="NUMBERxSIDE"):
             crops.parse_crops(bad)
+    assert crops.parse_crops("4x4096") == [(4, 4096)]
+    for many in ("+".join(["1x8"] * 101), "60x8+41x8", "5x4096", "100x4096"):
+        with pytest.raises(ValueError, match="at most 100 crops and 67,108,864 pixels"):
+            crops.parse_crops(many)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("64", "1x64"), ("1x64", "1x64"), ("02x64 + 032", "2x64+1x32"), ("2x64+1x32", "2x64+1x32")])
+def test_equal_crops_are_written_the_same(text, expected):
+    args = train_clip.parse_arguments(["--crops", text])
+    groups = train_clip.fill_in_crops(args, train_clip.Origin("tiny", kelip.PRESETS["tiny"]))
+    assert args.crops == expected and groups == crops.parse_crops(text)
 
 
 def test_random_numbers_are_splitmix64_of_the_counter():
@@ -3798,6 +3811,17 @@ def test_clip_benchmark_captions_are_one_per_line(small_run, tmp_path):
     assert found["retrieval"].keys() == {"ko"}
 
 
+def test_a_report_is_written_before_it_is_printed(small_run, shapes, tmp_path, monkeypatch):
+    """The reader of the output may end early, as head does."""
+    def print_report(numbers):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "_print_report", print_report)
+    with pytest.raises(BrokenPipeError):
+        here(evaluate.main, small_run, "--test", shapes / "test-0.tar", "--out", tmp_path)
+    assert evaluation(tmp_path)["images"] == 16 and (tmp_path / "index.html").exists()
+
+
 def test_a_report_says_what_it_did_not_evaluate(small_run, shapes, tmp_path):
     """Shards cut short are counted. Nothing to evaluate and bad candidates are errors."""
     tar, names, out = tmp_path / "cut.tar", tmp_path / "names.json", tmp_path / "out"
@@ -4488,6 +4512,13 @@ def test_stage_1_in_two_processes_trains_as_in_one(shapes, tmp_path):
     assert_same_weights(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.parametrize("value", ["1e308", "1", "0", "nan"])
+def test_the_mask_ratio_has_a_range(value, capsys):
+    with pytest.raises(SystemExit):
+        train_mae.parse_arguments(["--mask-ratio", value])
+    assert "argument --mask-ratio: must be " in capsys.readouterr().err
+
+
 # ---- train_clip.py ----
 
 def test_a_run_leaves_what_the_readme_says(one_run):
@@ -4825,6 +4856,25 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(one_run, shapes, 
         for name, value in moments.items():
             assert torch.equal(cut["optimizer"]["state"][key][name], value)
     assert not list(out.glob(".*")) and len(list(out.glob("step-*.pt"))) == 2
+
+
+def test_a_run_continues_without_its_output(shapes, tmp_path):
+    """Nobody reads standard output, and standard error is closed. The log is complete."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = map(str, clip_flags(shapes, tmp_path / "run", "--steps", "2"))
+    command = [sys.executable, HERE / "train_clip.py", *flags]
+    done = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "bash", *command], stdout=writer,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(writer)
+    assert done.returncode == 0 and step_of(tmp_path / "run" / "last.pt") == 2
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
+
+
+def test_a_log_that_is_a_pipe_is_an_error(shapes, tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl: a pipe or device, not a file"):
+        clip_here(shapes, tmp_path)
 
 
 def test_a_run_whose_sizes_are_damaged_is_not_resumed(one_run, shapes, tmp_path):

@@ -346,6 +346,22 @@ def test_released_layout_without_safetensors(tmp_path, monkeypatch):
         export(tmp_path, "kelip")
 
 
+def test_an_output_folder_that_is_a_file_is_an_error(tmp_path):
+    """The message names OUT and not a temporary folder. The file stays."""
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_text("mine")
+    os.mkfifo(pipe)
+    (tmp_path / "table.csv").write_text("image,en\na.png,a\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for out, message in ((file, "file is a file: name a new folder"),
+                         (pipe, "pipe is a file: name a new folder"),
+                         (file / "x", f"{file}/x")):
+        with pytest.raises(OSError) as caught:
+            pack.main(["images", str(out), str(tmp_path / "table.csv"), "--workers", "0"])
+        assert message in str(caught.value) and ".part" not in str(caught.value)
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize("changes", [{}, GELU])
 def test_transformers_opens_exports(tmp_path, changes):
     transformers = pytest.importorskip("transformers")
@@ -2598,3 +2614,19 @@ def test_the_command_for_gpus_says_in_one_line_what_it_needs(tmp_path, monkeypat
             (["--rows", "demo"], "--rows demo: name the folder of the demo's shards")):
         with pytest.raises(ValueError, match=message):
             bench.main(["gpu", "--out", str(tmp_path / "gpu"), *arguments])
+
+
+@pytest.mark.parametrize("main, arguments, message", [
+    (findings.main, ["analogy", "--out", ""], "--out: is empty"),
+    (findings.main, ["analogy", "--steps", "0"], "--steps: must be from 1 to"),
+    (bench.main, ["--help-pages", ""], "--help-pages: is empty"),
+    (bench.main, ["--size", "nan"], "--size: must be a number, greater than 0 and at most 1"),
+    (bench.main, ["gpu", "--out", ""], "--out: is empty"),
+    (bench.main, ["gpu", "--minutes", "inf"], "--minutes: must be a number, at least 0"),
+    (pack.main, ["images", "", "photos"], "OUT: is empty"),
+    (search.main, ["run", "--images", "x", "--like", ""], "--like: is empty"),
+])
+def test_empty_and_wrong_arguments_are_errors(main, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"argument {message}" in capsys.readouterr().err
