@@ -4363,19 +4363,6 @@ def test_a_run_that_ends_with_skipped_steps_or_weights_that_are_not_finite_fails
         shutil.rmtree(run.folder)
 
 
-@pytest.mark.parametrize("error, size", [
-    (lambda: torch.empty(10 ** 15, dtype=torch.uint8), "1000000000000000 bytes"),
-    (lambda: np.empty(10 ** 15, np.uint8), "909. TiB"),
-    (lambda: bytearray(10 ** 15), "more")])
-def test_short_memory_is_one_line_that_says_what_to_lower(make_run, error, size):
-    with pytest.raises(ValueError) as caught, make_run(micro_batch=8, crops="1x64"):
-        error()
-    assert str(caught.value) == (f"memory is short: {size} could not be allocated; lower "
-                                 "--batch-size or --micro-batch or --crops")
-    with pytest.raises(RuntimeError, match="other"), make_run():
-        raise RuntimeError("other")
-
-
 def test_the_log_averages_values_where_they_count(make_run):
     """Its lines depend on the steps alone, however long they take."""
     run = make_run(steps=23)

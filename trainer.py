@@ -30,7 +30,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import signal
 import time
 from datetime import timedelta
@@ -172,7 +171,6 @@ class Run:
         if self.group is not None and error is None:
             self._barrier()
             dist.destroy_process_group()
-        _check_memory_error(error, self.args)
 
     def _release_folder(self):
         if self._lock:
@@ -547,19 +545,6 @@ def _check_shards(pairs):
             raise ValueError(
                 f"--data: {error}: {shard.path}, which had {shard.count:,} pairs and "
                 f"{shard.size:,} bytes when the run began; restore it, or choose another --out")
-
-
-def _check_memory_error(error, args):
-    """Raise ValueError, which says what to lower, if an error means that memory is short."""
-    text = str(error)
-    if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
-            "out of memory|not enough memory|allocate memory|MemoryError", text)):
-        return
-    size = re.search(r"allocate (\d[\d.]* \w+)", text)
-    flags = [f"--{key.replace('_', '-')}" for key in ("batch_size", "micro_batch", "crops", "size")
-             if key in args]
-    raise ValueError(f"memory is short: {size[1] if size else 'more'} could not be allocated; "
-                     f"lower {' or '.join(flags)}") from None
 
 
 # ---- processes ----
