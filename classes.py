@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from tokenizer import not_utf8, one_line, read_file, read_json
+from command import one_line
+from tokenizer import not_utf8, read_file, read_json
 
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}

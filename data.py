@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import demo
+from command import ArgumentParser, number, one_line, run_command
 from kelip import ceil_div
 from shards import (
     APART,
@@ -51,7 +52,6 @@ from shards import (
     read_pair,
     shard_rows,
 )
-from tokenizer import ArgumentParser, number, one_line, run_command
 
 CHUNK_SAMPLES = 1 << 12          # samples within which every source has its exact proportion
 GROUP_SHARDS = 64                # shards that are read interleaved

@@ -36,7 +36,8 @@ import kelip
 import page
 import shards
 from classes import format_prompt, is_benchmark, labels_of, open_set, read_classes, spellings
-from tokenizer import ArgumentParser, one_line, read_json, run_command
+from command import ArgumentParser, one_line, run_command
+from tokenizer import read_json
 
 KS = (1, 5, 10)  # R@1, R@5, R@10
 BATCH = 128      # images or texts to encode at a time

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from command import one_line
 from kelip import entry
-from tokenizer import atomic_write, check_is_file, one_line, read_file
+from tokenizer import atomic_write, check_is_file, read_file
 
 LOG_EVERY = 10       # steps between lines of the log
 BAD_STEPS = 10       # steps in a row with non-finite gradients that end a run

@@ -45,8 +45,9 @@ import numpy as np
 from PIL import Image, features
 from tqdm import tqdm
 
+from command import one_line
 from kelip import ceil_div, to_rgb
-from tokenizer import atomic_write, one_line
+from tokenizer import atomic_write
 
 BLOCK = 512                      # bytes; the unit of a tar
 SCAN = 1 << 20                   # bytes to read at once where there is no header

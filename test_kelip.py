@@ -58,6 +58,7 @@ import tokenizer
 import train_clip
 import train_mae
 import trainer
+from command import ArgumentParser, number, run_command
 from conftest import (
     COLORS,
     HERE,
@@ -89,7 +90,7 @@ from conftest import (
     write_tar,
 )
 from folder import check_free_space
-from tokenizer import Tokenizer, run_command
+from tokenizer import Tokenizer
 
 # ---- helpers ----
 
@@ -548,8 +549,8 @@ def write_benchmark(folder, kind, members):
         image = {"webp" if n % 2 else "jpg": shape_image(color, shape, n)}
         pairs.append((f"s{n:07d}", {**image, **members(n, color, shape)}))
     (folder / "test").mkdir(parents=True)
-    for number in range(2):
-        shards.write_shard(folder / "test" / f"{number}.tar", pairs[8 * number:8 * number + 8])
+    for i in range(2):
+        shards.write_shard(folder / "test" / f"{i}.tar", pairs[8 * i:8 * i + 8])
     (folder / "test" / "nshards.txt").write_text("2\n")
     (folder / "dataset_type.txt").write_text(f"{kind}\n")
     return folder
@@ -612,7 +613,7 @@ def assert_same_weights(one, other):
 
 
 FLOORS = [
-    {"tokenizer", "crops", "page"},
+    {"tokenizer", "crops", "page", "command"},
     {"kelip"},
     {"shards"},
     {"demo"},
@@ -1273,7 +1274,7 @@ def test_help_of_the_commands_names_what_they_take(tmp_path):
     ((float,), "-inf", "must be a number, not '-inf'"),
 ])
 def test_number_accepts_its_range_alone(limits, text, expected):
-    parse = tokenizer.number(*limits)
+    parse = number(*limits)
     if isinstance(expected, str):
         with pytest.raises(argparse.ArgumentTypeError) as caught:
             parse(text)
@@ -1282,10 +1283,12 @@ def test_number_accepts_its_range_alone(limits, text, expected):
         assert parse(text) == expected and type(parse(text)) is limits[0]
 
 
+# ---- command.py ----
+
 def test_errors_of_flags_are_one_line(capsys):
-    parser = tokenizer.ArgumentParser(prog="script.py")
+    parser = ArgumentParser(prog="script.py")
     command = parser.add_subparsers(dest="command", required=True).add_parser("train")
-    command.add_argument("--workers", type=tokenizer.number(int, 0, 512))
+    command.add_argument("--workers", type=number(int, 0, 512))
     for arguments, expected in (
             (["train", "--workers", "-1"],
              "script.py train: argument --workers: must be from 0 to 512, not '-1'; see --help\n"),
@@ -1337,7 +1340,7 @@ def test_run_command_on_signals(tmp_path, name, on_interrupt, code, message):
 @pytest.mark.parametrize("arguments", [
     ["--init", ""], ["--words", "a", ""], ["train", ""], ["train", "a", "--out", ""]])
 def test_empty_arguments_are_errors(capsys, arguments):
-    parser = tokenizer.ArgumentParser(prog="script.py")
+    parser = ArgumentParser(prog="script.py")
     parser.add_argument("--init")
     parser.add_argument("--words", nargs="+")
     command = parser.add_subparsers().add_parser("train")
@@ -1354,7 +1357,7 @@ def test_empty_arguments_are_errors(capsys, arguments):
 def run_in_shell(body, redirection, folder, options=""):
     """Run a script in a shell that redirects its output."""
     (folder / "script.py").write_text(
-        "import os, sys\nfrom tokenizer import run_command\ndef main():\n    "
+        "import os, sys\nfrom command import run_command\ndef main():\n    "
         f"{body}\n    open('made', 'w').close()\n"
         f"run_command(main{options})\n")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(tokenizer.__file__)}
@@ -1410,7 +1413,7 @@ def test_run_command_says_what_to_do_when_memory_ends(tmp_path, body, words):
 def test_run_command_ends_quietly_when_its_reader_does(tmp_path):
     body = "for i in range(100_000): print(i)"
     (tmp_path / "script.py").write_text(
-        f"from tokenizer import run_command\ndef main():\n    {body}\nrun_command(main)\n")
+        f"from command import run_command\ndef main():\n    {body}\nrun_command(main)\n")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(tokenizer.__file__)}
     done = subprocess.run(f"{sys.executable} script.py | head -n 1", shell=True, cwd=tmp_path,
                           capture_output=True, text=True, env=environment)
@@ -1465,9 +1468,9 @@ def test_random_numbers_are_splitmix64_of_the_counter():
     sample_index, seed, crop = torch.tensor([0, 1, 12_345, 10**12]), 7, 3
     found = crops.uniform(seed, sample_index, crop, crops.MASK, draws=5)
     for i, row in zip(sample_index.tolist(), found.tolist()):
-        for draw, number in enumerate(row):
+        for draw, fraction in enumerate(row):
             key = mix((mix(seed) + crop * 2**32 + crops.MASK * 2**16 + draw) % 2**64)
-            assert number == (mix((mix(i) + key) % 2**64) >> 11) / 2**53
+            assert fraction == (mix((mix(i) + key) % 2**64) >> 11) / 2**53
 
 
 def test_random_numbers_are_uniform_and_independent():
@@ -5045,7 +5048,7 @@ def broken(self, step):
     return make_batch(self, step)
 
 data.Loader.make_batch = broken
-tokenizer.run_command(train_clip.main)
+run_command(train_clip.main)
 """)
     sys_path = {"PYTHONSAFEPATH": "1"}  # the folder of the script holds no module of ours
     done = subprocess.run(

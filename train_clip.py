@@ -40,7 +40,8 @@ import data
 import demo
 import evaluate
 import kelip
-from tokenizer import ArgumentParser, Tokenizer, number, run_command
+from command import ArgumentParser, number, run_command
+from tokenizer import Tokenizer
 from trainer import (
     MAX_WEIGHT_DECAY,
     Run,

@@ -26,7 +26,7 @@ from PIL import Image
 import crops
 import data
 import kelip
-from tokenizer import ArgumentParser, number, run_command
+from command import ArgumentParser, number, run_command
 from trainer import (
     MAX_WEIGHT_DECAY,
     Run,

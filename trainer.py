@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import demo
+from command import number, one_line
 from folder import (
     FolderLock,
     Log,
@@ -60,7 +61,7 @@ from kelip import (
     read_run,
     save_checkpoint,
 )
-from tokenizer import atomic_write, number, one_line
+from tokenizer import atomic_write
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0

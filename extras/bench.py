@@ -60,7 +60,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizer
-from tokenizer import ArgumentParser, run_command
+from command import ArgumentParser, number, run_command
 
 # Some rows are measured in fresh processes, which import this file under the name __mp_main__. Such
 # a process imports only what it measures, so that its peak memory is that of the row.
@@ -427,11 +427,11 @@ def open_in_third_epoch(folder):
     pairs = data.Pairs(folder)
     numbers = data.Order(pairs, seed=1)(5 * len(pairs) // 2, 4096)
     rows = {}  # shard -> its rows
-    for number in numbers:
-        shard = int(np.searchsorted(pairs.starts, number, "right")) - 1
+    for i in numbers:
+        shard = int(np.searchsorted(pairs.starts, i, "right")) - 1
         if shard not in rows:
             rows[shard] = shards.shard_rows(pairs.shards[shard])
-        _first_block, _n_bytes = rows[shard][number - pairs.starts[shard]]
+        _first_block, _n_bytes = rows[shard][i - pairs.starts[shard]]
     return time.perf_counter() - start, memory_of_process("VmRSS") - before, len(pairs)
 
 
@@ -1163,15 +1163,15 @@ def main(argv=None):
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART",
         help=f"what to measure: {', '.join(PARTS)} (default: all but network)")
-    add("--size", type=tokenizer.number(float, above=0, high=1), default=1.0, metavar="FRACTION",
+    add("--size", type=number(float, above=0, high=1), default=1.0, metavar="FRACTION",
         help="of the tokenizer's corpus (1 is 3.5 million captions, 188 MB) and of the sets of "
              "evaluate (1 is 50,000 images; default: 1)")
-    add("--batches", type=tokenizer.number(int, 1, 1 << 24), nargs="+", default=[8192], metavar="N",
+    add("--batches", type=number(int, 1, 1 << 24), nargs="+", default=[8192], metavar="N",
         help="batch sizes of the contrastive loss (default: 8192; 32768 takes minutes, and 17 GB "
              "for open_clip)")
-    add("--vocab-size", type=tokenizer.number(int, 259), default=98_000, metavar="N",
+    add("--vocab-size", type=number(int, 259), default=98_000, metavar="N",
         help="entries of the tokenizer (default: 98000)")
-    add("--rounds", type=tokenizer.number(int, 1), default=3, metavar="N",
+    add("--rounds", type=number(int, 1), default=3, metavar="N",
         help="rounds of encoding; the best one counts (default: 3)")
     add("--help-pages", default=HELP_PAGES, metavar="FOLDER",
         help="LibreOffice's help, with folders ko and en-US (default: %(default)s)")

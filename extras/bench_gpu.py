@@ -53,8 +53,8 @@ import kelip
 import shards
 import train_clip
 import trainer
+from command import ArgumentParser, number, run_command
 from extras import bench
-from tokenizer import ArgumentParser, number, run_command
 
 GOALS = dict(open_clip=1.5, mfu=0.45, loss=1.1)  # see look_at_first
 RECALL = 0.4                                     # R@1 to reach on the demo

@@ -40,21 +40,10 @@ from pathlib import Path
 import torch
 
 import kelip
+from command import ArgumentParser, number, one_line, run_command
 from kelip import MEAN, STD, read_sizes
 from shards import new_folder
-from tokenizer import (
-    ALPHABET,
-    BYTE_LEVEL,
-    END,
-    START,
-    ArgumentParser,
-    Tokenizer,
-    build_spec,
-    number,
-    one_line,
-    read_json,
-    run_command,
-)
+from tokenizer import ALPHABET, BYTE_LEVEL, END, START, Tokenizer, build_spec, read_json
 
 # The names that a file of weights may have in a folder. The first that exists is read.
 WEIGHT_FILES = (

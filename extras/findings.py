@@ -62,8 +62,9 @@ import kelip
 import page
 import shards
 import train_clip
+from command import ArgumentParser, number, run_command
 from extras.bench import FORWARD_AND_BACKWARD, image_flops, mae_flops, text_flops
-from tokenizer import ArgumentParser, Tokenizer, number, run_command
+from tokenizer import Tokenizer
 
 LANGUAGES = ("en", "ko")
 RECALL_COLUMNS = [f"{evaluate.LANGUAGE_NAMES[language]}, {direction}" for language in LANGUAGES

@@ -38,11 +38,12 @@ import sys
 import numpy as np
 
 import shards
+from command import ArgumentParser, number, one_line, run_command
 from data import parse_source
 from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
 from kelip import ceil_div
 from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
-from tokenizer import ArgumentParser, atomic_write, not_utf8, number, one_line, run_command
+from tokenizer import atomic_write, not_utf8
 
 SHARD_PAIRS = 10_000
 MAX_REASONS = 20     # that are printed

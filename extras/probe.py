@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import kelip
 from classes import labels_of, open_set
+from command import ArgumentParser, run_command
 from extras.features import embed_images, open_cache
 from shards import format_counts
-from tokenizer import ArgumentParser, run_command
 
 FEATURES = ("class token", "mean of patches")
 L2_PENALTIES = [10.0 ** n for n in range(2, -7, -1)]

@@ -30,10 +30,10 @@ import data
 import kelip
 import page
 import shards
+from command import ArgumentParser, one_line, run_command
 from evaluate import check_writable, embed_texts, folder_of
 from extras.features import embed_images, open_cache
 from shards import IMAGE_SUFFIXES, Pair, Shard
-from tokenizer import ArgumentParser, one_line, run_command
 
 PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
 SIDE = 112               # of an image on the page, in pixels

@@ -40,6 +40,7 @@ import tokenizer
 import train_clip
 import train_mae
 import trainer
+from command import run_command
 from conftest import (
     COLORS,
     HERE,
@@ -57,7 +58,7 @@ from conftest import (
 )
 from extras import bench, bench_gpu, convert, features, findings, pack, probe, search
 from extras.bench import image_flops, mae_flops, text_flops
-from tokenizer import Tokenizer, run_command
+from tokenizer import Tokenizer
 
 # ---- helpers for convert.py and pack.py ----
 
