@@ -4,6 +4,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import copy
 import functools
 import gzip
 import html
@@ -90,6 +91,7 @@ from conftest import (
     write_tar,
 )
 from folder import check_free_space
+from optimizer import Muon, learning_rate, load_optimizer, make_optimizer, orthogonalize
 from tokenizer import Tokenizer
 
 # ---- helpers ----
@@ -578,16 +580,22 @@ THREE_STEPS = ["--crops", "1x64+2x32", "--steps", "3", "--save-every", "1", "--k
 def checkpoints_of(folder):
     """(gradients, weights) by name, after each of three steps.
 
-    AdamW's first moments stand for the gradients, of which they are sums.
+    The optimizer's first moments stand for the gradients, of which they are sums.
     """
     found = []
     for name in ("step-1.pt", "step-2.pt", "last.pt"):
         state = kelip.load_checkpoint(Path(folder) / name)
         weights = state["model"]
-        # The optimizer numbers its parameters by group: matrices, vectors, scalars.
-        names = [key for test in (lambda n: n >= 2, lambda n: n == 1, lambda n: n == 0)
-                 for key, value in weights.items() if test(value.ndim)]
-        moments = {key: state["optimizer"]["state"][i]["exp_avg"] for i, key in enumerate(names)}
+        # The optimizer numbers its parameters by group.
+        model = kelip.KELIP(**state["config"]["model"])
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        optimizer = make_optimizer(model, 1.0, (0.0, 0.0), 1.0, 1.0,
+                                   name=state["config"]["optimizer"])
+        names = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        moments = {}
+        for i, key in enumerate(names):
+            of_parameter = state["optimizer"]["state"][i]
+            moments[key] = of_parameter.get("momentum", of_parameter.get("exp_avg"))
         assert all(moments[key].shape == weights[key].shape for key in names)
         found.append((moments, weights))
     return found
@@ -614,7 +622,7 @@ def assert_same_weights(one, other):
 
 
 FLOORS = [
-    {"tokenizer", "crops", "page", "command"},
+    {"tokenizer", "crops", "page", "command", "optimizer"},
     {"kelip"},
     {"shards"},
     {"demo"},
@@ -4275,10 +4283,10 @@ def test_spellings_are_averaged_and_confusions_counted(small_run):
         {"true": "b", "predicted": "a", "images": 1, "fraction": 1 / 2, "example": 13}]
 
 
-# ---- trainer.py ----
+# ---- optimizer.py ----
 
 def test_weight_decay_is_on_matrices_only():
-    optimizer = trainer.make_optimizer(small_model(), 1e-3, (0.9, 0.98), 1e-6, 0.2)
+    optimizer = make_optimizer(small_model(), 1e-3, (0.9, 0.98), 1e-6, 0.2)
     matrices, vectors, scalars = optimizer.param_groups
     assert matrices["weight_decay"] == 0.2 and all(p.ndim >= 2 for p in matrices["params"])
     assert vectors["weight_decay"] == 0 and all(p.ndim == 1 for p in vectors["params"])
@@ -4288,10 +4296,137 @@ def test_weight_decay_is_on_matrices_only():
 
 
 def test_the_schedule_is_a_warm_up_and_half_a_cosine():
-    rates = [trainer.learning_rate(step, 100, 10, 1.0) for step in range(101)]
+    rates = [learning_rate(step, 100, 10, 1.0) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0
     assert rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
 
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = small_model()
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.98), 1e-6, 0.2, name="muon")
+    *others, last = optimizer.param_groups
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    assert len(matrices) == 20 and list(map(id, last["params"])) == list(map(id, matrices))
+    assert [group["muon"] for group in optimizer.param_groups] == [False, False, False, True]
+    assert last["lr_factor"] == 3 and last["weight_decay"] == 0.2
+    assert sum(len(group["params"]) for group in others) == len(list(model.parameters())) - 20
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 96, 24), (2, 24, 96)])
+def test_orthogonalize_replaces_singular_values_by_about_one(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+    U, V = U[..., S[0] > 1e-3 * S[0].max()], Vh[..., S[0] > 1e-3 * S[0].max(), :].mT
+    found = U.mT @ orthogonalize(1000 * x) @ V                               # diagonal
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found, torch.diag_embed(diagonal), rtol=0, atol=1e-9)
+    assert diagonal.min() > 0.5 and diagonal.max() < 1.3
+    half = orthogonalize(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), orthogonalize(x), rtol=0, atol=0.05)
+
+
+def test_muon_is_momentum_made_orthogonal_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    ours, other = small_model(), small_model()
+    options = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    optimizer = make_optimizer(ours, name="muon", **options)
+    adamw = make_optimizer(other, **options)
+    assert type(optimizer) is Muon and type(adamw) is torch.optim.AdamW
+    matrix, momentum = ours.transformer.resblocks[1].mlp.c_fc.weight, 0      # [256, 64]
+    expected = matrix.detach().clone()
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), other.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * matrix.grad
+        update = orthogonalize((0.05 * matrix.grad + 0.95 * momentum)[None])[0]
+        expected = expected * (1 - 1e-2 * 0.2) - 1e-2 * 0.2 * 16 * update
+        optimizer.step()
+        adamw.step()
+        torch.testing.assert_close(matrix.data, expected, rtol=1e-10, atol=1e-12)
+    for (name, p), q in zip(ours.named_parameters(), other.parameters()):
+        assert torch.equal(p, q) == (p.ndim != 2 or ".resblocks." not in name), name
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_muon_skips_a_step_whose_gradients_are_not_finite(bad):
+    model = small_model()
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.98), 1e-6, 0.2, name="muon")
+
+    def step(value, found_inf):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        model.transformer.resblocks[0].mlp.c_fc.weight.grad[0, 0] = 3
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+
+    step(1.0, 0.0)
+    state = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    step(bad, 1.0)
+    agree(model.state_dict(), state[0], 0)
+    for i, moments in optimizer.state_dict()["state"].items():
+        agree(moments, state[1][i], 0)
+    step(1.0, 0.0)
+    assert not torch.equal(model.transformer.resblocks[0].mlp.c_fc.weight,
+                           state[0]["transformer.resblocks.0.mlp.c_fc.weight"])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "exp_avg of parameter 0"),
+    (lambda state: state["state"][1].update(exp_avg_sq=torch.ones(1).int()), "exp_avg_sq of par"),
+    (lambda state: state["state"][0].pop("step"), "step of parameter 0"),
+    (lambda state: state["state"].update({7: {}}), "not that of this model"),
+    (lambda state: state.update(state=3), "not that of this model"),
+    (lambda state: state.update(state={}), "not that of this model"),
+    (lambda state: state["state"].pop(1), "not that of this model"),
+    (lambda state: state["state"][0].update(exp_avg=torch.full((1, 3), torch.nan)), "cannot be"),
+    (lambda state: state["state"][0].update(exp_avg_sq=-torch.ones(1, 3)), "cannot be"),
+    (lambda state: state["state"][0].update(step=torch.tensor(2.0)), "cannot be"),
+    (lambda state: state["state"][0].update(exp_avg=torch.zeros(1, 3).bfloat16()), "exp_avg of p"),
+])
+def test_a_state_of_another_optimizer_is_refused(damage, message):
+    module = torch.nn.Linear(3, 1)
+    optimizer = make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.5)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+    saved = {"state": {i: dict(moments) for i, moments in optimizer.state_dict()["state"].items()},
+             "param_groups": [{**group, "weight_decay": 9.0, "lr": 9.0} for group in saved]}
+    load_optimizer(optimizer, saved, 1, "x.pt")  # its settings stay those of the run
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    # A fused optimizer writes to every element, so memory that elements share is copied.
+    saved["state"][0]["exp_avg"] = torch.zeros(()).expand(1, 3)
+    load_optimizer(optimizer, saved, 1, "x.pt")
+    assert optimizer.state_dict()["state"][0]["exp_avg"].untyped_storage().nbytes() == 12
+    damage(saved)
+    with pytest.raises(ValueError, match=f"^x.pt: .*{message}"):
+        load_optimizer(optimizer, saved, 1, "x.pt")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda moments: moments.update(momentum=torch.zeros(2)),
+    lambda moments: moments.update(momentum=moments["momentum"] / 0),
+    lambda moments: moments.pop("momentum")])
+def test_a_momentum_of_another_matrix_is_refused(damage):
+    model = small_model()
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.98), 1e-6, 0.2, name="muon")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    load_optimizer(optimizer, saved, 1, "x.pt")
+    last = len(saved["state"]) - 1
+    agree(optimizer.state_dict()["state"][last], saved["state"][last], 0)
+    assert saved["state"][last].keys() == {"step", "momentum"}
+    damage(saved["state"][last])
+    with pytest.raises(ValueError, match=f"^x.pt: momentum of parameter {last} in the optimizer's"):
+        load_optimizer(optimizer, saved, 1, "x.pt")
+
+
+# ---- trainer.py ----
 
 @pytest.fixture
 def make_run(tmp_path):
@@ -4320,7 +4455,7 @@ def train_linear(run, module, values, skipped=()):
             return "skipped: not an image"
 
     batches = Batches(values)
-    optimizer = trainer.make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
+    optimizer = make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
     with run:
         run.start(module, optimizer, [], {}, padded_size=24)
         for step, batch in run.steps(batches):
@@ -4397,38 +4532,6 @@ def test_a_run_on_pairs_that_cannot_be_used_ends_with_the_reasons(make_run):
     assert log_of(run.folder)[-1]["skipped_pairs"] == 100
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "exp_avg of parameter 0"),
-    (lambda state: state["state"][1].update(exp_avg_sq=torch.ones(1).int()), "exp_avg_sq of par"),
-    (lambda state: state["state"][0].pop("step"), "step of parameter 0"),
-    (lambda state: state["state"].update({7: {}}), "not that of this model"),
-    (lambda state: state.update(state=3), "not that of this model"),
-    (lambda state: state.update(state={}), "not that of this model"),
-    (lambda state: state["state"].pop(1), "not that of this model"),
-    (lambda state: state["state"][0].update(exp_avg=torch.full((1, 3), torch.nan)), "cannot be"),
-    (lambda state: state["state"][0].update(exp_avg_sq=-torch.ones(1, 3)), "cannot be"),
-    (lambda state: state["state"][0].update(step=torch.tensor(2.0)), "cannot be"),
-    (lambda state: state["state"][0].update(exp_avg=torch.zeros(1, 3).bfloat16()), "exp_avg of p"),
-])
-def test_a_state_of_another_optimizer_is_refused(damage, message):
-    module = torch.nn.Linear(3, 1)
-    optimizer = trainer.make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.5)
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    saved = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
-    saved = {"state": {i: dict(moments) for i, moments in optimizer.state_dict()["state"].items()},
-             "param_groups": [{**group, "weight_decay": 9.0, "lr": 9.0} for group in saved]}
-    trainer.load_optimizer(optimizer, saved, 1, "x.pt")  # its settings stay those of the run
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
-    # A fused optimizer writes to every element, so memory that elements share is copied.
-    saved["state"][0]["exp_avg"] = torch.zeros(()).expand(1, 3)
-    trainer.load_optimizer(optimizer, saved, 1, "x.pt")
-    assert optimizer.state_dict()["state"][0]["exp_avg"].untyped_storage().nbytes() == 12
-    damage(saved)
-    with pytest.raises(ValueError, match=f"^x.pt: .*{message}"):
-        trainer.load_optimizer(optimizer, saved, 1, "x.pt")
-
-
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -4455,7 +4558,8 @@ def test_compiled_blocks_and_loss_compute_the_same():
 
 @pytest.mark.parametrize("script, flags", [
     (train_mae, ["--batch-size", "128"]),
-    (train_clip, ["--batch-size", "64", "--crops", "1x64+2x32", "--micro-batch", "32"]),
+    (train_clip, ["--batch-size", "64", "--crops", "1x64+2x32", "--micro-batch", "32",
+                  "--optimizer", "muon"]),
     pytest.param(train_clip, ["--batch-size", "64", "--crops", "1x64+2x32"],
                  marks=pytest.mark.slow),
 ])
@@ -4765,15 +4869,18 @@ def test_half_an_environment_of_torchrun_is_one_line(shapes, tmp_path, monkeypat
         clip_here(shapes, tmp_path / "x")
 
 
-@pytest.mark.parametrize("precision, processes, tolerance", [
-    ("fp64", 2, 1e-9),
-    pytest.param("fp64", 4, 1e-9, marks=pytest.mark.slow),
-    pytest.param("fp32", 2, 1e-5, marks=pytest.mark.slow)])
-def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, precision, processes,
-                                                       tolerance):
+@pytest.mark.parametrize("optimizer, precision, processes, tolerance", [
+    ("muon", "fp64", 2, 1e-9),
+    pytest.param("adamw", "fp64", 2, 1e-9, marks=pytest.mark.slow),
+    pytest.param("muon", "fp64", 4, 1e-9, marks=pytest.mark.slow),
+    pytest.param("adamw", "fp32", 2, 1e-5, marks=pytest.mark.slow),
+    # Muon divides by the smallest singular values, which rounding of float32 decides.
+    pytest.param("muon", "fp32", 2, 1e-3, marks=pytest.mark.slow)])
+def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, optimizer, precision,
+                                                       processes, tolerance):
     """Over several processes, and into micro-batches that do not divide the batch."""
     splits = {"micro": (1, 8), "processes": (processes, 5)}
-    flags = [*THREE_STEPS, "--precision", precision]
+    flags = [*THREE_STEPS, "--precision", precision, "--optimizer", optimizer]
     clip_here(shapes, tmp_path / "one", *flags)
     expected = checkpoints_of(tmp_path / "one")
     [first_loss] = [line["loss"] for line in log_of(tmp_path / "one") if line["step"] == 1]
@@ -4797,11 +4904,14 @@ def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, precisi
     assert (trained["visual.proj"] - start["visual.proj"]).abs().max() > 1e-4
 
 
-def test_half_precisions_are_close_to_float32(shapes, tmp_path):
+@pytest.mark.parametrize("optimizer", [
+    "muon", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_half_precisions_are_close_to_float32(shapes, tmp_path, optimizer):
     losses = {}
     for precision in ("fp32", "bf16", "fp16"):
         out = tmp_path / precision
-        clip_here(shapes, out, *THREE_STEPS, "--precision", precision, "--lr", "1e-4")
+        clip_here(shapes, out, *THREE_STEPS, "--precision", precision, "--lr", "1e-4",
+                  "--optimizer", optimizer)
         losses[precision] = [line["loss"] for line in log_of(out)]
         scaler = kelip.load_checkpoint(out / "last.pt")["scaler"]
         assert scaler.get("scale", 0) == (65536 if precision == "fp16" else 0)

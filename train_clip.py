@@ -41,6 +41,7 @@ import demo
 import evaluate
 import kelip
 from command import ArgumentParser, number, run_command
+from optimizer import make_optimizer
 from tokenizer import Tokenizer
 from trainer import (
     MAX_WEIGHT_DECAY,
@@ -49,7 +50,6 @@ from trainer import (
     check_preset,
     check_scale,
     compile_blocks,
-    make_optimizer,
     weight_dtype,
 )
 
@@ -356,7 +356,7 @@ def train(args, run):
 
     # Betas and epsilon are those of CLIP's ViTs (arXiv 2103.00020, appendix F).
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
-                               weight_decay=args.weight_decay)
+                               weight_decay=args.weight_decay, name=args.optimizer, dtype=run.dtype)
     # The loader pads images to squares that are large enough for all crops.
     padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
     # Fixes the number of steps, or restores the checkpoint.

@@ -27,6 +27,7 @@ import crops
 import data
 import kelip
 from command import ArgumentParser, number, run_command
+from optimizer import make_optimizer
 from trainer import (
     MAX_WEIGHT_DECAY,
     Run,
@@ -34,7 +35,6 @@ from trainer import (
     check_preset,
     check_scale,
     compile_blocks,
-    make_optimizer,
     weight_dtype,
 )
 
@@ -123,7 +123,7 @@ def train(args, run):
 
     # The betas of He et al. (arXiv 2111.06377, table 8).
     optimizer = make_optimizer(mae, args.lr, betas=(0.9, 0.95), eps=1e-8,
-                               weight_decay=args.weight_decay)
+                               weight_decay=args.weight_decay, name=args.optimizer, dtype=run.dtype)
     # The loader pads images to squares that are large enough for the crops.
     padded_size = crops.padded_size([(1, args.size)], args.scale)
     # Fixes the number of steps, or restores the checkpoint.

@@ -19,8 +19,8 @@ are initialized, all randomness is a function of the seed and the sample index (
 checkpoint needs no state of generators: it is the weights, the optimizer's state and the number of
 steps done. Until the first step is done, the run's folder holds nothing but its lock.
 
-From top to bottom: command-line flags, the run, processes, precision and compilation, optimizer
-and schedule. folder.py has the lock, the checks of checkpoints, and the log.
+From top to bottom: command-line flags, the run, processes, precision and compilation. folder.py has
+the lock, the checks of checkpoints, and the log; optimizer.py the optimizers and the schedule.
 
 Not included: sharded weights and optimizers (these models fit on one GPU).
 """
@@ -61,6 +61,7 @@ from kelip import (
     read_run,
     save_checkpoint,
 )
+from optimizer import learning_rate, load_optimizer
 from tokenizer import atomic_write
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
@@ -92,6 +93,9 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help="steps of linear warm-up (default: 2,000, at most 10 %% of the run)")
     add("--lr", type=number(float, 0, MAX_LR), metavar="X",
         help=f"peak learning rate (default: {lr})")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="muon trains the matrices of the transformer blocks with Muon, at three times the "
+             "learning rate, and the rest with AdamW (default: adamw)")
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
@@ -394,8 +398,9 @@ class Run:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).detach()
-        if not self.scaler.is_enabled():  # the scaler does this itself
-            _skip_step_unless_finite(self.optimizer, grad_norm)
+        if not self.scaler.is_enabled():  # the scaler sets this itself
+            # The optimizer reads it on the device. An `if` here would wait for the device.
+            self.optimizer.found_inf = 1 - grad_norm.isfinite().float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -724,71 +729,3 @@ def _cpu_flags():
             if line.startswith("flags"):
                 return set(line.split())
     return set()
-
-
-# ---- optimizer and schedule ----
-
-def make_optimizer(module, lr, betas, eps, weight_decay):
-    """AdamW with weight decay on matrices only: not on biases, LayerNorms, the class embedding.
-
-    A scalar, which is logit_scale, learns ten times as fast. AdamW moves a parameter by at most
-    about the learning rate per step, and a run of a thousand steps would end before this logarithm
-    rose from 2.7 to 4. An optimizer that is not fused would have to skip non-finite gradients
-    itself (see _skip_step_unless_finite).
-    """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay,
-         "lr_factor": 1},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0, "lr_factor": 1},
-        {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0, "lr_factor": 10},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-
-
-def learning_rate(step, steps, warmup, peak):
-    """The learning rate of a step, counted from 0: linear warm-up, then half a cosine to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def load_optimizer(optimizer, saved, step, path):
-    """Restore AdamW's state after `step` steps from its state dict. The groups stay as they are.
-
-    A fused optimizer writes as many values as a parameter has, whatever the state has. So the state
-    is compared with the parameters first, and copied. Raises ValueError with the path.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = saved.get("state")
-    if not isinstance(state, dict) or (step and state.keys() != set(range(len(parameters)))):
-        raise ValueError(f"{path}: the state of the optimizer is not that of this model")
-    restored = {}
-    for i, moments in state.items():
-        like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
-        restored[i] = {}
-        for name, expected in like.items():
-            value = moments.get(name) if isinstance(moments, dict) else None
-            if (type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta
-                    or (value.shape, value.dtype) != (expected.shape, expected.dtype)):
-                raise ValueError(f"{path}: {name} of parameter {i} in the optimizer's state is not "
-                                 f"a tensor of {list(expected.shape)}, {expected.dtype}")
-            highest = step if name == "step" else math.inf
-            lowest = -math.inf if name == "exp_avg" else 0
-            if not ((value >= lowest) & (value <= highest) & value.isfinite()).all():
-                raise ValueError(f"{path}: {name} of parameter {i} in the optimizer's state has "
-                                 "values that cannot be")
-            restored[i][name] = value.clone(memory_format=torch.contiguous_format)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": restored, "param_groups": groups})
-
-
-def _skip_step_unless_finite(optimizer, grad_norm):
-    """Let the next optimizer step do nothing if the norm is infinite or NaN.
-
-    Fused AdamW reads found_inf on the device, as GradScaler sets it. An `if` in Python would wait
-    for the device at every step.
-    """
-    optimizer.found_inf = 1 - grad_norm.isfinite().float()

@@ -75,6 +75,7 @@ if __name__ != "__mp_main__":
     import shards
     import train_clip
     import trainer
+    from optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 HELP_PAGES = "/usr/share/libreoffice/help"
@@ -908,8 +909,7 @@ def training_step(model, device, encode, loss, dtype="bfloat16"):
     dtype: of the forward pass, bfloat16 or float16.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    optimizer = trainer.make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6,
-                                       weight_decay=0.2)
+    optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
