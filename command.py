@@ -90,8 +90,8 @@ def run_command(main, on_interrupt=None, on_out_of_memory="", output="report"):
             to resume. SIGTERM is then handled like Ctrl-C.
         on_out_of_memory: text to append to `script.py: not enough memory`, such as what to lower.
         output: what is printed. "report": for people; characters that the terminal cannot show are
-            escaped. "data": the result, which is written exactly or not at all. "log": a report
-            that the command does without; it continues when its reader ends or the disk is full.
+            escaped. "data": the result, written exactly, in UTF-8. "log": a report that the command
+            does without; it continues when its reader ends or the disk is full.
     """
     path = Path(sys.argv[0])
     script = f"extras.{path.stem}" if path.parent.name == "extras" else path.name
@@ -180,6 +180,7 @@ def open_output(output):
             stream.flush()
             file = OutputFile(stream.fileno(), name, name == "stderr" or output == "log")
             setattr(sys, name, io.TextIOWrapper(
-                io.BufferedWriter(file), encoding=stream.encoding,
+                io.BufferedWriter(file),
+                encoding="utf-8" if output == "data" else stream.encoding,
                 errors=stream.errors if output == "data" else "backslashreplace",
                 line_buffering=stream.line_buffering or stream.write_through))

@@ -1220,7 +1220,9 @@ def error_in_archive(path):
             return "a compressed archive, which torch.save does not write"
         if sum(record.file_size for record in records) > Path(path).stat().st_size:
             return "an archive whose entries overlap, and so a damaged one"
-        return INCOMPLETE if archive.testzip() else None
+        if archive.testzip():
+            return f"{INCOMPLETE}, or torch saved it without checksums"
+        return None
 
 
 # ---- the command ----

@@ -634,16 +634,19 @@ MAX_FILE_BYTES = 1 << 26  # a vocabulary of 200,000 tokens takes 30 MB
 def atomic_write(path):
     """Open a binary file that replaces `path` once it is complete and on disk.
 
-    If writing fails, `path` stays as it was. An OSError names `path`.
+    If writing fails, `path` stays as it was. An OSError names `path`. A link stays one: its target
+    is replaced. Raises ValueError when `path` is a pipe, a device or a folder.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if os.path.exists(path):
+        check_is_file(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
