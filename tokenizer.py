@@ -27,6 +27,7 @@ expression of pre-tokens). Needs the package `regex`; only `encode` needs torch.
 import argparse
 import codecs
 import contextlib
+import errno
 import hashlib
 import heapq
 import json
@@ -635,10 +636,10 @@ def atomic_write(path):
     """Open a binary file that replaces `path` once it is complete and on disk.
 
     If writing fails, `path` stays as it was. An OSError names `path`. A link stays one: its target
-    is replaced. Raises ValueError when `path` is a pipe, a device or a folder.
+    is replaced, and a pipe or a device never is.
     """
-    if os.path.exists(path):
-        check_is_file(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EEXIST, "a folder, pipe or device, not a file", str(path))
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
