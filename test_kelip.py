@@ -4623,6 +4623,7 @@ def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path):
         clip_here(shapes, tmp_path / "other", "--init", mae, "--model", "ViT-S/16")
 
 
+@pytest.mark.slow
 def test_stage_1_in_two_processes_trains_as_in_one(shapes, tmp_path):
     flags = ["--data", shapes / "train-*.tar", *TRAIN]
     here(train_mae.main, *flags, "--out", tmp_path / "1")
@@ -5124,6 +5125,7 @@ def test_a_signal_saves_and_ends_the_run(shapes, tmp_path, number, launcher):
     assert step_of(out / "last.pt") > 0
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_no_run_that_it_did_not_begin(one_run, tmp_path):
     """What the first attempt refuses, the second one does, too."""
     shutil.copytree(one_run, tmp_path / "old")
