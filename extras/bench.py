@@ -54,6 +54,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -404,7 +405,8 @@ def large_index_rows(n_shards):
                 file.truncate(pairs_per_shard * blocks * shards.BLOCK + 2 * shards.BLOCK)
             status = os.stat(path)
             listed[path] = shards.Shard(path, status.st_size, status.st_mtime_ns, pairs_per_shard,
-                                        languages={"": pairs_per_shard})
+                                        languages={"": pairs_per_shard},
+                                        checksum=zlib.crc32(rows))
             rows_of[path] = rows
         shards.write_index(f"{folder}/pairs.index", listed, rows_of)
         seconds, megabytes, n_pairs = alone(open_in_third_epoch, folder)
