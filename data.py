@@ -473,16 +473,16 @@ class LastResult:
 # ---- batches ----
 
 class Batch(NamedTuple):
-    """One process's part of a batch: n samples.
+    """One process's part of a batch: n samples, with C captions each (Loader.captions_per_pair).
 
     Each image is in the upper left corner of its padded square, and its longer side is S. A sample
-    is invalid if its pair was skipped or it comes after the end; its image is black and its caption
-    empty.
+    is invalid if its pair was skipped or it comes after the end; its image is black. Captions of
+    invalid samples, and those that a pair does not have, are empty.
     """
     images: torch.Tensor        # uint8 [n, 3, S, S], channels last in memory
     aspect: torch.Tensor        # float32 [n], width / height of each image
-    tokens: object              # int64 [n, context_length], None without a tokenizer
-    language: object            # int64 [n], index in Loader.languages or -1 for none; or None
+    tokens: object              # int64 [n, C, context_length], None without a tokenizer
+    language: object            # int64 [n, C], index in Loader.languages, -1 for none; or None
     valid: torch.Tensor         # bool [n]
     sample_index: torch.Tensor  # int64 [n]
 
@@ -544,8 +544,9 @@ class Loader:
             for images alone.
         batch_size: that of all processes together.
         padded_size: the side in pixels of the square that each image is padded to.
-        seed: decides the order, and which caption a pair with several of them gets: each of its
-            languages is equally likely, and then each of the captions in it.
+        seed: decides the order, and which captions are drawn from a pair with more than
+            captions_per_pair: each of its languages is equally likely, and then each of the
+            captions in it.
         first: the sample index to begin at, that is, the number of samples used before.
         steps: the number of batches. By default, they reach to the end of the first epoch, and
             samples of the last batch after that end are invalid.
@@ -556,6 +557,8 @@ class Loader:
 
     A pair that cannot be read becomes an invalid sample. `skipped` counts them by reason;
     `examples` has the first of each reason. `languages` is the list that Batch.language refers to.
+    `captions_per_pair` is the number of languages in which an average pair has captions, rounded.
+    Those of one sample are in different languages, in the order of `languages`.
 
     If all decoded images fit into CACHE_BYTES, once per worker, they are kept. Raises ValueError
     when batch_size is not divisible by world_size, OSError when workers keep dying.
@@ -578,6 +581,7 @@ class Loader:
             self.end = first + steps * batch_size
         named = {language for source in pairs.sources for language, _ in source.rule.fields}
         self.languages = sorted({*pairs.languages, *named})
+        self.captions_per_pair = max(1, round(sum(pairs.languages.values()) / max(1, len(pairs))))
         self.skipped, self.examples = collections.Counter(), {}
         image_bytes = 3 * padded_size * padded_size
         self._may_cache = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
@@ -624,17 +628,17 @@ class Loader:
 
     def make_batch(self, step):
         """This process's part of one batch: (Batch, [(reason, example) of each skipped pair])."""
-        n, size = self.local_batch_size, self.padded_size
+        n, size, C = self.local_batch_size, self.padded_size, self.captions_per_pair
         first = self.first + step * self.batch_size + self.rank * n
         sample_index = np.arange(first, first + n)
         # In numpy, since writing single elements of tensors is slow.
         images = np.zeros((n, size, size, 3), np.uint8)
         aspect = np.ones(n, np.float32)
         valid = np.zeros(n, bool)
-        language = np.full(n, -1)
+        language = np.full((n, C), -1)
         tokens = None
         if self.tokenizer is not None:
-            tokens = self.tokenizer.encode([""], self.context_length).repeat(n, 1)
+            tokens = self.tokenizer.encode([""], self.context_length).repeat(n, C, 1)
         fraction = random_fraction(self.seed, sample_index)
         numbers = self.order(first, min(n, max(0, self.end - first)))
         skipped = []
@@ -650,9 +654,12 @@ class Loader:
             aspect[i] = image_aspect
             valid[i] = True
             if self.tokenizer is not None:
-                position = fraction[i] * len(captions)
-                language[i], choices = captions[int(position)]
-                tokens[i] = choices[int(position % 1 * len(choices))]
+                first, choice = divmod(fraction[i] * len(captions), 1)
+                # C of the languages: the one at `first`, and those after it, in a circle.
+                chosen = {(int(first) + c) % len(captions) for c in range(C)}
+                for c, position in enumerate(sorted(chosen)):
+                    language[i, c], choices = captions[position]
+                    tokens[i, c] = choices[int(choice * len(choices))]
         images, aspect, language, valid, sample_index = (
             torch.from_numpy(x) for x in (images, aspect, language, valid, sample_index))
         images = images.permute(0, 3, 1, 2)                                  # [n, 3, S, S]
@@ -664,8 +671,8 @@ class Loader:
         """Read and decode a pair: (uint8 [h, w, 3], width / height, captions).
 
         captions: for each language, (its index in self.languages, int64 [captions, L]). The index
-        is -1 for a language that the shards' index did not have. Raises ValueError("reason:
-        details").
+        is len(self.languages) for a language that the shards' index did not have. Raises
+        ValueError("reason: details").
         """
         if number in self._cache:
             return self._cache[number]
@@ -675,7 +682,7 @@ class Loader:
             if not pair.captions:
                 raise ValueError(f"{pair.errors[0]}: pair {pair.key}")
             number_of = {language: i for i, language in enumerate(self.languages)}
-            captions = [(number_of.get(language, -1),
+            captions = [(number_of.get(language, len(number_of)),
                          self.tokenizer.encode(texts, self.context_length))
                         for language, texts in sorted(pair.captions.items())]
         try:

@@ -628,14 +628,15 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
     Args:
         image_features: [n, D], or [K, n, D] for K crops of each image; the loss is then the mean
             over crops. Both kinds of features must have unit length.
-        text_features: [n, D].
+        text_features: [n, D], or [C, n, D] for C captions of each image. Those at index c are then
+            a batch of texts of their own, and the loss is the mean over all captions.
         logit_scale: the factor on the cosines, not its log.
         group: a torch.distributed group. The batch is then that of all its processes together,
             N = n * world_size, with the same n on each. Every rank returns the global loss. The
             mean of the ranks' gradients, as DistributedDataParallel computes it, is the gradient.
-        valid: bool [n], False for pairs that the loss must ignore.
-        per_pair: also return the loss of each pair, [n], without gradient. The mean over all valid
-            pairs is the loss.
+        valid: bool [n], or [C, n] for C captions, False for pairs that the loss must ignore.
+        per_pair: also return the loss of each pair, of the shape of valid, without gradient. The
+            mean over all valid pairs is the loss.
         chunk: rows of logits to compute at a time. Memory grows with chunk * N. The default is 512
             on a CPU, and as many as make GPU_LOGITS on a GPU.
         compile: torch.compile what lies between the matrix products: slower to start, faster on
@@ -645,9 +646,25 @@ def contrastive_loss(image_features, text_features, logit_scale, group=None, val
     """
     if image_features.ndim == 2:
         image_features = image_features[None]                                # [K, n, D]
+    if text_features.ndim == 3:
+        return _loss_of_captions(image_features, text_features, logit_scale, group, valid, per_pair,
+                                 chunk, compile)
     loss, per_pair_loss = _ContrastiveLoss.apply(
         image_features, text_features, logit_scale, group, valid, chunk, compile)
     return (loss, per_pair_loss) if per_pair else loss
+
+
+def _loss_of_captions(image_features, text_features, logit_scale, group, valid, per_pair, *options):
+    """contrastive_loss for text_features [C, n, D]: the mean over c, weighted by valid pairs."""
+    C, n, _ = text_features.shape
+    if valid is None:
+        valid = torch.ones(C, n, dtype=torch.bool, device=text_features.device)
+    count = _gather(valid.sum(dim=1)[None], group).sum(dim=0)                # [C], of all ranks
+    losses, per_pair_losses = zip(*(
+        _ContrastiveLoss.apply(image_features, texts, logit_scale, group, is_valid, *options)
+        for texts, is_valid in zip(text_features, valid)))
+    loss = (torch.stack(losses) * count).sum() / count.sum().clamp(min=1)
+    return (loss, torch.stack(per_pair_losses)) if per_pair else loss        # [], [C, n]
 
 
 class _ContrastiveLoss(torch.autograd.Function):

@@ -2083,6 +2083,23 @@ def test_invalid_pairs_alone_have_a_loss_and_gradients_of_zero(shape):
     assert all((x.grad == 0).all() for x in inputs)
 
 
+def test_contrastive_loss_of_captions_is_the_mean_over_captions():
+    torch.manual_seed(0)
+    images, texts, scale = inputs = unit_vectors(20, 24), unit_vectors(2, 20, 24), scalar(10.0)
+    valid = torch.stack([torch.arange(20) % 7 > 0, torch.arange(20) % 2 > 0])  # 17 and 10
+    ours, per_pair_loss = kelip.contrastive_loss(*inputs, valid=valid, per_pair=True, chunk=6)
+    first, second = (plain_loss(images[some], of_set[some], scale)
+                     for of_set, some in zip(texts, valid))
+    plain = (17 * first + 10 * second) / 27
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(per_pair_loss[valid].mean(), ours)
+    torch.testing.assert_close(per_pair_loss[1][valid[1]].mean(), second)
+    assert_same_gradients(ours, plain, inputs)
+    torch.testing.assert_close(kelip.contrastive_loss(images, texts, scale),
+                               (plain_loss(images, texts[0], scale)
+                                + plain_loss(images, texts[1], scale)) / 2)
+
+
 def _gradients_on_ranks(rank, port, folder):
     """Write the loss and gradients of one batch with an invalid pair, on one and on two ranks.
 
@@ -2097,14 +2114,15 @@ def _gradients_on_ranks(rank, port, folder):
         model = small_model()
         torch.manual_seed(5)
         images = torch.randn(8, 3, 56, 56, dtype=torch.float64)
-        tokens = some_tokens([5, 7, 3, 9, 20, 4, 6, 8])
-        valid = torch.arange(8) != 3
+        tokens = torch.stack([some_tokens([5, 7, 3, 9, 20, 4, 6, 8]),
+                              some_tokens([4, 9, 6, 8, 5, 11, 3, 7])], dim=1)
+        valid = torch.stack([torch.arange(8) != 3, torch.arange(8) < 3])  # none on the second rank
         own = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
         encoders = torch.nn.parallel.DistributedDataParallel(
             train_clip.Encoders(model), process_group=group)
         image_features, text_features, scale = encoders([images[own]], tokens[own])
         loss = kelip.contrastive_loss(image_features[0], text_features, scale,
-                                      group if world_size > 1 else None, valid[own])
+                                      group if world_size > 1 else None, valid[:, own])
         loss.backward()
         if rank == 0:
             gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -2112,7 +2130,7 @@ def _gradients_on_ranks(rank, port, folder):
         model.zero_grad()
         image_features, text_features, scale = encoders([images[own]], tokens[own])
         loss = kelip.contrastive_loss(image_features[0], text_features, scale,
-                                      group if world_size > 1 else None, valid[own] & False)
+                                      group if world_size > 1 else None, valid[:, own] & False)
         loss.backward()
         assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
     dist.barrier()
@@ -2129,14 +2147,14 @@ def test_invalid_pairs_count_on_no_rank(tmp_path):
 
 
 def test_micro_batches_without_a_valid_pair_have_gradients_of_zero():
-    model, batch = small_model(), argparse.Namespace(tokens=some_tokens([5, 7, 3, 9, 4]))
+    model, batch = small_model(), argparse.Namespace(tokens=some_tokens([5, 7, 3, 9, 4])[:, None])
     images = torch.randn(5, 3, 56, 56, dtype=torch.float64)
     one_process = argparse.Namespace(
         group=None, args=argparse.Namespace(compile=False), autocast=contextlib.nullcontext,
         backward=lambda loss: loss.backward())
     loss, _ = train_clip.backward_in_micro_batches(
         one_process, train_clip.Encoders(model), lambda batch, rows: [images[rows]], batch,
-        torch.zeros(5).bool(), 2)
+        torch.zeros(1, 5).bool(), 2)
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
@@ -3102,9 +3120,39 @@ def test_every_caption_of_a_pair_is_drawn(tmp_path):
     write_tar(tmp_path / "x.tar", [
         ("1", {"jpg": image_bytes(), "en.txt": b"a", "ko.txt": b"b\nc\nd"})])
     batches, _ = load_batches(data.Pairs(f"{tmp_path}/x.tar::lines"), batch_size=1, steps=600)
-    drawn = Counter(chr(batch.tokens[0, 0]) for batch in batches)
-    assert drawn.keys() == set("abcd")
-    assert abs(drawn["a"] - 300) < 60 and all(abs(drawn[x] - 100) < 40 for x in "bcd")
+    drawn = Counter((chr(batch.tokens[0, 0, 0]), chr(batch.tokens[0, 1, 0])) for batch in batches)
+    assert drawn.keys() == {("a", "b"), ("a", "c"), ("a", "d")}
+    assert all(abs(count - 200) < 50 for count in drawn.values())
+
+
+def test_a_batch_has_as_many_captions_of_a_pair_as_pairs_have_on_average(tmp_path):
+    """The captions of a pair are in different languages. A missing one is empty, without language.
+    """
+    def load(*captions, steps=300):
+        write_tar(tmp_path / "x.tar", [
+            (str(i), {"jpg": image_bytes(), **{f"{text}.txt": text.encode() for text in texts}})
+            for i, texts in enumerate(captions)])
+        pairs = data.Pairs(f"{tmp_path}/x.tar")
+        batches, [loader] = load_batches(pairs, batch_size=len(captions), steps=steps)
+        assert loader.languages == sorted(set(itertools.chain(*captions)))
+        found = [Counter() for _ in captions]
+        order = data.Order(pairs, 0)
+        for batch in batches:
+            for i, pair in enumerate(order(int(batch.sample_index[0]), len(captions)).tolist()):
+                texts = ["".join(map(chr, row[row > 0].tolist())) for row in batch.tokens[i]]
+                languages = [loader.languages[j] if j >= 0 else "" for j in batch.language[i]]
+                assert texts == languages
+                found[pair][tuple(texts)] += 1
+        return found
+
+    assert load(["en"], ["ko"], ["en"]) == [{("en",): 300}, {("ko",): 300}, {("en",): 300}]
+    one, two = load(["en"], ["en", "ko"], steps=600)  # 1.5 on average, rounded to the even 2
+    assert one == {("en", ""): 600} and two == {("en", "ko"): 600}
+    *_, three = load(["en"], ["ko"], ["de", "en", "ko"], steps=600)  # 1.67 on average
+    assert three.keys() == {("de", "en"), ("en", "ko"), ("de", "ko")}
+    assert all(abs(count - 200) < 50 for count in three.values())
+    *_, either = load(["en"], ["en"], ["en", "ko"], steps=600)  # 1.33 on average
+    assert either.keys() == {("en",), ("ko",)} and abs(either[("en",)] - 300) < 60
 
 
 def test_a_pair_in_a_language_that_is_not_in_the_index_is_valid(tmp_path):
@@ -3116,7 +3164,8 @@ def test_a_pair_in_a_language_that_is_not_in_the_index_is_valid(tmp_path):
     write_tar(path, [("1", {"jpg": image, "en.txt": b"a"}), ("2", {"jpg": image, "fr.txt": b"b"})])
     [batch], [loader] = load_batches(pairs, batch_size=2, steps=1)
     assert batch.valid.all() and not loader.skipped and loader.languages == ["en"]
-    assert dict(zip(batch.tokens[:, 0].tolist(), batch.language.tolist())) == {97: 0, 98: -1}
+    languages = dict(zip(batch.tokens[:, 0, 0].tolist(), batch.language[:, 0].tolist()))
+    assert languages == {ord("a"): 0, ord("b"): 1}
 
 
 def test_captions_command_prints_one_a_line(tmp_path, data_command):
@@ -3334,19 +3383,19 @@ def test_batches_are_the_same_for_any_ranks_and_workers_and_after_resuming(tmp_p
     assert len(whole) == len(loader) == 17 and loader.order.samples_per_epoch == 78
     assert torch.cat([b.sample_index for b in whole]).tolist() == list(range(204))
     assert all(b.valid.all() for b in whole)
-    assert whole[0].images.shape == (12, 3, 24, 24) and whole[0].tokens.shape == (12, 16)
+    assert whole[0].images.shape == (12, 3, 24, 24) and whole[0].tokens.shape == (12, 2, 16)
     assert equal(whole, load_batches(pairs, ranks=4, workers=3, steps=17, **options)[0])
     part, _ = load_batches(pairs, ranks=3, workers=2, steps=17, stop_after=7, **options)
     again = pickle.loads(pickle.dumps(pairs))
     rest, _ = load_batches(again, ranks=2, workers=1, first=7 * 12, steps=10, **options)
     assert equal(whole, part + rest)
     other_size, _ = load_batches(pairs, batch_size=5, seed=3, first=7, steps=6)
-    language = torch.cat([b.language for b in whole])
-    assert torch.equal(torch.cat([b.language for b in other_size]), language[7:37])
-    assert 60 < (language == 0).sum() < 140 and loader.languages == ["en", "ko"]
-    for b in whole[:3]:
-        for row, lang in zip(b.tokens, b.language):
-            assert row[0] == ord("a" if lang == 0 else "사")
+    tokens = torch.cat([b.tokens for b in whole])
+    assert torch.equal(torch.cat([b.tokens for b in other_size]), tokens[7:37])
+    assert loader.languages == ["en", "ko"] and loader.captions_per_pair == 2
+    for b in whole:
+        assert b.language.tolist() == [[0, 1]] * 12
+        assert (b.tokens[:, :, 0] == torch.tensor([ord("a"), ord("사")])).all()
     images_only, _ = load_batches(pairs, tokenizer=None, steps=17, **options)
     assert images_only[0].tokens is None and images_only[0].language is None
     assert torch.equal(images_only[0].images, whole[0].images)
@@ -3360,7 +3409,7 @@ def test_a_loader_ends_with_the_first_epoch_and_pads_its_last_batch(tmp_path):
     assert len(batches) == 4 and [int(b.valid.sum()) for b in batches] == [8, 8, 8, 6]
     last = batches[-1]
     assert not last.valid[6:].any() and not last.images[6:].any() and not last.tokens[6:].any()
-    assert last.language[6:].tolist() == [-1, -1]
+    assert last.language[6:].tolist() == [[-1, -1]] * 2
     assert last.sample_index.tolist() == list(range(24, 32))
     assert len(data.Loader(pairs, None, 8, 24, first=30)) == 0
 
@@ -4571,7 +4620,7 @@ def test_compiled_blocks_and_loss_compute_the_same():
     images = torch.randn(3, 3, 56, 56, dtype=torch.float64)
     tokens = some_tokens([5, 9, 3])
     for model in (plain, compiled):
-        image_features, text_features, scale = train_clip.Encoders(model)([images], tokens)
+        image_features, text_features, scale = train_clip.Encoders(model)([images], tokens[:, None])
         kelip.contrastive_loss(image_features, text_features, scale, compile=model is compiled,
                                chunk=2).backward()
     assert compiled.state_dict().keys() == plain.state_dict().keys()

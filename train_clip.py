@@ -259,9 +259,9 @@ def fill_in_crops(args, origin):
 class Encoders(nn.Module):
     """Both encoders in one forward, since DistributedDataParallel takes one forward per backward.
 
-    views: a list of K crops [N, 3, size, size]; tokens [N, L], on the CPU, where their lengths are
-    needed. Returns features of unit length, of the views [K, N, D] and of the texts [N, D], and the
-    logit scale, a scalar. Views of one size are adjacent in the result.
+    views: a list of K crops [N, 3, size, size]; tokens [N, C, L], on the CPU, where their lengths
+    are needed. Returns features of unit length, of the views [K, N, D] and of the texts [C, N, D],
+    and the logit scale, a scalar. Views of one size are adjacent in the result.
     """
 
     def __init__(self, model):
@@ -275,7 +275,9 @@ class Encoders(nn.Module):
             group = [view for view in views if view.shape[-1] == size]
             features = self.model.encode_image(torch.cat(group), l2norm=True)
             image_features += features.chunk(len(group))
-        text_features = self.model.encode_text(tokens, l2norm=True)
+        texts = tokens.transpose(0, 1)                                       # [C, N, L]
+        text_features = self.model.encode_text(texts.flatten(0, 1), l2norm=True)
+        text_features = text_features.view(*texts.shape[:2], -1)             # [C, N, D]
         return torch.stack(image_features), text_features, self.model.logit_scale.exp()
 
 
@@ -287,17 +289,20 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
     a graph, and propagate its part of that gradient back. Both times the crops are the same, since
     they depend on the seed and the sample index alone. Returns (loss, per_pair_loss).
     """
-    micro_batches = [slice(i, i + micro_batch) for i in range(0, len(valid), micro_batch)]
+    n = valid.shape[1]
+    micro_batches = [slice(i, i + micro_batch) for i in range(0, n, micro_batch)]
 
     def encode(rows):
         views = make_views(batch, rows)                                      # K x [m, 3, s, s]
         with run.autocast():
-            return encoders(views, batch.tokens[rows])                       # [K, m, D], [m, D], []
+            return encoders(views, batch.tokens[rows])                       # [K, m, D], [C, m, D]
 
     with torch.no_grad():
         image_features, text_features, logit_scales = zip(*map(encode, micro_batches))
-    features = torch.cat(image_features, dim=1), torch.cat(text_features), logit_scales[0]
-    for feature in features:                                                 # [K, n, D], [n, D], []
+    features = (torch.cat(image_features, dim=1),                            # [K, n, D]
+                torch.cat(text_features, dim=1),                             # [C, n, D]
+                logit_scales[0])
+    for feature in features:
         feature.requires_grad_()
     loss, per_pair_loss = kelip.contrastive_loss(*features, run.group, valid, per_pair=True,
                                                  compile=run.args.compile)
@@ -311,7 +316,7 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
         with encoders.no_sync() if is_local else contextlib.nullcontext():
             outputs = encode(rows)
             # d_scale is that of the entire batch, so only one micro-batch adds it.
-            grads = d_image[:, rows], d_text[rows], d_scale * is_last
+            grads = d_image[:, rows], d_text[:, rows], d_scale * is_last
             # The output of a frozen encoder has no graph.
             trained = [(out, grad) for out, grad in zip(outputs, grads) if out.requires_grad]
             # Not run.backward: grads have fp16's loss scale already.
@@ -388,17 +393,18 @@ def train(args, run):
     if run.evaluates_at(run.first_step):  # the run was killed between saving and evaluating
         evaluate_at(run.first_step)
     for step, batch in run.steps(loader):  # step counts from 1; sets the learning rate
-        # A pair that could not be read is not valid. The loss ignores it.
-        valid = batch.valid.to(run.device, non_blocking=True)                # [n]
-        language = batch.language.to(run.device, non_blocking=True)          # [n]
-        if args.micro_batch and args.micro_batch < len(valid):
+        language = batch.language.T.to(run.device, non_blocking=True)        # [C, n]
+        # A pair that could not be read, and a caption that it does not have, have no language. The
+        # loss ignores them.
+        valid = language >= 0                                                # [C, n]
+        if args.micro_batch and args.micro_batch < valid.shape[1]:
             loss, per_pair_loss = backward_in_micro_batches(
                 run, encoders, make_views, batch, valid, args.micro_batch)
         else:
             views = make_views(batch)                                        # K x [n, 3, s, s]
             with run.autocast():
                 image_features, text_features, logit_scale = encoders(
-                    views, batch.tokens)                                     # [K, n, D], [n, D], []
+                    views, batch.tokens)                                     # [K, n, D], [C, n, D]
             # The loss of the global batch, of all ranks: every image against every text.
             loss, per_pair_loss = kelip.contrastive_loss(
                 image_features, text_features, logit_scale, run.group, valid, per_pair=True,

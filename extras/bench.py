@@ -888,7 +888,7 @@ def step_row(device, name, sizes, peer_name=""):
     views, tokens = random_batch(batch, sizes)
     views = [view.to(device) for view in views]
     model = kelip.KELIP(**config).to(device)
-    encode = partial(train_clip.Encoders(model), views, tokens)
+    encode = partial(train_clip.Encoders(model), views, tokens[:, None])
     steps = [training_step(model, device, encode, kelip.contrastive_loss)]
     open_clip = try_import(peer_name) if peer_name else None
     if open_clip:

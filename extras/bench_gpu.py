@@ -304,7 +304,7 @@ def our_step(device, config, views, tokens, dtype="bfloat16", compiled=True):
         model = kelip.KELIP(**config)
     if compiled:
         trainer.compile_blocks(model)
-    encode = partial(train_clip.Encoders(model), views, tokens)
+    encode = partial(train_clip.Encoders(model), views, tokens[:, None])
     loss = partial(kelip.contrastive_loss, compile=compiled)
     return bench.training_step(model, device, encode, loss, dtype), model
 
@@ -456,7 +456,7 @@ def profile_rows(device, sizes):
     for compiled in (True, False):
         step, own_model = our_step(device, model.config, views, tokens, compiled=compiled)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            features = train_clip.Encoders(own_model)(views, tokens)
+            features = train_clip.Encoders(own_model)(views, tokens[:, None])
         parts = kernel_seconds(device, step)
         of_loss = kernel_seconds(device, partial(
             loss_step, partial(kelip.contrastive_loss, compile=compiled), *features))
@@ -485,7 +485,7 @@ def waits_rows(device, sizes):
         with torch.autocast(device.type, enabled=False):  # crops are outside in train_clip.py
             views = crops.multi_crop(images, crops.parse_crops(sizes.multi_crop), 0,
                                      torch.arange(batch), aspect, flip=True, augment=True)
-        return encoders(views, tokens)
+        return encoders(views, tokens[:, None])
 
     step = bench.training_step(encoders, device, encode, kelip.contrastive_loss)
     step()
