@@ -57,7 +57,7 @@ def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, conte
 # ViT-B/32 is the paper's model. "tiny" trains on a laptop, on images of 72 pixels. The others are
 # CLIP's usual sizes. vocab_size is the paper's "about 98K"; train_clip.py uses its tokenizer's.
 PRESETS = {
-    "tiny": _preset(16, 64, vision=(192, 6), text=(192, 2), embed_dim=256, vocab_size=4_096),
+    "tiny": _preset(16, 48, vision=(320, 4), text=(384, 1), embed_dim=256, vocab_size=4_096),
     "ViT-S/16": _preset(16, 224, vision=(384, 12), text=(384, 12), embed_dim=384),
     "ViT-B/32": _preset(32, 224, vision=(768, 12), text=(512, 12), embed_dim=512),
     "ViT-B/16": _preset(16, 224, vision=(768, 12), text=(512, 12), embed_dim=512),

@@ -2378,15 +2378,15 @@ BAD_SIZES = [
     ("vision_layers", 10 ** 9, "is 1000000000, and the weights have 2"),
     ("vocab_size", 10 ** 12, "is 1000000000000, and "),
     ("transformer_width", 10 ** 30, "is 10000000000000000000000000000"),
-    ("image_resolution", 65, "is 65, and the weights have 64"),
+    ("image_resolution", 49, "is 49, and the weights have 48"),
     ("embed_dim", -256, "is -256, where a positive integer is expected"),
     ("vision_width", 192.0, "is 192.0, where a positive integer is expected"),
     ("vision_patch_size", True, "is True, where a positive integer is expected"),
     ("context_length", "77", "is '77', where a positive integer is expected"),
     ("transformer_heads", 0, "is 0, where a positive integer is expected"),
-    ("transformer_heads", 5, "is 5, which must divide the width, 192"),
+    ("transformer_heads", 5, "is 5, which must divide the width, 384"),
     ("transformer_layers", [1], "is a list, where a positive integer is expected"),
-    ("transformer_mlp_width", 10, "is 10, and the weights have 768"),
+    ("transformer_mlp_width", 10, "is 10, and the weights have 1536"),
     ("activation", "relu", "is 'relu', where quick_gelu or gelu is expected"),
     ("embed_dim", None, "is missing"),
 ]
@@ -4662,13 +4662,13 @@ def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flag
 def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path):
     mae = tmp_path / "mae"
     here(train_mae.main, "--data", shapes / "train-*.tar", "--out", mae, *TRAIN)
-    assert Image.open(mae / "reconstructions.png").size == (3 * 128, 8 * 128)
+    assert Image.open(mae / "reconstructions.png").size == (3 * 96, 8 * 96)
     text = clip_here(shapes, tmp_path / "clip", "--init", mae, "--lr", "0")
     assert "starts from the image encoder" in text
     first, second = weights_of(mae), weights_of(tmp_path / "clip")
     encoder = [key for key in first if key.startswith("visual.") and key != "visual.proj"]
     assert len(encoder) > 50 and all(torch.equal(first[key], second[key]) for key in encoder)
-    with pytest.raises(ValueError, match=r"class_embedding is \[192\], the model's is \[384\]"):
+    with pytest.raises(ValueError, match=r"class_embedding is \[320\], the model's is \[384\]"):
         clip_here(shapes, tmp_path / "other", "--init", mae, "--model", "ViT-S/16")
 
 
@@ -4883,7 +4883,7 @@ def test_images_are_decoded_at_the_size_that_the_crops_need(shapes, tmp_path):
         clip_here(shapes, out, *["--data"] * bool(data_flags), *data_flags, *more, "--steps", "1")
         sizes[name] = json.loads((out / "config.json").read_text(encoding="utf-8"))["padded_size"]
     side = Image.open(io.BytesIO(shape_image("red", "circle", 0))).width
-    assert sizes == {"small": side, "large": 128, "crops": 192}
+    assert sizes == {"small": side, "large": 64, "crops": 192}
 
 
 def test_pairs_without_captions_or_images_are_refused(shapes, tmp_path):

@@ -82,7 +82,7 @@ def parse_arguments(argv=None):
     add("--freeze", choices=["image", "text"],
         help="do not train this encoder. Needs --init")
     add("--crops", metavar="SPEC",
-        help="crops per image, NUMBERxPIXELS joined by + (default: 1x64 for tiny, else 2x224+6x96; "
+        help="crops per image, NUMBERxPIXELS joined by + (default: 1x48 for tiny, else 2x224+6x96; "
              "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
     add("--scale", nargs=2, type=number(float), metavar=("MIN", "MAX"),
         help="area of the crops in the first group of --crops, as a fraction of the image "
@@ -239,7 +239,7 @@ def fill_in_crops(args, origin):
     """
     patch, resolution = origin.config["vision_patch_size"], origin.config["image_resolution"]
     if origin.preset == "tiny":
-        default_crops, default_scale = "1x64", (0.8, 1.0)
+        default_crops, default_scale = "1x48", (0.8, 1.0)
     else:
         low = max(1, round(resolution * 96 / 224 / patch)) * patch  # a multiple of the patch
         default_crops, default_scale = f"2x{resolution}+6x{low}", (0.4, 1.0)
