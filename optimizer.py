@@ -20,18 +20,15 @@ import torch
 def make_optimizer(module, lr, betas, eps, weight_decay, name="adamw", dtype=None):
     """AdamW for the trainable parameters of a module, or, if name is "muon", Muon with AdamW.
 
-    Weight decay is on matrices only: not on biases, LayerNorms, the class embedding. A scalar,
-    which is logit_scale, learns ten times as fast. AdamW moves a parameter by at most about the
-    learning rate per step, and a run of a thousand steps would end before this logarithm rose from
-    2.7 to 4. dtype: that of Muon's matrix products (default: that of the weights).
+    Weight decay is on matrices only: not on biases, LayerNorms, the class embedding, logit_scale.
+    dtype: that of Muon's matrix products (default: that of the weights).
     """
     trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
     muon = [p for key, p in trained if name == "muon" and is_muon_matrix(key, p)]
     rest = [p for key, p in trained if name != "muon" or not is_muon_matrix(key, p)]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "lr_factor": 1},
-        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "lr_factor": 1},
-        {"params": [p for p in rest if p.ndim == 0], "weight_decay": 0.0, "lr_factor": 10},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_factor": 1},
         {"params": muon, "weight_decay": weight_decay, "lr_factor": MUON_LR_FACTOR},
     ]
     groups = [{**group, "muon": group["params"] is muon} for group in groups if group["params"]]
