@@ -124,15 +124,19 @@ def orthogonalize(x):
     x [M, rows, columns] -> the same shape. Instead of a decomposition, this iterates the polynomial
     A x + B x^3 + C x^5 of the singular values (Newton-Schulz), which needs only matrix products.
     """
-    is_tall = x.shape[1] > x.shape[2]
+    shape, is_tall = x.shape, x.shape[1] > x.shape[2]
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values in 0..1
     if is_tall:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values in 0..1
+    # A CPU computes each product of a batch on one thread, so a single matrix is no batch.
+    product_and_sum = torch.baddbmm
+    if len(x) == 1:
+        x, product_and_sum = x[0], torch.addmm
     for _ in range(ITERATIONS):
         square = x @ x.mT                                                    # [M, rows, rows]
-        polynomial = torch.baddbmm(square, square, square, beta=B, alpha=C)
-        x = torch.baddbmm(x, polynomial, x, beta=A)                          # [M, rows, columns]
-    return x.mT if is_tall else x
+        polynomial = product_and_sum(square, square, square, beta=B, alpha=C)
+        x = product_and_sum(x, polynomial, x, beta=A)                        # [M, rows, columns]
+    return (x.mT if is_tall else x).reshape(shape)
 
 
 # ---- restoring ----
