@@ -4841,7 +4841,7 @@ def test_fine_tuning_starts_from_the_model_as_it_is(one_run, shapes, tmp_path):
     assert "--lr 4e-05" in clip_here(shapes, tmp_path / "a", "--init", one_run)
     text = clip_here(shapes, tmp_path / "b", "--init", one_run, "--new-text", "--freeze", "image",
                      "--tokenizer", tmp_path / "other.json")
-    assert "starts from the image encoder" in text and "--lr 0.0004" in text
+    assert "starts from the image encoder" in text and "--lr 0.0008" in text
     before, after = weights_of(one_run), weights_of(tmp_path / "b")
     assert len(Tokenizer.load(tmp_path / "b" / "tokenizer.json")) == len(
         after["token_embedding.weight"]) != len(before["token_embedding.weight"])
@@ -5135,7 +5135,7 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
     with pytest.raises(ValueError, match="holds a run of train_clip.py: choose another --out"):
         train_mae.main(["--out", str(out), "--resume", *TRAIN])
     assert "--precision was fp32 and is now fp64: set it" in error_of_resuming(precision=["fp64"])
-    assert "lr was 0.0004 and is now 0.0005" in error_of_resuming(lr=["5e-4"])
+    assert "lr was 0.0008 and is now 0.0005" in error_of_resuming(lr=["5e-4"])
     assert ("--model ViT-S/16: --resume brings a model of other sizes" in
             error_of_resuming(model=["ViT-S/16"], crops=["1x64"]))
     assert "crops was 1x64+2x32 and is now 1x64" in error_of_resuming(crops=["1x64"])

@@ -56,7 +56,8 @@ from trainer import (
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 DEMO_TEST = f"{demo.DEMO}/test-*.tar"
 DEMO_CLASSES = "skin tone"  # the classes of prompts.json for the demo's zero-shot classification
-LR, FINE_TUNING_LR = 4e-4, 4e-5  # of random weights, of trained ones
+LR = {"adamw": 4e-4, "muon": 8e-4}  # the default for random weights
+FINE_TUNING_LR = 4e-5               # and for trained ones
 MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the first step by hours
 
 
@@ -67,8 +68,9 @@ def parse_arguments(argv=None):
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html. kelip.build_model(FOLDER) loads the model.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, out="runs/clip", batch_size=256, epochs=10,
-                  lr=f"{LR:g}, or {FINE_TUNING_LR:g} to fine-tune the complete model of --init")
+    add_arguments(parser, out="runs/clip", batch_size=512, epochs=10,
+                  lr=f"{LR['adamw']:g}, with muon {LR['muon']:g}; {FINE_TUNING_LR:g} to fine-tune "
+                     "the complete model of --init")
     add = parser.add_argument
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json (default: that of --init's model, else one trained on the captions)")
@@ -136,7 +138,7 @@ def find_origin(args, checkpoint):
     """The Origin of a run. checkpoint: the one to resume, or None.
 
     The sizes are those of the checkpoint, else those of --init's model, else those of --model.
-    Fills in the default of --lr, which depends on the origin.
+    Fills in the defaults of --optimizer and --lr, which depend on the origin.
     """
     if checkpoint:
         preset, config, init = checkpoint["config"]["preset"], checkpoint["config"]["model"], None
@@ -158,10 +160,11 @@ def find_origin(args, checkpoint):
         raise ValueError(f"{flag}: --init {args.init} is a run of stage 1, which has no text "
                          "encoder")
     origin = Origin(preset, config, init, is_from_stage_1)
+    args.optimizer = args.optimizer or ("muon" if preset == "tiny" else "adamw")
     args.is_from_stage_1 = is_from_stage_1  # for config.json, from which it is resumed
     if args.lr is None:
         is_fine_tuning = origin.has_complete_model and not args.new_text
-        args.lr = FINE_TUNING_LR if is_fine_tuning else LR
+        args.lr = FINE_TUNING_LR if is_fine_tuning else LR[args.optimizer]
         if checkpoint:
             args.lr = checkpoint["config"]["lr"]
     return origin

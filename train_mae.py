@@ -56,14 +56,17 @@ def parse_arguments(argv=None):
         help="side of the crops (default: the preset's resolution)")
     add("--scale", nargs=2, type=number(float), default=(0.2, 1.0), metavar=("MIN", "MAX"),
         help="area of a crop, as a fraction of the image (default: 0.2 1)")
-    add("--mask-ratio", type=number(float, above=0, high=0.99), default=0.75, metavar="X",
-        help="fraction of the patches to mask (default: 0.75)")
+    add("--mask-ratio", type=number(float, above=0, high=0.99), metavar="X",
+        help="fraction of the patches to mask (default: 0.5 for tiny, else 0.75)")
     add("--weight-decay", type=number(float, 0, MAX_WEIGHT_DECAY), default=0.05, metavar="X",
         help="weight decay, of matrices only (default: 0.05)")
     args = parser.parse_args(argv)
     check_preset(args.model)
     args.model = args.model or "tiny"
     preset = kelip.PRESETS[args.model]
+    args.optimizer = args.optimizer or ("muon" if args.model == "tiny" else "adamw")
+    # Three quarters of the 9 patches of "tiny" would leave two.
+    args.mask_ratio = args.mask_ratio or (0.5 if args.model == "tiny" else 0.75)
     args.size = args.size or preset["image_resolution"]
     if args.size % preset["vision_patch_size"]:
         raise ValueError(f"--size {args.size}: not a multiple of {args.model}'s patch of "

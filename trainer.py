@@ -93,9 +93,9 @@ def add_arguments(parser, out, lr, batch_size, epochs):
         help="steps of linear warm-up (default: 2,000, at most 10 %% of the run)")
     add("--lr", type=number(float, 0, MAX_LR), metavar="X",
         help=f"peak learning rate (default: {lr})")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+    add("--optimizer", choices=["adamw", "muon"],
         help="muon trains the matrices of the transformer blocks with Muon, at three times the "
-             "learning rate, and the rest with AdamW (default: adamw)")
+             "learning rate, and the rest with AdamW (default: muon for tiny, else adamw)")
     add("--precision", choices=["auto", "fp64", "fp32", "bf16", "fp16"], default="auto",
         help="auto is bf16 where the hardware multiplies it fast, else fp32 (default: auto)")
     add("--compile", action="store_true",
