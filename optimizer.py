@@ -75,8 +75,13 @@ class Muon(torch.optim.AdamW):
         weight = weight * (1 - lr * weight_decay) - lr * 0.2 * sqrt(max(rows, columns)) * U @ V.T
 
     The factor 0.2 * sqrt(...) gives all updates the size that AdamW's have (Liu et al., arXiv
-    2502.16982, section 2.2). Every process computes the entire update. dtype: that of the matrix
-    products in orthogonalize (default: that of the weights).
+    2502.16982, section 2.2). dtype: that of the matrix products in orthogonalize (default: that of
+    the weights).
+
+    Cost: orthogonalize takes 20 r^2 c + 10 r^3 FLOPs for a matrix of r rows and c >= r columns, or
+    of c rows and r columns. That is 2.0 TFLOPs per step for ViT-B/32 and 8.7 for ViT-L/14, whatever
+    the batch: 7 % and 2 % of a step of 1,024 pairs with one 224 crop. Every process computes the
+    entire update.
     """
 
     def __init__(self, groups, dtype=None, **options):

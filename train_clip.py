@@ -4,12 +4,12 @@
     python train_clip.py --init runs/mae                   # the same from stage 1's image encoder
     torchrun --nproc-per-node 8 train_clip.py --model ViT-B/32 --data 'pairs/{00000..09999}.tar'
 
-KELIP is a CLIP for Korean and English (Ko and Gu, arXiv 2203.14463). Each step uses one caption per
-pair, drawn at random from the pair's captions, so a batch mixes the languages. They are aligned
-only through the images that they share: no term of the loss compares Korean with English. All crops
-of an image have the same caption, which is encoded once: the loss is the mean over k of
-InfoNCE(k-th crop of every image, captions). Splitting the batch over processes or into
-micro-batches changes the results only by rounding.
+KELIP is a CLIP for Korean and English (Ko and Gu, arXiv 2203.14463). Each step uses one caption of
+a pair in each of its languages, or, where pairs have a single caption, batches that mix the
+languages. They are aligned only through the images that they share: no term of the loss compares
+Korean with English. The loss is the mean over crops k and captions c of
+InfoNCE(k-th crop of every image, c-th caption of every image), and each caption is encoded once.
+Splitting the batch over processes or into micro-batches changes the results only by rounding.
 
 From top to bottom: arguments, where a run starts from, the tokenizer, crops, the encoders, the
 micro-batches of GradCache, and in main the training loop.
