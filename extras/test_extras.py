@@ -2135,7 +2135,7 @@ def test_the_probe_opens_both_stages(small_run):
     with torch.no_grad():
         features_clip, features_mae = probe.encode(clip, images), probe.encode(mae, images)
         torch.testing.assert_close(features_clip, features_mae)
-        class_token = features_clip[:, :192]
+        class_token = features_clip[:, :clip.visual.proj.shape[0]]
         torch.testing.assert_close(class_token @ clip.visual.proj, clip.encode_image(images))
         # The fixture's run is untrained and has the same seed.
         torch.testing.assert_close(probe.encode(untrained, images), features_clip)
@@ -2268,7 +2268,7 @@ def test_flags_of_runs(tmp_path):
     for name in findings.VARIANTS:
         run = findings.make_run(study, name, 3)
         flags = train_clip.parse_arguments(list(run.flags))
-        assert flags.crops == ("2x64" if name in ("crops", "both", "augment") else None)
+        assert flags.crops == ("2x48" if name in ("crops", "both", "augment") else None)
         assert flags.augment == (name == "augment") and flags.test == ["c"]
         split = name in ("shared", "apart")
         assert flags.data == ([f"{tmp_path}/data/{name}"] if split else ["a", "b"])
