@@ -654,9 +654,9 @@ class Loader:
             aspect[i] = image_aspect
             valid[i] = True
             if self.tokenizer is not None:
-                first, choice = divmod(fraction[i] * len(captions), 1)
-                # C of the languages: the one at `first`, and those after it, in a circle.
-                chosen = {(int(first) + c) % len(captions) for c in range(C)}
+                start, choice = divmod(fraction[i] * len(captions), 1)
+                # C of the languages: the one at `start`, and those after it, in a circle.
+                chosen = {(int(start) + c) % len(captions) for c in range(C)}
                 for c, position in enumerate(sorted(chosen)):
                     language[i, c], choices = captions[position]
                     tokens[i, c] = choices[int(choice * len(choices))]
