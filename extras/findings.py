@@ -62,6 +62,7 @@ import kelip
 import page
 import shards
 import train_clip
+import train_mae
 from command import ArgumentParser, number, run_command
 from extras.bench import FORWARD_AND_BACKWARD, image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer
@@ -93,7 +94,7 @@ VARIANTS = {
     "shared": Variant(split=True),
     "apart": Variant(split=True),
 }
-STAGE_1_STEPS = 2  # steps of stage 1 per step of stage 2: the ratio of the two scripts' defaults
+STAGE_1_STEPS = 2  # per step of stage 2: the ratio of the two scripts' --epochs
 
 
 class Study(NamedTuple):
@@ -132,14 +133,16 @@ def make_run(study, name, seed, budget=None):
              "--tokenizer", str(args.out / "tokenizer.json"), *variant.flags]
     stage_1 = None
     if variant.from_stage_1:
-        mae = kelip.MAE(kelip.KELIP(**config).visual)
+        mask_ratio = train_mae.parse_arguments([]).mask_ratio
+        mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio)
         step_flops = FORWARD_AND_BACKWARD * args.batch_size * mae_flops(mae)
         stage_1 = TrainingRun("stage-1", seed, STAGE_1_STEPS * args.steps, step_flops,
                               "train_mae.py", ("--data", *args.data))
         flags += ["--init", str(folder_of(study, stage_1) / "last.pt")]
     groups, _ = crop_settings(name)
     sizes = [size for number, size in groups for _ in range(number)]
-    pair_flops = image_flops(config, sizes) + text_flops(config, study.caption_length)
+    captions = 1 if variant.split else len(LANGUAGES)  # of each pair, in a step
+    pair_flops = image_flops(config, sizes) + captions * text_flops(config, study.caption_length)
     step_flops = FORWARD_AND_BACKWARD * args.batch_size * pair_flops
     steps = args.steps
     if budget:

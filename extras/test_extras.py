@@ -2250,8 +2250,8 @@ def test_runs_of_the_same_flops(tmp_path):
     """With a budget, a variant gets the number of steps whose FLOPs are nearest to it."""
     study = study_of(tmp_path)
     config = kelip.PRESETS["tiny"]
-    step = 3 * 256 * (image_flops(config, [64, 64]) + text_flops(config, 11.5))
-    stage_1 = 3 * 256 * 800 * mae_flops(kelip.MAE(kelip.KELIP(**config).visual))
+    step = 3 * 256 * (image_flops(config, [48, 48]) + 2 * text_flops(config, 11.5))
+    stage_1 = 3 * 256 * 800 * mae_flops(kelip.MAE(kelip.KELIP(**config).visual, mask_ratio=0.5))
     budget = findings.make_run(study, "both", 0).total_flops
     assert budget == pytest.approx(400 * step + stage_1)
     for name in findings.LABELS:
