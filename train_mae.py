@@ -3,9 +3,9 @@
     python train_mae.py
     python train_clip.py --init runs/mae
 
-Three quarters of the patches of every image are masked. The image encoder sees only the others, a
-small decoder predicts the masked ones, and the loss is their squared error. Stage 2 then starts
-from the encoder.
+Three quarters of the patches of every image are masked (half for "tiny", whose images have only
+nine). The image encoder sees only the others, a small decoder predicts the masked ones, and the
+loss is their squared error. Stage 2 then starts from the encoder.
 
 Not included: the changes of KELIP's released autoencoder to He et al.'s (README, "From the paper,
 and ours").
@@ -49,7 +49,7 @@ def parse_arguments(argv=None):
                "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and\n"
                "what the decoder predicted.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, out="runs/mae", lr="0.001", batch_size=256, epochs=20)
+    add_arguments(parser, out="runs/mae", lr="0.001", batch_size=512, epochs=20)
     parser.set_defaults(lr=1e-3)
     add = parser.add_argument
     add("--size", type=number(int, 1, crops.MAX_SIDE), metavar="PIXELS",

@@ -512,10 +512,11 @@ def demo_rows(device, sizes, folder):
             out, [], "--data", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar",
             "--epochs", sizes.epochs, evaluations=max(1, sizes.epochs // 4))
         wall = time.perf_counter() - start
+    batch_size = train_clip.parse_arguments([]).batch_size
     trained, step, reached, best = 0.0, 0, None, 0.0
     for line in log:
         if "images_per_second" in line:
-            trained += 256 * (line["step"] - step) / line["images_per_second"]
+            trained += batch_size * (line["step"] - step) / line["images_per_second"]
             step = line["step"]
         else:
             recall = np.mean([value for key, value in line.items() if key.endswith("R@1")])

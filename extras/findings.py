@@ -94,6 +94,7 @@ VARIANTS = {
     "shared": Variant(split=True),
     "apart": Variant(split=True),
 }
+RUNS_PER_GPU = 6   # at the same time
 STAGE_1_STEPS = 2  # per step of stage 2: the ratio of the two scripts' --epochs
 
 
@@ -176,9 +177,11 @@ def train(study, runs):
     """
     needed = dict.fromkeys(x for run in runs for x in (run.stage_1, run) if x)
     unfinished = [run for run in needed if not is_finished(study, run)]
-    # Runs with one thread each, at the same time, are faster than one run after the other.
-    cores = 1 if torch.cuda.is_available() else os.cpu_count()
-    at_once = max(1, min(cores, len(unfinished)))
+    # Runs with one thread each, at the same time, are faster than one run after the other. One run
+    # of "tiny" keeps a GPU busy for a fraction of the time only.
+    cores = os.cpu_count()
+    most = RUNS_PER_GPU if torch.cuda.is_available() else cores
+    at_once = max(1, min(cores, most, len(unfinished)))
     threads = max(1, cores // at_once)
     waiting, running = list(unfinished), {}  # running: process -> TrainingRun
     bar = tqdm(total=sum(run.steps * run.step_flops for run in unfinished) / 1e12,
@@ -1100,10 +1103,10 @@ def parse_arguments(argv=None):
         help="results, and the runs that findings share (default: runs/findings)")
     add("--seeds", type=number(int, 1, 1 << 20), default=3, metavar="N",
         help="runs of each variant (default: 3)")
-    add("--steps", type=number(int, 1, 1 << 40), default=300, metavar="N",
-        help="steps of a variant in stage 2 (default: 300)")
-    add("--batch-size", type=number(int, 1, 1 << 24), default=256, metavar="N",
-        help="pairs per step (default: 256)")
+    add("--steps", type=number(int, 1, 1 << 40), default=200, metavar="N",
+        help="steps of a variant in stage 2 (default: 200)")
+    add("--batch-size", type=number(int, 1, 1 << 24), default=512, metavar="N",
+        help="pairs per step (default: 512)")
     add("--run", nargs="+", metavar="RUN",
         help="analogy: measure these models, which kelip.build_model opens, and train none")
     args = parser.parse_args(argv)
