@@ -3,7 +3,7 @@
     import kelip
     model, preprocess, tokenizer = kelip.build_model("runs/clip")
 
-    image = preprocess(Image.open("apple.png"))[None]           # [1, 3, 64, 64]
+    image = preprocess(Image.open("apple.png"))[None]           # [1, 3, 48, 48]
     tokens = tokenizer.encode(["a red apple", "빨간 사과"])        # [2, 77]
     logits_per_image, logits_per_text = model(image, tokens)    # [1, 2], [2, 1]
 

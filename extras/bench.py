@@ -11,7 +11,7 @@ data        images from shards to crops, how exact crops are,    open_clip,     
 tokenizer   training on 3.5 million captions (98,000 entries,    tokenizers, tiktoken,      15
             as in the paper), encoding Korean and English        open_clip
 train       the contrastive loss, training steps of ViT-B/32,    open_clip                   5
-            stage 1, train_clip.py itself, two processes
+            Muon, stage 1, train_clip.py itself, two processes
 evaluate    embedding, retrieval among 50,000 images,            open_clip                  10
             classification
 network     nothing: what 80 GPUs would send each other,         none                        0
@@ -823,6 +823,7 @@ def train_rows(batches):
         device = trainer.Run(args, stage="clip").device
     yield step_row(device, "one 224 crop", [224], "open_clip")
     yield step_row(device, "2x224+6x96", MULTI_CROP)
+    yield optimizer_row(device)
     yield from autoencoder_rows(device)
     yield script_row()
     yield processes_row()
@@ -923,6 +924,27 @@ def training_step(model, device, encode, loss, dtype="bfloat16"):
         scaler.step(optimizer)
         scaler.update()
     return step
+
+
+def optimizer_row(device):
+    """Seconds of an update of ViT-B/32's weights by Muon, and by AdamW."""
+    updates = []
+    for name in ("muon", "adamw"):
+        model = kelip.KELIP(**base_config()).to(device)
+        optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2,
+                                   name=name, dtype=torch.bfloat16)
+        gradients = [1e-4 * torch.randn_like(p) for p in model.parameters()]
+        updates.append(partial(update, optimizer, list(model.parameters()), gradients))
+    ours, peer = least_seconds(*updates, repeats=3)
+    return Row("update by Muon", ours, "AdamW", peer, "s", "ViT-B/32, weights in float32, matrix "
+               "products in bfloat16")
+
+
+def update(optimizer, parameters, gradients):
+    """A step of an optimizer."""
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient  # Muon clears those of its matrices
+    optimizer.step()
 
 
 def autoencoder_rows(device):

@@ -384,7 +384,7 @@ def ablation(study):
     Runs: CLIP alone, + MAE, + multi-crop and + both, with each seed. First, all four see the same
     number of images in stage 2, and stage 1 sees twice as many in addition. Then the first three
     are trained again, for as many FLOPs as + both takes, its stage 1 included. Multi-crop is two
-    crops of full size here. It takes 75 minutes on two CPU cores.
+    crops of full size here.
 
     Control: CLIP alone. For + both, the one of the other three with the highest mean.
 
@@ -434,7 +434,7 @@ def augmentation(study):
     be lower for the other names too.
 
     Runs: Multi-crop (two crops of full size), which the ablation trains, and the same with
-    --augment. It takes 20 minutes after the ablation, else 40.
+    --augment.
 
     Control: Multi-crop without --augment.
 
@@ -507,7 +507,7 @@ def alignment(study):
 
     Runs: "shared" and "apart". In "shared", each image has its caption in one language only, chosen
     by a hash of its key. So no pair has both names, but nearly each thing is named in both
-    languages, on images of different vendors. It takes 15 minutes.
+    languages, on images of different vendors.
 
     Control: "apart", where each thing, with all its skin tones and genders, is named in one
     language only. This model never sees the other name of a thing. What it translates correctly
@@ -651,7 +651,7 @@ def culture(study):
     languages, name by name, is correlated with that in other seeds no more than with noise, beyond
     its spread.
 
-    Runs: CLIP alone, from the ablation. It takes a minute after the ablation, else 12.
+    Runs: CLIP alone, which the ablation trains.
 
     Control: For the agreement across languages: the agreement in one language. For the correlation
     with other seeds: the correlation with noise, which is the disagreement of two other seeds in
@@ -831,8 +831,7 @@ def analogy(study):
     Refuted if: R@1 is not higher than that of the control beyond the spread, in each part: with
     attributes and with full names, against both controls.
 
-    Runs: CLIP alone, from the ablation, or the models of --run. It takes three minutes after the
-    ablation, else 12.
+    Runs: CLIP alone, which the ablation trains, or the models of --run.
 
     Control: The better of A alone and the target's text alone, for each kind and language. And
     A + text, which subtracts nothing.
