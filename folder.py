@@ -214,11 +214,11 @@ class Log:
         self.last_pairs = run.args.batch_size * self.n_steps
         self.bad_steps = self.bad_steps + self.n_steps if means["skipped"] == 1 else 0
         self.append({
-            "step": step, "lr": lr, **means, "images_per_second": self.last_pairs / seconds,
+            "step": step, "lr": lr, **means, f"{run.unit}_per_second": self.last_pairs / seconds,
             "data_wait": self.data_wait / seconds, "memory_gb": _peak_memory(run.device) / 1e9,
             "skipped_pairs": self.skipped_pairs})
         self.bar.set_postfix_str(f"loss {means['loss']:.3f}, "
-                                 f"{self.last_pairs / seconds:.0f} images/s")
+                                 f"{self.last_pairs / seconds:.0f} {run.unit}/s")
         left = run.total_steps - step
         if left and self.n_steps > 1 and step - run.first_step < 2 * LOG_EVERY:  # the first time
             self.say(f"{left:,} more steps at {seconds / self.n_steps:.2f} seconds each: about "

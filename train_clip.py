@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -78,6 +79,8 @@ def parse_arguments(argv=None):
         help="initial weights: a run of train_mae.py (its image encoder), or a run of "
              "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
              "its sizes and its tokenizer)")
+    add("--languages", nargs="+", metavar="LANGUAGE",
+        help="train on captions in these languages only, such as en (default: all)")
     add("--new-text", action="store_true",
         help="keep only the image encoder of --init's model: the text encoder starts from random "
              "weights, with --tokenizer or one trained on the captions")
@@ -335,7 +338,7 @@ def train(args, run):
     args.model = origin.preset
     crop_groups = fill_in_crops(args, origin)
 
-    pairs = run.open_pairs()
+    pairs = run.open_pairs(functools.partial(data.Pairs, only=args.languages))
     pairs.require_captions("--data")
     test = candidates = None
     if args.test:

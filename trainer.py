@@ -66,19 +66,25 @@ from tokenizer import atomic_write
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
+DEMO_TRAIN = f"{demo.DEMO}/train-*.tar"
 MAX_WORKERS = 512
 MAX_LR = 1000
 MAX_WEIGHT_DECAY = 1000
 
 
-def add_arguments(parser, out, lr, batch_size, epochs):
-    """Add the flags of both stages to a parser, with this stage's defaults."""
+def add_arguments(parser, out, lr, batch_size, epochs, has_images=True):
+    """Add the flags of both stages to a parser, with this stage's defaults.
+
+    has_images: whether the stage trains on images. One that does not adds a flag for its texts,
+    with dest="data".
+    """
     add = parser.add_argument
-    add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
-        help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT and "
-             "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko'; "
-             "docs/data.md has more options (default: the demo's pairs, which are packed on first "
-             "use)")
+    if has_images:
+        add("--data", nargs="+", default=[DEMO_TRAIN], metavar="SHARDS",
+            help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT "
+                 "and ::LANGUAGE (of captions that name none) after each, as in "
+                 "'ko-*.tar::2::ko'; docs/data.md has more options (default: the demo's pairs, "
+                 "which are packed on first use)")
     add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")
@@ -127,7 +133,7 @@ def check_scale(flag, scale):
 
 # Flags that may change when a run is resumed. The number of steps may not, whatever --epochs says.
 MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "compile",
-              "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text"}
+              "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text", "teacher"}
 
 
 # ---- the run ----
@@ -137,8 +143,8 @@ class Run:
 
     Attributes: rank, world_size, device and group (the process group, None for one process), as
     torch.distributed calls them; is_rank_zero, whether this process writes files and prints;
-    folder; checkpoint, the dict to resume from, None for a new run; after start() also total_steps
-    and config, what config.json holds.
+    folder; unit, what the log counts; checkpoint, the dict to resume from, None for a new run;
+    after start() also total_steps and config, what config.json holds.
 
     It is a context manager, since it locks its folder. A run that fails before its first step
     leaves the folder as it was.
@@ -147,8 +153,8 @@ class Run:
     --resume is not given; FileNotFoundError when there is nothing to resume.
     """
 
-    def __init__(self, args, stage):
-        self.args, self.stage = args, stage
+    def __init__(self, args, stage, unit="images"):
+        self.args, self.stage, self.unit = args, stage, unit
         self.rank, self.world_size, self.device, self.group = _join_processes()
         self.is_rank_zero = self.rank == 0
         self.folder = Path(args.out)
@@ -222,14 +228,16 @@ class Run:
             older = [path.name for path in older_checkpoints(self.folder)][-1:]
             hint = f"; {older[0]} in the same folder can replace it" if older else ""
             raise ValueError(f"{error}{hint}") from None
-        if checkpoint["config"]["stage"] != self.stage:
-            raise ValueError(f"{self.folder} holds a run of train_"
-                             f"{checkpoint['config']['stage']:.20}.py: choose another --out")
+        stage = checkpoint["config"]["stage"]
+        if stage != self.stage:
+            script = "extras.teach" if stage == "teach" else f"train_{stage:.20}.py"
+            raise ValueError(f"{self.folder} holds a run of {script}: choose another --out")
         return checkpoint
 
-    def open_pairs(self):
-        """The training pairs: data.Pairs of --data. The demo's pairs are packed when missing.
+    def open_pairs(self, open_data=data.Pairs):
+        """The training pairs of --data. The demo's pairs are packed when missing.
 
+        open_data: a function of --data and, on resume, of the state() of the pairs at the start.
         Prints a description. Raises ValueError when they are fewer than a batch, and when a resumed
         run's shards have changed or most of them are missing. Pairs in missing shards are skipped.
         """
@@ -238,7 +246,7 @@ class Run:
             uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
             if uses_demo and not os.path.exists(demo.DEMO):
                 demo.pack_emoji(demo.DEMO)
-            pairs = data.Pairs(args.data, checkpoint and checkpoint["data"])
+            pairs = open_data(args.data, checkpoint and checkpoint["data"])
         if checkpoint:
             _check_shards(pairs)
         if self.is_rank_zero:
@@ -330,13 +338,13 @@ class Run:
                                          "_growth_tracker": good_steps})
         self.first_step = self.saved_step = step
 
-    def open_loader(self, pairs, tokenizer):
+    def open_loader(self, pairs, tokenizer, loader_class=data.Loader):
         """This rank's data.Loader, from the first sample that is not yet used."""
         args = self.args
         workers = args.workers
         if workers is None:
             workers = 8 if self.device.type == "cuda" else 0
-        return data.Loader(
+        return loader_class(
             pairs, tokenizer, args.batch_size, self.config["padded_size"], args.seed,
             first=self.first_step * args.batch_size, steps=self.total_steps - self.first_step,
             rank=self.rank, world_size=self.world_size, workers=workers,
