@@ -52,6 +52,7 @@ import data
 import evaluate
 import kelip
 from command import ArgumentParser, number, one_line, run_command
+from extras.features import model_digest
 from kelip import TEXT_KEYS
 from optimizer import make_optimizer
 from shards import COUNTRIES, CaptionRule, clean_caption, format_counts, is_language
@@ -144,7 +145,7 @@ class Table:
                 self.separator = next((mark for mark in ",;\t" if mark.encode() in header), ",")
             file.seek(0)
             self.offsets = self._find_rows(file)                             # int64 [rows + 2]
-        if len(self) < 0:
+        if len(self.offsets) == 1:  # the end of the file alone
             raise ValueError(f"{path}: an empty file, where a header of languages is expected")
         try:
             names = [name.strip().lower().removeprefix("\ufeff") for name in self._fields(0)]
@@ -232,12 +233,10 @@ class Table:
         text = text.rstrip("\r\n")
         if not self.is_csv:
             return text.split(self.separator)
+        lines = io.StringIO(text, newline="")
         try:
-            lines = io.StringIO(text, newline="")
             [fields] = csv.reader(lines, delimiter=self.separator, strict=True)
-        except ValueError:  # several rows
-            raise ValueError("bad quotes") from None
-        except csv.Error:
+        except (csv.Error, ValueError):
             raise ValueError("bad quotes") from None
         return fields
 
@@ -426,15 +425,6 @@ class TextLoader(data.Loader):
 
 # ---- the teacher's features ----
 
-def model_digest(model):
-    """A short SHA-256 of a model's weights and configuration: 16 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def embed_english(run, teacher, tokenizer, texts):
     """The teacher's features of all distinct English texts: float16 [K, D], mapped from a file.
@@ -482,44 +472,35 @@ def _allocate(path, size):
 def find_origin(args, checkpoint, teacher):
     """What the student starts from, a train_clip.Origin whose config is that of the result.
 
-    The teacher decides the image encoder and embed_dim; the checkpoint to resume, --init, --model
-    or, without these, the teacher decides the sizes of the text encoder. Fills in the defaults of
-    --model, --optimizer and --lr.
+    The image encoder and embed_dim are the teacher's. The sizes of the text encoder are those of
+    the checkpoint to resume, else those of --init's model, else those of --model. Fills in the
+    defaults of --model, --optimizer and --lr.
     """
     init = None
     if checkpoint:
-        config = checkpoint["config"]["model"]
+        preset, config = checkpoint["config"]["preset"], checkpoint["config"]["model"]
     else:
-        text_config = kelip.PRESETS[args.model] if args.model else teacher.config
         if args.init:
             init = kelip.open_checkpoint(args.init)
             if init.is_stage_1:
                 raise ValueError(f"--init {args.init}: a run of stage 1, which has no text encoder")
-            text_config = init.config
-            activation, of_teacher = (kelip.DEFAULTS | x for x in (init.config, teacher.config))
-            if activation["activation"] != of_teacher["activation"]:
-                raise ValueError(f"--init {args.init}: its activation is "
-                                 f"{activation['activation']}, and the teacher's is "
-                                 f"{of_teacher['activation']}; one model has one")
+            preset, text_config = Path(args.init).name, init.config
+            own, needed = (x.get("activation", "quick_gelu") for x in (init.config, teacher.config))
+            if own != needed:
+                raise ValueError(f"--init {args.init}: its activation is {own} and the teacher's "
+                                 f"{needed}, and both encoders of a model have the same")
+        else:
+            preset = args.model or "tiny"
+            text_config = kelip.PRESETS[preset]
         config = {key: value for key, value in teacher.config.items() if key not in TEXT_KEYS}
         config |= {key: text_config[key] for key in TEXT_KEYS if key in text_config}
-    preset = args.model or _preset_of_text(config) or Path(args.init or args.teacher).name
-    args.model = preset
+    args.model = args.model or preset
     args.optimizer = args.optimizer or ("muon" if preset == "tiny" else "adamw")
     if args.lr is None:
         args.lr = FINE_TUNING_LR if init else LR[args.optimizer]
         if checkpoint:
             args.lr = checkpoint["config"]["lr"]
     return Origin(preset, config, init)
-
-
-def _preset_of_text(config):
-    """The name of the first preset with this text encoder, of any vocabulary; or None."""
-    keys = set(TEXT_KEYS) - {"vocab_size"}
-    for name, preset in kelip.PRESETS.items():
-        if all(preset.get(key) == config.get(key) for key in keys):
-            return name
-    return None
 
 
 def build_student(origin, teacher, dtype, device):
@@ -566,7 +547,7 @@ def evaluate_student(run, model, tokenizer, texts, features):
 
     The candidates are the features of all held-out English texts. Returns {language: {"R@1": ...}}.
     """
-    candidates = torch.from_numpy(features[:texts.held_out]).float()         # [M, D]
+    candidates = torch.from_numpy(features[:texts.held_out].astype(np.float32))  # [M, D]
     by_language = collections.defaultdict(list)
     for row, english in zip(texts.test_rows, texts.test_english.tolist()):
         for language, text in texts.read(row).items():

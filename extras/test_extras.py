@@ -40,7 +40,7 @@ import tokenizer
 import train_clip
 import train_mae
 import trainer
-from command import run_command
+from command import describe_error, run_command
 from conftest import (
     COLORS,
     HERE,
@@ -50,13 +50,16 @@ from conftest import (
     encoded,
     here,
     image_bytes,
+    log_of,
+    make_pair,
     photograph,
     repeat_entries,
+    run,
     shape_image,
     small_model,
     write_bad_corpus,
 )
-from extras import bench, bench_gpu, convert, features, findings, pack, probe, search
+from extras import bench, bench_gpu, convert, features, findings, pack, probe, search, teach
 from extras.bench import image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer
 
@@ -278,6 +281,27 @@ def shape_classes(monkeypatch):
     """prompts.json with a single set, whose classes are the shapes."""
     own = {"classnames": {"en": list(SHAPES)}, "templates": {"en": ["{}"]}}
     monkeypatch.setattr(classes, "read_classes", lambda name: {"name": name, **own})
+
+
+# ---- helpers for teach.py ----
+
+# English names of the shapes and translations. Some have no Japanese one, as in real tables.
+SHAPE_NAMES = [{"en": f"a {color} {shape} {n}", "ko": f"{COLORS[color]} {SHAPES[shape]} {n}",
+                **({"ja": f"{shape}の{color}"} if n % 3 == 0 else {})}
+               for n in range(8) for color in COLORS for shape in SHAPES]
+
+
+def write_table(path, rows, languages=("en", "ko", "ja")):
+    """Write rows, {language: text}, as a .tsv."""
+    lines = ["\t".join(row.get(language, "") for language in languages) for row in rows]
+    path.write_text("\n".join(["\t".join(languages), *lines, ""]), encoding="utf-8")
+    return path
+
+
+def teach_flags(teacher, folder, out, *more):
+    """The flags of a short run of extras.teach. `folder` gets the table of texts."""
+    table = write_table(folder / "pairs.tsv", SHAPE_NAMES)
+    return [teacher, "--text", table, "--out", folder / out, *TRAIN, "--steps", "4", *more]
 
 
 # ---- helpers for findings.py and bench.py ----
@@ -2085,7 +2109,8 @@ def test_search_finds_and_shows_names_of_any_bytes(small_run, tmp_path):
 
 @pytest.mark.parametrize("module, example", [
     (search, "python -m extras.search runs/clip --images PHOTOS --like apple.png"),
-    (probe, "python -m extras.probe runs/clip --train cars --test cars")])
+    (probe, "python -m extras.probe runs/clip --train cars --test cars"),
+    (teach, "torchrun -m extras.teach runs/english --text pairs.tsv --out runs/taught")])
 def test_commands_explain_themselves(module, example, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -2102,7 +2127,8 @@ def test_an_unknown_flag_is_one_line(module, capsys):
 
 @pytest.mark.parametrize("command", [
     ["search", "gone", "red", "--images", "."],
-    ["probe", "gone", "--train", "x.tar", "--test", "x.tar"]])
+    ["probe", "gone", "--train", "x.tar", "--test", "x.tar"],
+    ["teach", "gone", "--text", "x.tar"]])
 def test_commands_fail_in_one_line(command, tmp_path):
     name, *arguments = command
     write_labeled(tmp_path / "x.tar", [0, 1])
@@ -2178,6 +2204,297 @@ def test_the_probe_explains_why_it_cannot_fit(small_run, shapes, shape_classes, 
         here(probe.main, *flags, one_class, "--classes", "shapes")
     with pytest.raises(ValueError, match="different classes or none; --classes NAME"):
         here(probe.main, *flags, one_class)
+
+
+# ---- teach.py ----
+
+TABLE_FAULTS = [
+    # Tables, the texts that are read, and the reasons and rows of what is skipped.
+    ("x.tsv", b"en\tko\na\t\xea\xb0\x80\nb\t\xb0\xa1\nc\t\xeb\x8b\xa4\n", "a가c다",
+     {"not UTF-8": "row 3"}),
+    ("x.tsv", "en\tko\na\t가\nb\nc\t다\td\n".encode(), "a가",
+     {"more or fewer fields than the header": "row 3"}),
+    ("x.tsv", "en\tko\na\t가\n\t나\nc\t\nd\t \n\t\n".encode(), "a가",
+     {"no English text": "row 3", "no translation": "row 4"}),
+    ("x.tsv", "\ufeffEN\tko\r\na\t가\r\n\r\nb\t나".encode(), "a가b나", {}),
+    ("x.tsv", 'en\tko\n"a\t가"\nb, b\t"나"\n'.encode(), '"a가"b, b"나"', {}),
+    ("x.tsv", "id\tko\ten\tja\n1\t가\ta\t\n2\t\tb\tい\n".encode(), "a가bい", {}),
+    ("x.tsv", "en\tko\na &amp;  a\t 가 \nb\t&#{};\n".format("9" * 5000).encode(), "a & a가",
+     {"bad HTML entity": "row 3"}),
+    ("x.csv", '\ufeffen,ko\r\n"a, a","가\r\n""나"""\r\nb,다\r\n'.encode(), 'a, a가 "나"b다', {}),
+    ("x.CSV", 'en;ko\na;"가;나"\n'.encode(), "a가;나", {}),
+    # Wrong quotes spoil their own row and no other.
+    ("x.csv", 'en,ko\n"a,가\nb,나\n"c" c,다\n5" d,라\n"e\n'.encode(), 'b나5" d라',
+     {"bad quotes": "row 2"}),
+]
+
+
+@pytest.mark.parametrize("name, content, texts, skipped", TABLE_FAULTS)
+def test_tables_of_texts_are_read_and_their_faults_counted(
+        tmp_path, name, content, texts, skipped):
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = teach.Texts([str(path)])
+    rows = [found.read(row) for row in found.rows]
+    assert "".join(row.get(key, "") for row in rows for key in ("en", "ko", "ja")) == texts
+    assert found.skipped.keys() == skipped.keys()
+    for reason, row in skipped.items():
+        assert f"{reason} (first: {path}, {row})" in found.report()
+    total = sum(found.skipped.values())
+    assert len(found) + total == len(found.tables[0])
+    assert found.report().startswith(f"skipped {total} rows: " if total else "no row was skipped")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.tsv", b"", "an empty file"),
+    ("x.tsv", b"\n\r\n", "an empty file"),
+    ("x.csv", b"en,ko\n", "only a header, and no rows"),
+    ("x.csv", "en,ko\na,\n,나\n".encode(), "no text can be used: skipped 2 rows: 1 no tr.*1 no E"),
+    ("x.tsv", b"a\tb\nc\td\n", "its header is a, b, where en and another language"),
+    ("x.tsv", b"en\n", "its header is en, where en and another language"),
+    ("x.tsv", b"en\tkr\na\tb\n", "kr is a country: name the column ko"),
+    ("x.tsv", b"en\tko\tko\na\tb\tc\n", "its header, en, ko, ko, names a language twice"),
+    ("x.tsv", b"\xff\xfee\0n\0\t\0", "the header cannot be read: not UTF-8 but UTF-16"),
+    ("x.tsv", b"en\tko\n" + b"a" * (1 << 21), "the line at byte 6 is longer than 1,048,576 bytes"),
+    ("x.txt", b"en\tko\na\tb\n", r"neither a table \(.tsv, .csv\) nor shards \(.tar\)"),
+    ("x.tar", b"en\tko\na\tb\n", "no pairs there"),
+    ("folder.csv", None, "a folder, not a file"),
+    ("gone.tsv", None, ""),
+])
+def test_files_that_are_no_tables_of_texts_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    (tmp_path / "folder.csv").mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((OSError, ValueError)) as caught:
+        teach.Texts([str(path)])
+    text = describe_error(caught.value)
+    assert str(path) in text and re.search(message or "no such file or folder", text), text
+    assert text.isprintable()
+
+
+def test_texts_of_shards_are_the_first_captions(tmp_path):
+    shards.write_shard(tmp_path / "a.tar", [
+        make_pair("1", **{"json": b'{"caption": {"en": ["a", "b"], "ko": ["\\uac00", "x"]}}'}),
+        make_pair("2", **{"en.txt": b"c"}), make_pair("3", **{"en.txt": b"\xff", "ko.txt": b"d"}),
+        make_pair("4")])
+    texts = teach.Texts([str(tmp_path)])
+    assert [texts[i] for i in range(len(texts))] == [{"en": "a", "ko": "가"}]
+    assert texts.skipped == {"no translation": 1, "no English text": 2}
+    assert f"no English text (first: pair 2 of {tmp_path})" in texts.report()
+
+
+def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tmp_path):
+    """The order is that of data.py, and a loader that begins later continues it."""
+    rows = SHAPE_NAMES + SHAPE_NAMES[:16]
+    first, second = write_table(tmp_path / "a.tsv", rows[:100]), tmp_path / "b.tsv"
+    write_table(second, rows[100:], languages=("ko", "en"))
+    texts = teach.Texts([str(first), str(second)], holdout=5)
+    assert (texts.held_out, len(texts.first_rows)) == (5, 128)
+    # Rows of a held-out text are held out together. The same texts are held out in another order.
+    held_out = {texts.read(row)["en"] for row in texts.test_rows}
+    again = teach.Texts([str(second), str(first)], holdout=5)
+    assert len(held_out) == 5
+    assert held_out == {again.read(row)["en"] for row in again.test_rows}
+    assert not held_out & {texts[i]["en"] for i in range(len(texts))}
+    assert len(texts) == 144 - len(texts.test_rows)
+
+    tok = kelip.build_model(small_run)[2]
+
+    def batches(**options):
+        return list(teach.TextLoader(texts, tok, batch_size=12, padded_size=1, seed=3, steps=11,
+                                     context_length=16, **options))
+
+    one = batches()
+    order = data.Order(texts, seed=3)
+    assert sorted(order(0, len(texts)).tolist()) == list(range(len(texts)))
+    numbers = order(0, 132).tolist()
+    assert torch.cat([batch.english for batch in one]).tolist() == texts.english[numbers].tolist()
+    for i, language in enumerate(("en", "ja", "ko")):
+        found = torch.cat([batch.tokens[:, i] for batch in one])
+        assert found.equal(tok.encode([texts[j].get(language, "") for j in numbers], 16))
+        valid = torch.cat([batch.valid[:, i] for batch in one])
+        assert valid.tolist() == [language in texts[j] for j in numbers]
+    two = [batches(rank=rank, world_size=2, workers=rank) for rank in (0, 1)]
+    for whole, *parts in zip(one, *two):
+        for value, *pieces in zip(whole, *parts):
+            assert value.equal(torch.cat(pieces))
+    for whole, later in zip(one[4:], batches(first=48)):
+        assert all(map(torch.equal, whole, later))
+
+
+def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_run, tmp_path):
+    """The first loss of a run, and of each language, against the plain formula."""
+    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--lr", "0", "--precision", "fp64"))
+    student, _, tok = kelip.build_model(tmp_path / "run")  # with the initial weights: the rate is 0
+    teacher, _, teacher_tok = kelip.build_model(small_run)
+    texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
+    losses = {"en": [], "ko": [], "ja": []}
+    for i in data.Order(texts, seed=0)(0, 32).tolist():
+        target = teacher.encode_text(teacher_tok.encode(texts[i]["en"]))[0]
+        for language, text in texts[i].items():
+            feature = student.encode_text(tok.encode(text))[0]
+            losses[language].append((2 - 2 * F.cosine_similarity(feature, target, dim=0)).item())
+    logged = log_of(tmp_path / "run")[0]
+    for language, values in losses.items():
+        assert logged[f"loss_{language}"] == pytest.approx(np.mean(values), rel=1e-4)
+    assert logged["loss"] == pytest.approx(np.mean(sum(losses.values(), [])), rel=1e-4)
+    assert len(losses["ja"]) < 32 and logged["loss"] > 0.1
+
+    features = torch.randn(3, 5, 7), torch.randn(5, 7)
+    plain = torch.stack([F.mse_loss(x, features[1], reduction="none").mean(-1) * 7
+                         for x in features[0]])
+    assert torch.allclose(teach.teacher_loss(*features), plain)
+
+
+def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
+        small_run, shapes, tmp_path, monkeypatch):
+    before = (small_run / "last.pt").read_bytes()
+    encoded = []
+    encode_text = kelip.KELIP.encode_text
+
+    def spy(model, text, l2norm=False):
+        if not torch.is_grad_enabled() and model.visual.proj.requires_grad:  # the teacher
+            encoded.extend(text.tolist())
+        return encode_text(model, text, l2norm)
+
+    monkeypatch.setattr(kelip.KELIP, "encode_text", spy)
+    printed = here(teach.main, *teach_flags(small_run, tmp_path, "run"))
+    teacher, _, teacher_tok = kelip.build_model(small_run)
+    # The teacher encodes each English text once, those that are held out, too.
+    texts = sorted(teacher_tok.encode([row["en"] for row in SHAPE_NAMES]).tolist())
+    assert sorted(encoded) == texts
+    assert "128 distinct English texts, 6 of them held out" in printed
+    assert re.search("ko: [0-9.]+ % of the held-out texts find the teacher's feature", printed)
+    assert (small_run / "last.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "last.pt", "metrics.jsonl",
+                                                    "step-3.pt", "tokenizer.json"]
+    taught, preprocess, tok = kelip.build_model(tmp_path / "run")
+    own = {**kelip.PRESETS["tiny"], "vocab_size": len(tok)}
+    assert taught.config == {**own, "vision_layers": 2}  # the teacher has two layers there
+    weights, start = taught.state_dict(), teacher.state_dict()
+    for key in weights:
+        if key.startswith("visual.") or key == "logit_scale":
+            assert torch.equal(weights[key], start[key]), key
+    # It found the Korean letters in the texts.
+    assert len(tok.encode_ordinary("빨간색 네모")) < len("빨간색 네모".encode()) / 2
+
+    here(train_clip.main, "--data", shapes / "train-*.tar", "--init", tmp_path / "run", "--freeze",
+         "image", "--out", tmp_path / "clip", *TRAIN, "--steps", "1")
+    tuned = kelip.build_model(tmp_path / "clip")[0].state_dict()
+    changed = {key for key, value in tuned.items() if not torch.equal(value, weights[key])}
+    assert changed == {key for key in weights if not key.startswith("visual.")}
+    with pytest.raises(ValueError, match="run holds a run of extras.teach: choose another --out"):
+        here(train_clip.main, "--data", shapes / "train-*.tar", "--out", tmp_path / "run",
+             "--resume", *TRAIN)
+
+
+def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_path):
+    """And what is measured is the nearest of the held-out features."""
+    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "60", "--evals", "2"))
+    log = log_of(tmp_path / "run")
+    losses = [line["loss"] for line in log if "loss" in line]
+    recall = [line["ko/R@1"] for line in log if "ko/R@1" in line]
+    assert losses[-1] < 0.1 * losses[0] and recall[-1] > 0.9, (losses, recall)
+
+    texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
+    teacher, _, teacher_tok = kelip.build_model(small_run)
+    english = [texts.read(row)["en"] for row in texts.first_rows]
+    with torch.no_grad():
+        features = teacher.encode_text(teacher_tok.encode(english), l2norm=True)
+    args = argparse.Namespace(out=str(tmp_path / "other"), precision="fp32", resume=False)
+    with trainer.Run(args, stage="teach") as run:
+        run.dtype = None
+        found = teach.evaluate_student(run, teacher, teacher_tok, texts, features.numpy())
+    assert found["en"]["R@1"] == 1.0
+    korean = [texts.read(row)["ko"] for row in texts.test_rows]
+    with torch.no_grad():
+        scores = teacher.encode_text(teacher_tok.encode(korean), l2norm=True) @ features[:6].T
+    right = scores.argmax(dim=1) == torch.from_numpy(texts.test_english)
+    assert found["ko"]["R@1"] == pytest.approx(right.float().mean().item())
+
+
+def test_a_resumed_student_is_the_same_bit_by_bit(small_run, tmp_path):
+    flags = ["--save-every", "2", "--keep", "9"]
+    here(teach.main, *teach_flags(small_run, tmp_path, "one", *flags))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
+    other = tmp_path / "other"
+    shutil.copytree(small_run, other)  # the same teacher in another folder
+    flags = teach_flags(other, tmp_path, "two", *flags, "--resume")
+    text = (tmp_path / "pairs.tsv").read_text(encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(text.replace("빨간", "붉은"), encoding="utf-8")
+    with pytest.raises(ValueError, match="pairs.tsv: other texts than those that the run began wi"):
+        here(teach.main, *flags)
+    (tmp_path / "pairs.tsv").write_text(text, encoding="utf-8")
+    here(teach.main, *flags)
+    one, two = (kelip.load_checkpoint(tmp_path / out / "last.pt") for out in ("one", "two"))
+    assert one["step"] == two["step"] == 4
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    for i, moments in one["optimizer"]["state"].items():
+        assert all(map(torch.equal, moments.values(), two["optimizer"]["state"][i].values()))
+    state = kelip.load_checkpoint(other / "last.pt")
+    state["model"]["logit_scale"] += 1
+    kelip.save_checkpoint(other / "last.pt", state)
+    os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
+    with pytest.raises(ValueError, match="teacher_digest was .* and is now"):
+        here(teach.main, *flags)
+
+
+@pytest.mark.slow
+def test_students_of_two_processes_resume_bit_by_bit(small_run, tmp_path):
+    """Two processes that are stopped and resumed, that are not, and one process."""
+    def train(out, *more, processes=2):
+        flags = teach_flags(small_run, tmp_path, out, "--save-every", "2", "--keep", "9", *more)
+        run(["extras/teach.py", *flags], tmp_path, processes, PYTHONPATH=str(HERE))
+
+    train("two")
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    os.replace(tmp_path / "resumed" / "step-2.pt", tmp_path / "resumed" / "last.pt")
+    train("resumed", "--resume")
+    train("one", processes=1)
+    one, two, resumed = (kelip.load_checkpoint(tmp_path / out / "last.pt")["model"]
+                         for out in ("one", "two", "resumed"))
+    for key, value in two.items():
+        assert torch.equal(value, resumed[key]), key
+        assert torch.allclose(value, one[key], rtol=0, atol=2e-5), key
+    losses = [[line["loss"] for line in log_of(tmp_path / out) if "loss" in line]
+              for out in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_text_encoder_of_released_kelip_joins_another_image_encoder(tmp_path):
+    """The command in --help, with random weights in the form of those files."""
+    student, kelip_folder = export(tmp_path, "kelip", transformer_width=96, embed_dim=40)
+    teacher, clip_folder = export(tmp_path, "hf")
+    convert.write(convert.read(clip_folder), tmp_path / "openai")
+    flags = teach_flags(tmp_path / "openai", tmp_path, "run", "--init", kelip_folder, "--lr", "0")
+    with pytest.raises(ValueError, match="--model tiny: --init brings its own: leave out --model"):
+        here(teach.main, *flags, "--model", "tiny")
+    here(teach.main, *flags)
+    taught, _, tok = kelip.build_model(tmp_path / "run")
+    assert taught.config == {**teacher.config, "transformer_width": 96}
+    assert tok.encode(TEXTS).equal(kelip.build_model(kelip_folder)[2].encode(TEXTS))
+    for key, value in taught.state_dict().items():
+        if key.startswith("visual.") or key == "logit_scale":
+            assert torch.equal(value, teacher.state_dict()[key]), key
+        elif key != "text_projection":  # it is learned anew
+            assert torch.equal(value, student.state_dict()[key]), key
+    assert taught.text_projection.shape == (96, 48)
+
+    _, gelu = export(tmp_path / "gelu", "kelip", activation="gelu")
+    with pytest.raises(ValueError, match="its activation is gelu and the teacher's quick_gelu"):
+        here(teach.main, *teach_flags(tmp_path / "openai", tmp_path, "x", "--init", gelu))
+
+
+def test_a_failed_start_leaves_no_folder(small_run, tmp_path):
+    for more, message in ((["--batch-size", "200"], "--batch-size 200: there are 122 pairs"),
+                          (["--text", "gone.csv"], "gone.csv"),
+                          (["--init", small_run.parent / "mae"], "a run of stage 1, which has no"),
+                          (["--model", "huge"], "--model huge: no such preset")):
+        with pytest.raises((OSError, ValueError), match=message):
+            here(teach.main, *teach_flags(small_run, tmp_path, "run", *more))
+        assert not (tmp_path / "run").exists()
 
 
 # ---- findings.py ----
