@@ -640,8 +640,11 @@ def _confusion_card(embedded, wrong):
                      page.lines(f"{wrong['true']} → {wrong['predicted']}", [counts]))
 
 
-def curves(folder):
-    """Charts of the loss and the recall over a run, by language, from its metrics.jsonl."""
+def curves(folder, direction="image_to_text", title="R@1, image to text, of held-out images, %"):
+    """Charts of the loss and the recall over a run, by language, from its metrics.jsonl.
+
+    direction, title: which recall, and what to print above its chart.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -657,10 +660,10 @@ def curves(folder):
     losses, recalls = {}, {}
     for language, name in LANGUAGE_NAMES.items():
         losses[name] = _column(log, f"loss_{language or 'text'}")
-        recall = _column(log, f"{language}/image_to_text/R@1")
+        recall = _column(log, f"{language}/{direction}/R@1")
         recalls[name] = [(step, 100 * value) for step, value in recall]
     return [page.plot("Training loss by language of the caption", losses),
-            page.plot("R@1, image to text, of held-out images, %", recalls, dots=True)]
+            page.plot(title, recalls, dots=True)]
 
 
 def _column(log, key):

@@ -51,6 +51,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import kelip
+import page
 from command import ArgumentParser, number, one_line, run_command
 from extras.features import model_digest
 from kelip import TEXT_KEYS
@@ -80,10 +81,10 @@ def parse_arguments(argv=None):
     """The command line."""
     parser = ArgumentParser(
         description=__doc__.partition("\nThe teacher encodes")[0],
-        epilog="A table has a header of languages, such as en and ko, and a pair in each row. The\n"
-               "run's folder then holds last.pt, tokenizer.json, config.json and metrics.jsonl.\n"
-               "kelip.build_model(FOLDER) loads the model, and evaluate.py, extras.search,\n"
-               "extras.convert and train_clip.py --init take it as any other run.\n\n"
+        epilog="A table has a header of languages, such as en and ko, and a pair in each row.\n\n"
+               "The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
+               "and index.html. kelip.build_model(FOLDER) loads the model; evaluate.py,\n"
+               "extras.search, extras.convert and train_clip.py --init take it as any run.\n\n"
                "To put released KELIP's text encoder on OpenAI's ViT-L/14 image encoder:\n"
                "    python -m extras.convert clip-vit-large-patch14 weights/openai\n"
                "    torchrun -m extras.teach weights/openai --init weights/kelip --text pairs.tsv",
@@ -148,7 +149,7 @@ class Table:
         if len(self.offsets) == 1:  # the end of the file alone
             raise ValueError(f"{path}: an empty file, where a header of languages is expected")
         try:
-            names = [name.strip().lower().removeprefix("\ufeff") for name in self._fields(0)]
+            names = [name.strip().lower() for name in self._fields(0)]
         except ValueError as error:
             raise ValueError(f"{path}: the header cannot be read: {error}") from None
         self.languages = [name if is_language(name) else None for name in names]
@@ -226,7 +227,7 @@ class Table:
         begin, end = self.offsets[row:row + 2].tolist()
         content = os.pread(self.file.fileno(), end - begin, begin)
         try:
-            text = content.decode()
+            text = content.decode("utf-8-sig")  # the header may begin with a byte order mark
         except UnicodeDecodeError:
             reason, _, _ = not_utf8(content).partition(":")
             raise ValueError(reason) from None
@@ -327,8 +328,12 @@ class Texts:
             hashes[i] = int.from_bytes(english, "little") | 1
         used = np.flatnonzero(hashes)
         distinct, first, english = np.unique(hashes[used], return_index=True, return_inverse=True)
-        self.first_rows = used[first]
         self.held_out = min(holdout, len(distinct) // 20)
+        # The lowest hashes are held out. The others are numbered in the order of the tables, so
+        # that rows that are read together have features that are near each other on disk.
+        order = np.lexsort((first, np.arange(len(distinct)) >= self.held_out))  # [K]
+        self.first_rows = used[first[order]]
+        english = order.argsort()[english]
         is_test = english < self.held_out
         self.rows, self.english = used[~is_test], english[~is_test]
         self.test_rows, self.test_english = used[is_test], english[is_test]
@@ -545,7 +550,8 @@ def teacher_loss(student, teacher):
 def evaluate_student(run, model, tokenizer, texts, features):
     """How often a held-out text finds the teacher's feature of its English text: R@1, 5 and 10.
 
-    The candidates are the features of all held-out English texts. Returns {language: {"R@1": ...}}.
+    The candidates are the features of all held-out English texts. Returns {language:
+    {"text_to_teacher": {"R@1": ...}}}.
     """
     candidates = torch.from_numpy(features[:texts.held_out].astype(np.float32))  # [M, D]
     by_language = collections.defaultdict(list)
@@ -562,8 +568,22 @@ def evaluate_student(run, model, tokenizer, texts, features):
                 encoded.append(model.encode_text(tokens, l2norm=True).float().cpu())
         owner = torch.tensor([english for _, english in found])
         recall = evaluate.recall_at_k(candidates, torch.cat(encoded), owner)
-        results[language] = recall["text_to_image"]  # the "image" is the teacher's feature
+        # The "images" of recall_at_k are the teacher's features.
+        results[language] = {"text_to_teacher": recall["text_to_image"]}
     return results
+
+
+def write_page(folder, texts, recall):
+    """Write index.html: the last evaluation and the curves of the run."""
+    rows = [[language, *(f"{100 * value:.1f}" for value in result["text_to_teacher"].values())]
+            for language, result in recall.items()]
+    page.write(
+        folder / "index.html", f"{folder.resolve().name}: what the student learned",
+        f"Held-out texts, and the teacher's features of {texts.held_out:,} English texts. A text "
+        "should be nearest to that of its own.",
+        page.table(["held-out texts, %", *(f"R@{k}" for k in evaluate.KS)], rows),
+        *evaluate.curves(folder, "text_to_teacher",
+                         "R@1 of held-out texts among the teacher's features, %"))
 
 
 # ---- training ----
@@ -633,10 +653,13 @@ def train(args, run):
     if run.is_rank_zero:
         path.unlink()  # the other processes may still have it mapped
         print(texts.report())
-        for language, values in recall.items():
-            print(f"{language}: {100 * values['R@1']:.1f} % of the held-out texts find the "
-                  f"teacher's feature at first place, of {texts.held_out:,}")
+        for language, result in recall.items():
+            print(f"{language}: {100 * result['text_to_teacher']['R@1']:.1f} % of the held-out "
+                  f"texts find the teacher's feature of their English text, among "
+                  f"{texts.held_out:,}, at first place")
         print(f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl")
+        write_page(run.folder, texts, recall)
+        print(f"open {args.out}/index.html")
 
 
 def main(argv=None):

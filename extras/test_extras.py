@@ -2229,7 +2229,8 @@ TABLE_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("name, content, texts, skipped", TABLE_FAULTS)
+@pytest.mark.parametrize("name, content, texts, skipped", TABLE_FAULTS,
+                         ids=map(str, range(len(TABLE_FAULTS))))
 def test_tables_of_texts_are_read_and_their_faults_counted(
         tmp_path, name, content, texts, skipped):
     path = tmp_path / name
@@ -2291,6 +2292,11 @@ def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tm
     write_table(second, rows[100:], languages=("ko", "en"))
     texts = teach.Texts([str(first), str(second)], holdout=5)
     assert (texts.held_out, len(texts.first_rows)) == (5, 128)
+    # Features are numbered in the order of the tables, after those of held-out texts.
+    assert (np.diff(texts.first_rows[5:]) > 0).all()
+    for numbers, english in ((texts.rows, texts.english), (texts.test_rows, texts.test_english)):
+        for row, i in zip(numbers, english):
+            assert texts.read(row)["en"] == texts.read(texts.first_rows[i])["en"]
     # Rows of a held-out text are held out together. The same texts are held out in another order.
     held_out = {texts.read(row)["en"] for row in texts.test_rows}
     again = teach.Texts([str(second), str(first)], holdout=5)
@@ -2366,10 +2372,12 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
     texts = sorted(teacher_tok.encode([row["en"] for row in SHAPE_NAMES]).tolist())
     assert sorted(encoded) == texts
     assert "128 distinct English texts, 6 of them held out" in printed
-    assert re.search("ko: [0-9.]+ % of the held-out texts find the teacher's feature", printed)
+    assert re.search("ko: [0-9.]+ % of the held-out texts find .*, among 6, at first", printed)
     assert (small_run / "last.pt").read_bytes() == before
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "last.pt", "metrics.jsonl",
-                                                    "step-3.pt", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "index.html", "last.pt",
+                                                    "metrics.jsonl", "step-3.pt", "tokenizer.json"]
+    html = (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
+    assert "Training loss by language" in html and "R@1 of held-out texts among" in html
     taught, preprocess, tok = kelip.build_model(tmp_path / "run")
     own = {**kelip.PRESETS["tiny"], "vocab_size": len(tok)}
     assert taught.config == {**own, "vision_layers": 2}  # the teacher has two layers there
@@ -2395,7 +2403,7 @@ def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_pat
     here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "12", "--evals", "2"))
     log = log_of(tmp_path / "run")
     losses = [line["loss"] for line in log if "loss" in line]
-    recall = [line["ko/R@1"] for line in log if "ko/R@1" in line]
+    recall = [line[key] for line in log if (key := "ko/text_to_teacher/R@1") in line]
     assert losses[-1] < 0.3 * losses[0] and recall[-1] > 0.5, (losses, recall)
 
     texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
@@ -2404,9 +2412,19 @@ def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_pat
     with torch.no_grad():
         features = teacher.encode_text(teacher_tok.encode(english), l2norm=True)
     args = argparse.Namespace(out=str(tmp_path / "other"), precision="fp32", resume=False)
+    args.teacher_digest = "x"
     with trainer.Run(args, stage="teach") as run:
         run.dtype = None
+        path, kept = teach.embed_english(run, teacher, teacher_tok, texts)
+        assert (kept.dtype, kept.shape) == (np.float16, (128, 256))
+        assert np.abs(kept - features.numpy()).max() < 1e-3 and features.std() > 0.01
+        # They are computed once, and again if the file is not complete.
+        teach.embed_english(run, teacher, None, texts)
+        os.truncate(path, 100)
+        with pytest.raises(AttributeError):
+            teach.embed_english(run, teacher, None, texts)
         found = teach.evaluate_student(run, teacher, teacher_tok, texts, features.numpy())
+        found = {language: result["text_to_teacher"] for language, result in found.items()}
     assert found["en"]["R@1"] == 1.0
     korean = [texts.read(row)["ko"] for row in texts.test_rows]
     with torch.no_grad():
