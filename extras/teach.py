@@ -318,7 +318,8 @@ class Texts:
             except ValueError as error:
                 reason = str(error).partition(":")[0]
                 self.skipped[reason] += 1
-                self.examples.setdefault(reason, self._name_of(i))
+                number, i = self._locate(i)
+                self.examples.setdefault(reason, self.tables[number].name(i))
                 continue
             line = json.dumps(row).encode()
             content.update(line)
@@ -345,9 +346,9 @@ class Texts:
         rule = CaptionRule()
         self.sources = [data.Source(self.name, 1.0, rule, 0, len(self.starts) - 1, len(self))]
         self.shards = ()  # none that may be missing: any change is an error
-        self._state = {"options": [""], "shards": [[[self.name, size, len(hashes), self.digest]]]}
-        if state and [shard[1:] for shard in state["shards"][0]] != [[size, len(hashes),
-                                                                      self.digest]]:
+        self._state = {"options": [""], "shards": [[[self.name, size, len(used), self.digest]]]}
+        if state and [shard[1:] for shard in sum(state["shards"], [])] != [
+                [size, len(used), self.digest]]:
             raise ValueError(f"--text {self.name}: other texts than those that the run began with: "
                              "restore them, or choose another --out")
 
@@ -365,10 +366,6 @@ class Texts:
         """The number of a row's table, and its number there."""
         number = int(np.searchsorted(self.table_starts, row, "right")) - 1
         return number, int(row - self.table_starts[number])
-
-    def _name_of(self, row):
-        number, i = self._locate(row)
-        return self.tables[number].name(i)
 
     def __len__(self):
         return len(self.rows)
@@ -417,15 +414,24 @@ class TextLoader(data.Loader):
     """data.Loader for Texts: the same order, ranks, workers and place to resume."""
 
     def make_batch(self, step):
-        """This process's part of one batch: (TextBatch, [], since no row of Texts is skipped)."""
+        """This process's part of one batch: (TextBatch, [(reason, example) of each skipped row]).
+
+        Only rows that have changed since Texts read them are skipped here.
+        """
         n = self.local_batch_size
         numbers = self.order(self.first + step * self.batch_size + self.rank * n, n)
-        rows = [self.pairs[i] for i in numbers.tolist()]
+        rows, skipped = [], []
+        for i in numbers.tolist():
+            try:
+                rows.append(self.pairs[i])
+            except ValueError as error:
+                rows.append({})
+                skipped.append(("changed during the run", f"{self.pairs.name}: {error}"))
         texts = [row.get(language, "") for row in rows for language in self.languages]
         tokens = self.tokenizer.encode(texts, self.context_length)           # [n * C, L]
         valid = torch.tensor([[language in row for language in self.languages] for row in rows])
         tokens = tokens.view(n, len(self.languages), -1)                     # [n, C, L]
-        return TextBatch(tokens, valid, torch.from_numpy(self.pairs.english[numbers])), []
+        return TextBatch(tokens, valid, torch.from_numpy(self.pairs.english[numbers])), skipped
 
 
 # ---- the teacher's features ----
@@ -638,7 +644,7 @@ def train(args, run):
         # The mean over the texts of all ranks, though rows differ in how many texts they have.
         # DistributedDataParallel takes the mean of the gradients over ranks:
         #     mean over ranks of (sum * world_size / total) = sum over all texts / total
-        total = run.sum_over_ranks(valid.sum().float())
+        total = run.sum_over_ranks(valid.sum().float()).clamp(min=1)
         loss = per_text.where(valid, 0).sum() * run.world_size / total
         run.backward(loss)
         grad_norm = run.optimizer_step()  # clip to norm 1, step if finite, clear the gradients
@@ -653,6 +659,8 @@ def train(args, run):
     if run.is_rank_zero:
         path.unlink()  # the other processes may still have it mapped
         print(texts.report())
+        if loader.skipped:
+            print(loader.report())
         for language, result in recall.items():
             print(f"{language}: {100 * result['text_to_teacher']['R@1']:.1f} % of the held-out "
                   f"texts find the teacher's feature of their English text, among "

@@ -2328,6 +2328,16 @@ def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tm
     for whole, later in zip(one[4:], batches(first=48)):
         assert all(map(torch.equal, whole, later))
 
+    # Rows of a file that changes later are not valid.
+    is_red = ["빨간색" in texts[i]["ko"] and texts.rows[i] < 100 for i in numbers]
+    content = first.read_bytes()
+    first.write_bytes(content.replace("빨간색".encode(), b"\xff" * len("빨간색".encode())))
+    loader = teach.TextLoader(texts, tok, batch_size=12, padded_size=1, seed=3, steps=11)
+    valid = torch.cat([batch.valid.any(dim=1) for batch in loader]).tolist()
+    assert valid == [not red for red in is_red] and sum(is_red) > 10
+    assert loader.report() == (f"skipped {sum(is_red)} pairs: {sum(is_red)} changed during the run "
+                               f"(first: {first} {second}: not UTF-8)")
+
 
 def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_run, tmp_path):
     """The first loss of a run, and of each language, against the plain formula."""
