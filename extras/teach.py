@@ -285,7 +285,8 @@ class Texts:
     """English texts and their translations, in place of data.Pairs: texts[i] -> {language: text}.
 
     Reads everything once, to number the distinct English texts and to find the rows that cannot be
-    used. The others are in `rows`, which is all that data.Order sees. About 40 bytes per row.
+    used. The others are in `rows`, which is all that data.Order sees. Texts stay on disk: ten
+    million rows take 0.3 GB of memory, and 0.9 GB while they are numbered.
 
     Args:
         sources: tables and shards.
@@ -312,7 +313,7 @@ class Texts:
         self.examples = {}                                  # reason -> the first row with it
         hashes = np.zeros(self.table_starts[-1], np.uint64)  # 0 for rows that cannot be used
         content, size = hashlib.sha256(), 0
-        for i in tqdm(range(len(hashes)), desc="texts", unit=" rows", delay=2, leave=False):
+        for i in tqdm(range(len(hashes)), desc="texts", unit=" rows", disable=None):
             try:
                 row = self.read(i)
             except ValueError as error:
@@ -452,20 +453,26 @@ def embed_english(run, teacher, tokenizer, texts):
             if run.is_rank_zero:
                 _allocate(temporary, shape[0] * row_bytes)
         starts = range(run.rank * CHUNK, shape[0], run.world_size * CHUNK)
-        with open(temporary, "r+b") as file:
-            for start in tqdm(starts, desc="teacher", unit_scale=CHUNK, unit=" texts", delay=2,
-                              leave=False, disable=not run.is_rank_zero):
-                rows = texts.first_rows[start:start + CHUNK]
-                english = [texts.read(row)[ENGLISH] for row in rows]
-                tokens = tokenizer.encode(english, teacher.config["context_length"])
-                features = teacher.encode_text(tokens, l2norm=True)          # [CHUNK, D]
-                file.seek(start * row_bytes)
-                file.write(features.half().cpu().numpy())
-        run.sum_over_ranks(torch.ones(1, device=run.device)).item()  # all ranks are done
-        with run.rank_zero_first():
+        # disable=None: no progress bar if stderr is not a terminal.
+        starts = tqdm(starts, desc="teacher", unit_scale=CHUNK, unit=" texts",
+                      disable=None if run.is_rank_zero else True)
+        try:
+            with open(temporary, "r+b") as file:
+                for start in starts:
+                    rows = texts.first_rows[start:start + CHUNK]
+                    english = [texts.read(row)[ENGLISH] for row in rows]
+                    tokens = tokenizer.encode(english, teacher.config["context_length"])
+                    features = teacher.encode_text(tokens, l2norm=True)      # [CHUNK, D]
+                    file.seek(start * row_bytes)
+                    file.write(features.half().cpu().numpy())
+            run.sum_over_ranks(torch.ones(1, device=run.device)).item()  # all ranks are done
+            with run.rank_zero_first():
+                if run.is_rank_zero:
+                    os.replace(temporary, path)
+        finally:
             if run.is_rank_zero:
-                os.replace(temporary, path)
-    return path, np.memmap(path, np.float16, "r", shape=shape)
+                temporary.unlink(missing_ok=True)  # after an error
+    return np.memmap(path, np.float16, "r", shape=shape)
 
 
 def _allocate(path, size):
@@ -616,7 +623,7 @@ def train(args, run):
     # Fixes the number of steps, or restores the checkpoint. There are no images to pad.
     run.start(model, optimizer, texts, origin.config, args.evals if texts.held_out else 0,
               tokenizer, padded_size=1)
-    path, features = embed_english(run, teacher, teacher_tokenizer, texts)   # [K, D]
+    features = embed_english(run, teacher, teacher_tokenizer, texts)         # [K, D]
     del teacher
     student = run.data_parallel(Student(model))
     loader = run.open_loader(texts, tokenizer, TextLoader)
@@ -657,7 +664,8 @@ def train(args, run):
             evaluate_at(step)
 
     if run.is_rank_zero:
-        path.unlink()  # the other processes may still have it mapped
+        for path in run.folder.glob("teacher-*.f16"):
+            path.unlink()  # the other processes may still have it mapped
         print(texts.report())
         if loader.skipped:
             print(loader.report())
