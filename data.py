@@ -119,17 +119,17 @@ class Pairs:
         state: what state() returned when the run began. Every pair then keeps its number, even if
             shards are missing.
         workers: processes that index shards.
-        only: languages; captions in others are dropped. By default, none is.
+        languages: read captions in these languages alone (default: in all).
 
     Attributes: sources, a list of Source; shards, a list of Shard; starts, int64 [shards + 1], the
     number of each shard's first pair; languages, a Counter of captions; fields, a Counter of other
     texts, which may be captions; skipped, a Counter of what the index skipped, by reason.
 
-    Raises FileNotFoundError when a source names no shards, ValueError when they hold no pairs or no
-    caption in a language of `only`.
+    Raises FileNotFoundError when a source names no shards, ValueError when they hold no pairs, or
+    no caption in one of `languages`.
     """
 
-    def __init__(self, sources, state=None, workers=0, only=None):
+    def __init__(self, sources, state=None, workers=0, languages=None):
         sources = [sources] if isinstance(sources, str) else list(sources)
         if state and len(state["shards"]) != len(sources):
             raise ValueError(f"--data: {len(sources)} sources, but the run began with "
@@ -138,6 +138,7 @@ class Pairs:
         self.languages, self.skipped, self.fields = (collections.Counter() for _ in range(3))
         for i, text in enumerate(sources):
             pattern, weight, rule = parse_source(text)
+            rule = rule._replace(only=tuple(languages or ()))
             names = [x for _, name in rule.fields for x in (f"{name.lower()}.txt", f"{name}.json")]
             paths = expand_pattern(pattern, partial=bool(state))
             shards = index_shards(paths, workers, names)
@@ -167,13 +168,12 @@ class Pairs:
                     raise ValueError(f"{text}: no pair has KEY.{name}.txt, or {name} in KEY.json "
                                      "with a text")
         self.languages, self.fields = +self.languages, +self.fields  # without counts of zero
-        self.only = only
-        for language in only or ():
-            if language not in self.languages:
-                raise ValueError(f"--languages {language}: the captions are "
-                                 f"{format_counts(self.languages) or 'none'}")
-        for language in self.languages.keys() - set(only or self.languages):
-            del self.languages[language]
+        if languages:
+            for language in languages:
+                if language not in self.languages:
+                    raise ValueError(f"--languages {language}: the captions are "
+                                     f"{format_counts(self.languages) or 'none'}")
+            self.languages = collections.Counter({x: self.languages[x] for x in languages})
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
         self._open = {}  # shard number -> (file, rows), in the order of opening
         if not len(self):
@@ -193,14 +193,7 @@ class Pairs:
             self._open_shard(number)
         file, rows = self._open[number]
         row = rows[i - int(self.starts[number])]
-        pair = read_pair(file, self.shards[number].path, row, self._rule(number))
-        if not self.only:
-            return pair
-        captions = {name: texts for name, texts in pair.captions.items() if name in self.only}
-        errors = pair.errors
-        if pair.captions and not captions:
-            errors = [f"no caption in {' or '.join(self.only)}", *errors]
-        return pair._replace(captions=captions, errors=errors)
+        return read_pair(file, self.shards[number].path, row, self._rule(number))
 
     def _rule(self, number):
         """The caption rule of the source that a shard belongs to."""

@@ -640,11 +640,8 @@ def _confusion_card(embedded, wrong):
                      page.lines(f"{wrong['true']} → {wrong['predicted']}", [counts]))
 
 
-def curves(folder, direction="image_to_text", title="R@1, image to text, of held-out images, %"):
-    """Charts of the loss and the recall over a run, by language, from its metrics.jsonl.
-
-    direction, title: which recall, and what to print above its chart.
-    """
+def curves(folder, direction="image_to_text"):
+    """Charts of the loss and the recall over a run, by language, from its metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -663,7 +660,8 @@ def curves(folder, direction="image_to_text", title="R@1, image to text, of held
         recall = _column(log, f"{language}/{direction}/R@1")
         recalls[name] = [(step, 100 * value) for step, value in recall]
     return [page.plot("Training loss by language of the caption", losses),
-            page.plot(title, recalls, dots=True)]
+            page.plot(f"R@1, {direction.replace('_', ' ')}, of held-out pairs, %", recalls,
+                      dots=True)]
 
 
 def _column(log, key):

@@ -662,6 +662,7 @@ class CaptionRule(NamedTuple):
     language: str = ""   # of captions whose file name has none
     fields: tuple = ()   # further captions, as (language, name): KEY.NAME.txt, or NAME in KEY.json
     lines: bool = False  # whether each line of a .txt is a caption of its own
+    only: tuple = ()     # read captions in these languages alone; () for all
 
 
 DEFAULT_RULE = CaptionRule()
@@ -764,6 +765,8 @@ def read_captions(members, rule=DEFAULT_RULE):
 
     captions = {}
     for language, content in found:
+        if rule.only and language not in rule.only:
+            continue
         if isinstance(content, str):
             # A .json may escape half of a surrogate pair, which no encoding can write.
             lines = [content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]

@@ -5167,7 +5167,7 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    with pytest.raises(ValueError, match="holds a run of train_clip.py: choose another --out"):
+    with pytest.raises(ValueError, match="holds a run of another stage, clip: choose another --out"):
         train_mae.main(["--out", str(out), "--resume", *TRAIN])
     assert "--precision was fp32 and is now fp64: set it" in error_of_resuming(precision=["fp64"])
     assert "lr was 0.0008 and is now 0.0005" in error_of_resuming(lr=["5e-4"])

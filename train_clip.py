@@ -25,7 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -80,7 +79,7 @@ def parse_arguments(argv=None):
              "train_clip.py, released KELIP or what extras.convert wrote (the entire model, with "
              "its sizes and its tokenizer)")
     add("--languages", nargs="+", metavar="LANGUAGE",
-        help="train on captions in these languages only, such as en (default: all)")
+        help="train on captions in these languages alone, such as en (default: all)")
     add("--new-text", action="store_true",
         help="keep only the image encoder of --init's model: the text encoder starts from random "
              "weights, with --tokenizer or one trained on the captions")
@@ -338,7 +337,7 @@ def train(args, run):
     args.model = origin.preset
     crop_groups = fill_in_crops(args, origin)
 
-    pairs = run.open_pairs(functools.partial(data.Pairs, only=args.languages))
+    pairs = run.open_pairs(languages=args.languages)
     pairs.require_captions("--data")
     test = candidates = None
     if args.test:

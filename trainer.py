@@ -66,25 +66,19 @@ from tokenizer import atomic_write
 
 FEW_STEPS = 100  # a run of fewer steps learns little, and is warned about
 MAX_GRAD_NORM = 1.0
-DEMO_TRAIN = f"{demo.DEMO}/train-*.tar"
 MAX_WORKERS = 512
 MAX_LR = 1000
 MAX_WEIGHT_DECAY = 1000
 
 
-def add_arguments(parser, out, lr, batch_size, epochs, has_images=True):
-    """Add the flags of both stages to a parser, with this stage's defaults.
-
-    has_images: whether the stage trains on images. One that does not adds a flag for its texts,
-    with dest="data".
-    """
+def add_arguments(parser, out, lr, batch_size, epochs):
+    """Add the flags of both stages to a parser, with this stage's defaults."""
     add = parser.add_argument
-    if has_images:
-        add("--data", nargs="+", default=[DEMO_TRAIN], metavar="SHARDS",
-            help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT "
-                 "and ::LANGUAGE (of captions that name none) after each, as in "
-                 "'ko-*.tar::2::ko'; docs/data.md has more options (default: the demo's pairs, "
-                 "which are packed on first use)")
+    add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
+        help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT and "
+             "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko'; "
+             "docs/data.md has more options (default: the demo's pairs, which are packed on first "
+             "use)")
     add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")
@@ -133,7 +127,7 @@ def check_scale(flag, scale):
 
 # Flags that may change when a run is resumed. The number of steps may not, whatever --epochs says.
 MAY_CHANGE = {"data", "out", "resume", "workers", "save_every", "keep", "compile",
-              "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text", "teacher"}
+              "micro_batch", "init", "evals", "test", "tokenizer", "epochs", "new_text"}
 
 
 # ---- the run ----
@@ -180,7 +174,7 @@ class Run:
             self._stop_signal.restore_handlers()
         self._release_folder()
         if self.group is not None and error is None:
-            self._barrier()
+            self.barrier()
             dist.destroy_process_group()
 
     def _release_folder(self):
@@ -228,16 +222,17 @@ class Run:
             older = [path.name for path in older_checkpoints(self.folder)][-1:]
             hint = f"; {older[0]} in the same folder can replace it" if older else ""
             raise ValueError(f"{error}{hint}") from None
-        stage = checkpoint["config"]["stage"]
-        if stage != self.stage:
-            script = "extras.teach" if stage == "teach" else f"train_{stage:.20}.py"
-            raise ValueError(f"{self.folder} holds a run of {script}: choose another --out")
+        if checkpoint["config"]["stage"] != self.stage:
+            raise ValueError(f"{self.folder} holds a run of another stage, "
+                             f"{checkpoint['config']['stage']:.20}: choose another --out")
         return checkpoint
 
-    def open_pairs(self, open_data=data.Pairs):
+    def open_pairs(self, pairs_class=data.Pairs, **options):
         """The training pairs of --data. The demo's pairs are packed when missing.
 
-        open_data: a function of --data and, on resume, of the state() of the pairs at the start.
+        pairs_class: data.Pairs, or a class like it. It is called with --data, the state to resume
+        from and these options.
+
         Prints a description. Raises ValueError when they are fewer than a batch, and when a resumed
         run's shards have changed or most of them are missing. Pairs in missing shards are skipped.
         """
@@ -246,7 +241,7 @@ class Run:
             uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
             if uses_demo and not os.path.exists(demo.DEMO):
                 demo.pack_emoji(demo.DEMO)
-            pairs = open_data(args.data, checkpoint and checkpoint["data"])
+            pairs = pairs_class(args.data, checkpoint and checkpoint["data"], **options)
         if checkpoint:
             _check_shards(pairs)
         if self.is_rank_zero:
@@ -510,7 +505,7 @@ class Run:
             yield
         except (OSError, ValueError) as error:
             self._log.say(f"the evaluation at step {step} failed, and training continues: {error}")
-        self._barrier()
+        self.barrier()
         self._log.since += time.perf_counter() - start
 
     def log_evaluation(self, step, values):
@@ -523,12 +518,12 @@ class Run:
     def rank_zero_first(self):
         """Rank zero runs the block first, so that the other ranks find the files that it writes."""
         if not self.is_rank_zero:
-            self._barrier()
+            self.barrier()
         try:
             yield
         finally:  # on an error, too: the others would wait for rank zero
             if self.is_rank_zero:
-                self._barrier()
+                self.barrier()
 
     def broadcast(self, value):
         """Rank zero's value, on all ranks. Others pass anything."""
@@ -544,7 +539,7 @@ class Run:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _barrier(self):
+    def barrier(self):
         """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(self.group)

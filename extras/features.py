@@ -133,20 +133,15 @@ def open_cache(name_or_path, model, kind="unit", width=None):
     the same model after more training, has another cache.
     """
     is_unit = kind == "unit"
-    folder = folder_of(name_or_path)
-    if not os.access(folder, os.W_OK):
-        folder = Path("~/.cache/kelip").expanduser()
-    return FeatureCache(folder / "features" / model_digest(model, kind),
-                        model.config["embed_dim"] if is_unit else width, is_unit)
-
-
-def model_digest(model, kind="unit"):
-    """A short SHA-256 of a model's weights, its configuration and a kind of vectors."""
     state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         state.update(name.encode())
         state.update(weight.cpu().contiguous().numpy())
-    return state.hexdigest()[:16]
+    folder = folder_of(name_or_path)
+    if not os.access(folder, os.W_OK):
+        folder = Path("~/.cache/kelip").expanduser()
+    return FeatureCache(folder / "features" / state.hexdigest()[:16],
+                        model.config["embed_dim"] if is_unit else width, is_unit)
 
 
 # ---- embedding ----
