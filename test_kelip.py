@@ -3409,21 +3409,21 @@ def test_captions_of_some_languages_only(tmp_path):
         make_pair("1", **{"en.txt": b"a b", "ko.txt": "사과".encode()}),
         make_pair("2", **{"en.txt": b"c", "ko.txt": "배".encode()}),
         make_pair("3", **{"ko.txt": "감".encode()})])
-    pairs = data.Pairs(str(tmp_path), only=["en"])
+    pairs = data.Pairs(str(tmp_path), languages=["en"])
     assert pairs.languages == {"en": 2} and list(pairs.texts()) == ["a b", "c"]
     assert "captions: 2 en" in pairs.describe().splitlines()
     assert pairs[0].captions == {"en": ["a b"]} and pairs[0].errors == []
-    assert pairs[2].captions == {} and pairs[2].errors == ["no caption in en"]
+    assert pairs[2].captions == {} and pairs[2].errors == ["no caption"]
     loader = data.Loader(pairs, Letters(), 3, 24)
     [batch] = loader
     assert (loader.languages, loader.captions_per_pair) == (["en"], 1)
     assert sorted(batch.language.flatten().tolist()) == [-1, 0, 0]
     assert sorted(batch.tokens[batch.valid, 0, 0].tolist()) == [ord("a"), ord("c")]
-    assert loader.report() == "skipped 1 pairs: 1 no caption in en (first: pair 3)"
-    both = data.Pairs(str(tmp_path), only=["ko", "en"])
+    assert loader.report() == "skipped 1 pairs: 1 no caption (first: pair 3)"
+    both = data.Pairs(str(tmp_path), languages=["ko", "en"])
     assert both.languages == data.Pairs(str(tmp_path)).languages == {"en": 2, "ko": 3}
     with pytest.raises(ValueError, match="--languages ja: the captions are 2 en, 3 ko"):
-        data.Pairs(str(tmp_path), only=["en", "ja"])
+        data.Pairs(str(tmp_path), languages=["en", "ja"])
 
 
 def test_a_loader_ends_with_the_first_epoch_and_pads_its_last_batch(tmp_path):
@@ -5167,7 +5167,7 @@ def test_a_run_is_resumed_as_it_began_or_says_what_differs(one_run, shapes, tmp_
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    with pytest.raises(ValueError, match="holds a run of another stage, clip: choose another --out"):
+    with pytest.raises(ValueError, match="a run of another stage, clip: choose another --out"):
         train_mae.main(["--out", str(out), "--resume", *TRAIN])
     assert "--precision was fp32 and is now fp64: set it" in error_of_resuming(precision=["fp64"])
     assert "lr was 0.0008 and is now 0.0005" in error_of_resuming(lr=["5e-4"])

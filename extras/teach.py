@@ -43,7 +43,7 @@ import data
 import evaluate
 import kelip
 import page
-from command import ArgumentParser, number, one_line, run_command
+from command import ArgumentParser, number, run_command
 from optimizer import make_optimizer
 from shards import CaptionRule, Pair, format_counts, is_language, read_captions
 from tokenizer import check_is_file
@@ -77,7 +77,7 @@ def parse_arguments(argv=None):
         help="a run of train_clip.py, released KELIP or what extras.convert wrote; only its text "
              "encoder is replaced")
     add_arguments(parser, out="runs/taught", batch_size=512, epochs=10,
-                  lr="that of train_clip.py, also with --init")
+                  lr="that of train_clip.py")
     add("--text", "--data", nargs="+", dest="data", required=True, metavar="FILE",
         help="tables (.tsv, .csv) with a header of languages, such as en and ko, and a text and "
              "its translations in each line; or shards, of which the first caption in each "
@@ -114,7 +114,7 @@ class Table:
         with open(path, "rb") as file:
             offsets = itertools.accumulate(map(len, file), initial=0)
             self.offsets = np.fromiter(offsets, np.int64)                    # [lines + 1]
-        if len(self) < 1:
+        if len(self.offsets) < 3:  # the header, a line, and the end of the file
             raise ValueError(f"{path}: no lines below a header")
         names = [name.decode("utf-8-sig", "replace") for name in self._fields(0)]
         self.languages = [name.strip().lower() for name in names]
@@ -162,7 +162,7 @@ class Texts:
     """English texts and their translations, in place of data.Pairs: texts[i] -> {language: text}.
 
     All rows of all tables are read once, to skip those that cannot be used, and to number the
-    distinct English texts. Texts stay on disk: memory has about 50 bytes for each row.
+    distinct English texts. Texts stay on disk: memory has 32 bytes for each row.
 
     Attributes:
         rows: int64 [n], the numbers of the rows to train on.
@@ -243,8 +243,9 @@ class Texts:
 
     def describe(self):
         """Lines of text on what there is and what is skipped."""
-        return (f"texts: {format_counts(self.languages)}; {len(self):,} rows to train on, and "
-                f"{len(self.test_rows):,} with held-out English texts\n{self.report()}")
+        return (f"texts: {format_counts(self.languages)}; {len(self):,} rows to train on; "
+                f"{len(self.first_rows):,} distinct English texts, {self.held_out:,} of them held "
+                f"out\n{self.report()}")
 
     report = data.Loader.report  # a line on what is skipped
 
@@ -307,8 +308,8 @@ def student_config(teacher, origin):
     needed, own = (config.get("activation", "quick_gelu")
                    for config in (teacher.config, origin.config))
     if origin.init and own != needed:
-        raise ValueError(f"{origin.init.path}: its activation is {own} and the teacher's is "
-                         f"{needed}, and both encoders of a model have the same")
+        raise ValueError(f"{origin.init.path}: its activation is {own} and the teacher's "
+                         f"{needed}: both encoders of a model have the same")
     return {**{key: value for key, value in teacher.config.items() if key not in kelip.TEXT_KEYS},
             **{key: value for key, value in origin.config.items() if key in kelip.TEXT_KEYS}}
 
@@ -319,13 +320,12 @@ def build_student(config, teacher, init):
     init: the kelip.Checkpoint whose text encoder it has, or None for random weights.
     """
     model = kelip.KELIP(**config)
-    weights = {key: value for key, value in teacher.state_dict().items()
-               if key.startswith("visual.") or key == "logit_scale"}
-    if init:
-        # Its projection is to features of another model.
-        weights |= {key: value for key, value in init.weights.items()
-                    if key not in {*weights, "text_projection"} and not key.startswith("visual.")}
-    model.load_state_dict(weights, strict=False)
+    if init:  # without its projection, which is to the features of another image encoder
+        weights = {key: value for key, value in init.weights.items()
+                   if not key.startswith(("visual.", "logit_scale", "text_projection"))}
+        kelip.load_weights(model, {**model.state_dict(), **weights}, init.path)
+    model.visual.load_state_dict(teacher.visual.state_dict())
+    model.logit_scale.data.copy_(teacher.logit_scale)
     model.visual.requires_grad_(False)
     model.logit_scale.requires_grad_(False)
     return model
@@ -392,8 +392,7 @@ def train(args, run):
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
                                weight_decay=args.weight_decay, name=args.optimizer, dtype=run.dtype)
     # Fixes the number of steps, or restores the checkpoint. There are no images to pad.
-    run.start(model, optimizer, texts, config, args.evals if texts.held_out else 0, tokenizer,
-              padded_size=1)
+    run.start(model, optimizer, texts, config, args.evals, tokenizer, padded_size=1)
     teacher_features = embed_english(run, teacher, teacher_tokenizer, texts)  # [K, D]
     del teacher
     student = run.data_parallel(Student(model))

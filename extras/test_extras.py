@@ -2211,21 +2211,21 @@ def test_the_probe_explains_why_it_cannot_fit(small_run, shapes, shape_classes, 
 TABLE_FAULTS = [
     # Tables, the texts that are read, and the reasons and rows of what is skipped.
     ("x.tsv", b"en\tko\na\t\xea\xb0\x80\nb\t\xb0\xa1\nc\t\xeb\x8b\xa4\n", "a가c다",
-     {"not UTF-8": "row 3"}),
+     {"caption not UTF-8": "line 3"}),
     ("x.tsv", "en\tko\na\t가\nb\nc\t다\td\n".encode(), "a가",
-     {"more or fewer fields than the header": "row 3"}),
+     {"not as many fields as the header": "line 3"}),
     ("x.tsv", "en\tko\na\t가\n\t나\nc\t\nd\t \n\t\n".encode(), "a가",
-     {"no English text": "row 3", "no translation": "row 4"}),
-    ("x.tsv", "\ufeffEN\tko\r\na\t가\r\n\r\nb\t나".encode(), "a가b나", {}),
+     {"empty caption": "line 3"}),
+    ("x.tsv", "\ufeffEN\tko\r\na\t가\r\n\r\nb\t나".encode(), "a가b나",
+     {"not as many fields as the header": "line 3"}),
     ("x.tsv", 'en\tko\n"a\t가"\nb, b\t"나"\n'.encode(), '"a가"b, b"나"', {}),
     ("x.tsv", "id\tko\ten\tja\n1\t가\ta\t\n2\t\tb\tい\n".encode(), "a가bい", {}),
     ("x.tsv", "en\tko\na &amp;  a\t 가 \nb\t&#{};\n".format("9" * 5000).encode(), "a & a가",
-     {"bad HTML entity": "row 3"}),
-    ("x.csv", '\ufeffen,ko\r\n"a, a","가\r\n""나"""\r\nb,다\r\n'.encode(), 'a, a가 "나"b다', {}),
-    ("x.CSV", 'en;ko\na;"가;나"\n'.encode(), "a가;나", {}),
-    # Wrong quotes spoil their own row and no other.
-    ("x.csv", 'en,ko\n"a,가\nb,나\n"c" c,다\n5" d,라\n"e\n'.encode(), 'b나5" d라',
-     {"bad quotes": "row 2"}),
+     {"bad HTML entity": "line 3"}),
+    ("x.CSV", '\ufeffen,"ko"\r\n"a, a","가 ""나"""\r\nb,다\r\n'.encode(), 'a, a가 "나"b다', {}),
+    # Lines with wrong quotes and fields with a line break are skipped, and no other line.
+    ("x.csv", 'en,ko\n"a,가\nb,나\n"c" c,다\nd,"라\n라",마\n5" e,바\n'.encode(), "b나",
+     {"bad quotes": "line 2"}),
 ]
 
 
@@ -2243,21 +2243,20 @@ def test_tables_of_texts_are_read_and_their_faults_counted(
         assert f"{reason} (first: {path}, {row})" in found.report()
     total = sum(found.skipped.values())
     assert len(found) + total == len(found.tables[0])
-    assert found.report().startswith(f"skipped {total} rows: " if total else "no row was skipped")
+    assert found.report().startswith(f"skipped {total} pairs: " if total else "no pair was skip")
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.tsv", b"", "an empty file"),
-    ("x.tsv", b"\n\r\n", "an empty file"),
-    ("x.csv", b"en,ko\n", "only a header, and no rows"),
-    ("x.csv", "en,ko\na,\n,나\n".encode(), "no text can be used: skipped 2 rows: 1 no tr.*1 no E"),
+    ("x.tsv", b"", "no lines below a header"),
+    ("x.csv", b"en,ko\n", "no lines below a header"),
+    ("x.csv", "en,ko\na,\n,나\n".encode(), "no row can be used: skipped 2 pairs: 2 empty caption"),
     ("x.tsv", b"a\tb\nc\td\n", "its header is a, b, where en and another language"),
-    ("x.tsv", b"en\n", "its header is en, where en and another language"),
-    ("x.tsv", b"en\tkr\na\tb\n", "kr is a country: name the column ko"),
-    ("x.tsv", b"en\tko\tko\na\tb\tc\n", "its header, en, ko, ko, names a language twice"),
-    ("x.tsv", b"\xff\xfee\0n\0\t\0", "the header cannot be read: not UTF-8 but UTF-16"),
-    ("x.tsv", b"en\tko\n" + b"a" * (1 << 21), "the line at byte 6 is longer than 1,048,576 bytes"),
-    ("x.txt", b"en\tko\na\tb\n", r"neither a table \(.tsv, .csv\) nor shards \(.tar\)"),
+    ("x.tsv", b"en\na\n", "its header is en, where en and another language"),
+    ("x.tsv", b"en\tkr\na\tb\n", "its header is en, kr, where en and another language"),
+    ("x.tsv", b"en\tko\tko\na\tb\tc\n", "its header is en, ko, ko, where .* each once"),
+    ("x.tsv", b"\xff\xfee\0n\0\t\0k\0o\0\n\0a\0\t\0b\0", "its header is .*, in UTF-8"),
+    ("x.csv", b'en,"ko\na,b\n', "bad quotes: .*, line 1"),
+    ("x.txt", b"en\tko\na\tb\n", "not a tar"),
     ("x.tar", b"en\tko\na\tb\n", "no pairs there"),
     ("folder.csv", None, "a folder, not a file"),
     ("gone.tsv", None, ""),
@@ -2271,7 +2270,6 @@ def test_files_that_are_no_tables_of_texts_are_named(tmp_path, name, content, me
         teach.Texts([str(path)])
     text = describe_error(caught.value)
     assert str(path) in text and re.search(message or "no such file or folder", text), text
-    assert text.isprintable()
 
 
 def test_texts_of_shards_are_the_first_captions(tmp_path):
@@ -2281,8 +2279,8 @@ def test_texts_of_shards_are_the_first_captions(tmp_path):
         make_pair("4")])
     texts = teach.Texts([str(tmp_path)])
     assert [texts[i] for i in range(len(texts))] == [{"en": "a", "ko": "가"}]
-    assert texts.skipped == {"no translation": 1, "no English text": 2}
-    assert f"no English text (first: pair 2 of {tmp_path})" in texts.report()
+    assert texts.skipped == {"not English and a translation": 2, "caption not UTF-8": 1}
+    assert "1 caption not UTF-8 (first: 3)" in texts.report()
 
 
 def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tmp_path):
@@ -2290,17 +2288,15 @@ def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tm
     rows = SHAPE_NAMES + SHAPE_NAMES[:16]
     first, second = write_table(tmp_path / "a.tsv", rows[:100]), tmp_path / "b.tsv"
     write_table(second, rows[100:], languages=("ko", "en"))
-    texts = teach.Texts([str(first), str(second)], holdout=5)
-    assert (texts.held_out, len(texts.first_rows)) == (5, 128)
-    # Features are numbered in the order of the tables, after those of held-out texts.
-    assert (np.diff(texts.first_rows[5:]) > 0).all()
+    texts = teach.Texts([str(first), str(second)])
+    assert (texts.held_out, len(texts.first_rows)) == (6, 128)
     for numbers, english in ((texts.rows, texts.english), (texts.test_rows, texts.test_english)):
         for row, i in zip(numbers, english):
             assert texts.read(row)["en"] == texts.read(texts.first_rows[i])["en"]
     # Rows of a held-out text are held out together. The same texts are held out in another order.
     held_out = {texts.read(row)["en"] for row in texts.test_rows}
-    again = teach.Texts([str(second), str(first)], holdout=5)
-    assert len(held_out) == 5
+    again = teach.Texts([str(second), str(first)])
+    assert len(held_out) == 6
     assert held_out == {again.read(row)["en"] for row in again.test_rows}
     assert not held_out & {texts[i]["en"] for i in range(len(texts))}
     assert len(texts) == 144 - len(texts.test_rows)
@@ -2315,28 +2311,18 @@ def test_each_row_comes_once_per_epoch_for_any_number_of_processes(small_run, tm
     order = data.Order(texts, seed=3)
     assert sorted(order(0, len(texts)).tolist()) == list(range(len(texts)))
     numbers = order(0, 132).tolist()
-    assert torch.cat([batch.english for batch in one]).tolist() == texts.english[numbers].tolist()
+    tokens, valid, english = zip(*one)
+    assert np.concatenate(english).tolist() == texts.english[numbers].tolist()
     for i, language in enumerate(("en", "ja", "ko")):
-        found = torch.cat([batch.tokens[:, i] for batch in one])
+        found = torch.cat(tokens)[:, i]
         assert found.equal(tok.encode([texts[j].get(language, "") for j in numbers], 16))
-        valid = torch.cat([batch.valid[:, i] for batch in one])
-        assert valid.tolist() == [language in texts[j] for j in numbers]
+        assert torch.cat(valid)[:, i].tolist() == [language in texts[j] for j in numbers]
     two = [batches(rank=rank, world_size=2, workers=rank) for rank in (0, 1)]
     for whole, *parts in zip(one, *two):
         for value, *pieces in zip(whole, *parts):
-            assert value.equal(torch.cat(pieces))
+            assert np.array_equal(value, np.concatenate(pieces))
     for whole, later in zip(one[4:], batches(first=48)):
-        assert all(map(torch.equal, whole, later))
-
-    # Rows of a file that changes later are not valid.
-    is_red = ["빨간색" in texts[i]["ko"] and texts.rows[i] < 100 for i in numbers]
-    content = first.read_bytes()
-    first.write_bytes(content.replace("빨간색".encode(), b"\xff" * len("빨간색".encode())))
-    loader = teach.TextLoader(texts, tok, batch_size=12, padded_size=1, seed=3, steps=11)
-    valid = torch.cat([batch.valid.any(dim=1) for batch in loader]).tolist()
-    assert valid == [not red for red in is_red] and sum(is_red) > 10
-    assert loader.report() == (f"skipped {sum(is_red)} pairs: {sum(is_red)} changed during the run "
-                               f"(first: {first} {second}: not UTF-8)")
+        assert all(map(np.array_equal, whole, later))
 
 
 def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_run, tmp_path):
@@ -2345,7 +2331,7 @@ def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_ru
                                 "--steps", "1"))
     student, _, tok = kelip.build_model(tmp_path / "run")  # with the initial weights: the rate is 0
     teacher, _, teacher_tok = kelip.build_model(small_run)
-    texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
+    texts = teach.Texts([str(tmp_path / "pairs.tsv")])
     losses = {"en": [], "ko": [], "ja": []}
     for i in data.Order(texts, seed=0)(0, 32).tolist():
         target = teacher.encode_text(teacher_tok.encode(texts[i]["en"]))[0]
@@ -2357,11 +2343,6 @@ def test_the_loss_of_a_student_is_the_squared_distance_from_the_teacher(small_ru
         assert logged[f"loss_{language}"] == pytest.approx(np.mean(values), rel=1e-4)
     assert logged["loss"] == pytest.approx(np.mean(sum(losses.values(), [])), rel=1e-4)
     assert len(losses["ja"]) < 32 and logged["loss"] > 0.1
-
-    features = torch.randn(3, 5, 7), torch.randn(5, 7)
-    plain = torch.stack([F.mse_loss(x, features[1], reduction="none").mean(-1) * 7
-                         for x in features[0]])
-    assert torch.allclose(teach.teacher_loss(*features), plain)
 
 
 def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
@@ -2382,12 +2363,12 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
     texts = sorted(teacher_tok.encode([row["en"] for row in SHAPE_NAMES]).tolist())
     assert sorted(encoded) == texts
     assert "128 distinct English texts, 6 of them held out" in printed
-    assert re.search("ko: [0-9.]+ % of the held-out texts find .*, among 6, at first", printed)
+    assert re.search("ko: [0-9.]+ % of the held-out texts find .* at first place, among 6", printed)
     assert (small_run / "last.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "index.html", "last.pt",
                                                     "metrics.jsonl", "step-3.pt", "tokenizer.json"]
     html = (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
-    assert "Training loss by language" in html and "R@1 of held-out texts among" in html
+    assert "Training loss by language" in html and "R@1, text to teacher, of" in html
     taught, preprocess, tok = kelip.build_model(tmp_path / "run")
     own = {**kelip.PRESETS["tiny"], "vocab_size": len(tok)}
     assert taught.config == {**own, "vision_layers": 2}  # the teacher has two layers there
@@ -2403,7 +2384,7 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
     tuned = kelip.build_model(tmp_path / "clip")[0].state_dict()
     changed = {key for key, value in tuned.items() if not torch.equal(value, weights[key])}
     assert changed == {key for key in weights if not key.startswith("visual.")}
-    with pytest.raises(ValueError, match="run holds a run of extras.teach: choose another --out"):
+    with pytest.raises(ValueError, match="run holds a run of another stage, teach: choose an"):
         here(train_clip.main, "--data", shapes / "train-*.tar", "--out", tmp_path / "run",
              "--resume", *TRAIN)
 
@@ -2416,27 +2397,18 @@ def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_pat
     recall = [line[key] for line in log if (key := "ko/text_to_teacher/R@1") in line]
     assert losses[-1] < 0.3 * losses[0] and recall[-1] > 0.5, (losses, recall)
 
-    texts = teach.Texts([str(tmp_path / "pairs.tsv")], holdout=1000)
+    texts = teach.Texts([str(tmp_path / "pairs.tsv")])
     teacher, _, teacher_tok = kelip.build_model(small_run)
     english = [texts.read(row)["en"] for row in texts.first_rows]
     with torch.no_grad():
         features = teacher.encode_text(teacher_tok.encode(english), l2norm=True)
     args = argparse.Namespace(out=str(tmp_path / "other"), precision="fp32", resume=False)
-    args.teacher_digest = "x"
     with trainer.Run(args, stage="teach") as run:
-        run.dtype = None
         kept = teach.embed_english(run, teacher, teacher_tok, texts)
         assert (kept.dtype, kept.shape) == (np.float16, (128, 256))
         assert np.abs(kept - features.numpy()).max() < 1e-3 and features.std() > 0.01
-        # They are computed once, and again if the file is not complete.
-        teach.embed_english(run, teacher, None, texts)
-        [path] = run.folder.glob("teacher-*")
-        os.truncate(path, 100)
-        with pytest.raises(AttributeError):
-            teach.embed_english(run, teacher, None, texts)
-        assert not (run.folder / ".teacher.part").exists()
-        found = teach.evaluate_student(run, teacher, teacher_tok, texts, features.numpy())
-        found = {language: result["text_to_teacher"] for language, result in found.items()}
+    found = teach.evaluate_student(teacher, teacher_tok, texts, features.numpy())
+    found = {language: result["text_to_teacher"] for language, result in found.items()}
     assert found["en"]["R@1"] == 1.0
     korean = [texts.read(row)["ko"] for row in texts.test_rows]
     with torch.no_grad():
@@ -2450,9 +2422,7 @@ def test_a_resumed_student_is_the_same_bit_by_bit(small_run, tmp_path):
     here(teach.main, *teach_flags(small_run, tmp_path, "one", *flags))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
-    other = tmp_path / "other"
-    shutil.copytree(small_run, other)  # the same teacher in another folder
-    flags = teach_flags(other, tmp_path, "two", *flags, "--resume")
+    flags = teach_flags(small_run, tmp_path, "two", *flags, "--resume")
     text = (tmp_path / "pairs.tsv").read_text(encoding="utf-8")
     (tmp_path / "pairs.tsv").write_text(text.replace("빨간", "붉은"), encoding="utf-8")
     with pytest.raises(ValueError, match="pairs.tsv: other texts than those that the run began wi"):
@@ -2464,12 +2434,8 @@ def test_a_resumed_student_is_the_same_bit_by_bit(small_run, tmp_path):
     assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
     for i, moments in one["optimizer"]["state"].items():
         assert all(map(torch.equal, moments.values(), two["optimizer"]["state"][i].values()))
-    state = kelip.load_checkpoint(other / "last.pt")
-    state["model"]["logit_scale"] += 1
-    kelip.save_checkpoint(other / "last.pt", state)
-    os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
-    with pytest.raises(ValueError, match="teacher_digest was .* and is now"):
-        here(teach.main, *flags)
+    with pytest.raises(ValueError, match="teacher was .* and is now .*/one: set it back"):
+        here(teach.main, tmp_path / "one", *flags[1:])
 
 
 @pytest.mark.slow
@@ -2496,12 +2462,12 @@ def test_students_of_two_processes_resume_bit_by_bit(small_run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:config.json. the code that KELIP's authors released")
 def test_the_text_encoder_of_released_kelip_joins_another_image_encoder(tmp_path):
-    """The command in --help, with random weights in the form of those files."""
+    """The command in docs/weights.md, with random weights in the form of those files."""
     student, kelip_folder = export(tmp_path, "kelip", transformer_width=96, embed_dim=40)
     teacher, clip_folder = export(tmp_path, "hf")
     convert.write(convert.read(clip_folder), tmp_path / "openai")
     flags = teach_flags(tmp_path / "openai", tmp_path, "run", "--init", kelip_folder, "--lr", "0")
-    with pytest.raises(ValueError, match="--model tiny: --init brings its own: leave out --model"):
+    with pytest.raises(ValueError, match="--model tiny: --init brings .*: leave out --model"):
         here(teach.main, *flags, "--model", "tiny")
     here(teach.main, *flags)
     taught, _, tok = kelip.build_model(tmp_path / "run")
@@ -2975,8 +2941,8 @@ def test_the_command_for_gpus_says_in_one_line_what_it_needs(tmp_path, monkeypat
     (bench.main, ["gpu", "--minutes", "inf"], "--minutes: must be a number, at least 0"),
     (pack.main, ["images", "", "photos"], "OUT: is empty"),
     (search.main, ["run", "--images", "x", "--like", ""], "--like: is empty"),
-    (teach.main, ["run", "--text", ""], "--text: is empty"),
-    (teach.main, ["run", "--holdout", "-1"], "--holdout: must be from 0 to"),
+    (teach.main, ["run", "--text", ""], "--text/--data: is empty"),
+    (teach.main, ["run", "--text", "x.tsv", "--evals", "-1"], "--evals: must be from 0 to"),
 ])
 def test_empty_and_wrong_arguments_are_errors(main, arguments, message, capsys):
     with pytest.raises(SystemExit):
