@@ -20,6 +20,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ HERE = Path(__file__).parent
 SMALL = dict(embed_dim=48, image_resolution=56, vision_layers=2, vision_width=128,
              vision_patch_size=8, context_length=20, vocab_size=300, transformer_width=64,
              transformer_heads=4, transformer_layers=3)
+
+# The runs of the tests train this model instead of the preset tiny, for a tenth of its FLOPs.
+TINY = dict(kelip.PRESETS["tiny"], embed_dim=64, vision_width=128, transformer_width=128,
+            transformer_heads=2)
 
 
 def small_model(seed=0, dtype=torch.float64, **changes):
@@ -127,10 +132,33 @@ def write_pairs(path, seeds):
     write_tar(path, pairs)
 
 
+# Runs a script with TINY: tiny.py SCRIPT FLAGS. With SLOWLY, there is time to kill it in each step
+# and while it writes a file.
+TINY_SCRIPT = f"""
+import os, runpy, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import kelip, trainer
+
+def slowly(function):
+    def wait_and_call(*arguments):
+        time.sleep(0.2)
+        return function(*arguments)
+    return wait_and_call
+
+if "SLOWLY" in os.environ:
+    trainer.Run.optimizer_step = slowly(trainer.Run.optimizer_step)
+    os.replace = slowly(os.replace)
+kelip.PRESETS["tiny"] = {TINY}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """A folder with two shards to train on, one to test on, and a tokenizer."""
+    """A folder with two shards to train on, one to test on, a tokenizer, and tiny.py."""
     folder = tmp_path_factory.mktemp("shapes")
+    (folder / "tiny.py").write_text(TINY_SCRIPT)
     write_pairs(folder / "train-0.tar", range(4))
     write_pairs(folder / "train-1.tar", range(4, 8))
     write_pairs(folder / "test-0.tar", [8])
@@ -148,14 +176,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoi
 
 
 def run(command, folder, processes=1, check=True, **environment):
-    """Run a script in a folder, under torchrun for several processes: the finished process."""
+    """Run a script on the shapes, under torchrun for several processes: the finished process."""
     script, *arguments = command
     launcher = [sys.executable]
     if processes > 1:
         launcher += [*TORCHRUN, f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*launcher, str(HERE / script), *map(str, arguments)], cwd=folder, text=True, timeout=240,
-        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        [*launcher, "tiny.py", HERE / script, *map(str, arguments)], cwd=folder, text=True,
+        timeout=240, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -173,13 +201,17 @@ def signal_handlers_restored():
             signal.signal(number, handler)
 
 
-def here(main, *arguments, threads=1):
-    """What main() of a script prints, run in this process, on one thread or more."""
+def here(main, *arguments, threads=1, tiny=TINY):
+    """What main() of a script prints, run in this process, on one thread or more.
+
+    tiny: what it trains as the preset tiny.
+    """
     printed = io.StringIO()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with signal_handlers_restored(), contextlib.redirect_stdout(printed):
+        with (mock.patch.dict(kelip.PRESETS, tiny=tiny), signal_handlers_restored(),
+              contextlib.redirect_stdout(printed)):
             main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads_before)
@@ -227,7 +259,7 @@ def small_run(shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     tokenizer = (shapes / "tokenizer.json").read_text(encoding="utf-8")
-    config = dict(kelip.PRESETS["tiny"], vision_layers=2, transformer_layers=1,
+    config = dict(TINY, vision_layers=2, transformer_layers=1,
                   vocab_size=len(Tokenizer.load(shapes / "tokenizer.json")))
     model = kelip.KELIP(**config)
     state = {"config": {"model": config}, "model": model.state_dict(), "tokenizer": tokenizer}

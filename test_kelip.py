@@ -65,6 +65,7 @@ from conftest import (
     HERE,
     SHAPES,
     SMALL,
+    TINY,
     TORCHRUN,
     TRAIN,
     agree,
@@ -604,10 +605,11 @@ def checkpoints_of(folder):
 def start_clip(shapes, out, *more, launcher=()):
     """train_clip.py in the background, in a process group of its own, for a test to kill."""
     return subprocess.Popen(
-        [sys.executable, *launcher, HERE / "train_clip.py", "--data", shapes / "train-*.tar",
-         "--tokenizer", shapes / "tokenizer.json", "--out", out, *TRAIN, *map(str, more)],
+        [sys.executable, *launcher, "tiny.py", HERE / "train_clip.py", "--data",
+         shapes / "train-*.tar", "--tokenizer", shapes / "tokenizer.json", "--out", out, *TRAIN,
+         *map(str, more)],
         cwd=shapes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLOWLY": "1"}, start_new_session=True)
 
 
 def step_of(path):
@@ -2139,7 +2141,8 @@ def _gradients_on_ranks(rank, port, folder):
 
 def test_invalid_pairs_count_on_no_rank(tmp_path):
     port = 20000 + os.getpid() * 7 % 20000
-    torch.multiprocessing.spawn(_gradients_on_ranks, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _gradients_on_ranks, (port, str(tmp_path)), nprocs=2, start_method="fork")
     one = torch.load(tmp_path / "1.pt", weights_only=True)
     two = torch.load(tmp_path / "2.pt", weights_only=True)
     agree(one, two, 1e-9)
@@ -3567,11 +3570,22 @@ def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch, capfd):
 
 # ---- the demo's pairs ----
 
-def test_emoji_are_packed_with_both_names_and_the_same_bytes(tmp_path):
+def use_few_drawings(folder, monkeypatch):
+    """Let demo.py find every tenth drawing only."""
+    drawings, names = demo._open_packages()
+    for path in sorted(Path(drawings).glob("*/*.png"))[::10]:
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).symlink_to(path)
+    monkeypatch.setattr(demo, "_open_packages", lambda: (folder, names))
+
+
+def test_emoji_are_packed_with_both_names_and_the_same_bytes(
+        tmp_path, tmp_path_factory, monkeypatch):
     assert demo.pack_emoji(f"{tmp_path}/a") == (18_716, 3_623)
-    assert demo.pack_emoji(f"{tmp_path}/b") == (18_716, 3_623)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    use_few_drawings(tmp_path_factory.mktemp("drawings"), monkeypatch)
+    assert demo.pack_emoji(f"{tmp_path}/b") == demo.pack_emoji(f"{tmp_path}/b again")
+    assert digests(tmp_path / "b") == digests(tmp_path / "b again")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "b again"]
     train, test = data.Pairs(f"{tmp_path}/a/train-*.tar"), data.Pairs(f"{tmp_path}/a/test-*.tar")
     assert train.languages == {"en": 18_716, "ko": 18_716} and not train.skipped
     assert {test[i].key[:4] for i in range(0, 3_623, 100)} == {"Joy-"}
@@ -3590,7 +3604,8 @@ def test_emoji_are_packed_with_both_names_and_the_same_bytes(tmp_path):
         demo.pack_emoji(f"{tmp_path}/c")
 
 
-def test_joy_is_never_trained_on(tmp_path, data_command):
+def test_joy_is_never_trained_on(tmp_path, data_command, monkeypatch):
+    use_few_drawings(tmp_path / "drawings", monkeypatch)
     out, error = data_command("emoji", "--out", tmp_path / "twtr", "--test", "Twtr")
     assert not error and "test pairs (Twtr)" in out
     keys = [pair.key for pair in data.Pairs(f"{tmp_path}/twtr")]
@@ -4664,7 +4679,8 @@ def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flag
 
     def train(out, *more):
         here(script.main, "--data", shapes / "train-*.tar", "--out", out, *TRAIN, "--steps", "4",
-             "--save-every", "2", "--keep", "9", *flags, *more, threads=2)
+             "--save-every", "2", "--keep", "9", *flags, *more, threads=2,
+             tiny=kelip.PRESETS["tiny"])
         return kelip.load_checkpoint(out / "last.pt")
 
     one = train(tmp_path / "one")
@@ -4672,6 +4688,7 @@ def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flag
     os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
     two = train(tmp_path / "two", "--resume")
     assert one["step"] == two["step"] == 4
+    assert one["config"]["model"]["vision_width"] == kelip.PRESETS["tiny"]["vision_width"]
     for name, value in one["model"].items():
         assert torch.equal(value, two["model"][name]), name
     for i, moments in one["optimizer"]["state"].items():
@@ -4690,7 +4707,7 @@ def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path):
     first, second = weights_of(mae), weights_of(tmp_path / "clip")
     encoder = [key for key in first if key.startswith("visual.") and key != "visual.proj"]
     assert len(encoder) > 50 and all(torch.equal(first[key], second[key]) for key in encoder)
-    with pytest.raises(ValueError, match=r"class_embedding is \[320\], the model's is \[384\]"):
+    with pytest.raises(ValueError, match=r"class_embedding is \[128\], the model's is \[384\]"):
         clip_here(shapes, tmp_path / "other", "--init", mae, "--model", "ViT-S/16")
 
 
@@ -4717,7 +4734,7 @@ def test_a_run_leaves_what_the_readme_says(one_run):
         "metrics.jsonl", "step-3.pt", "tokenizer.json"]
     config = json.loads((one_run / "config.json").read_text(encoding="utf-8"))
     assert config["steps"] == 6
-    assert config["model"]["vision_width"] == kelip.PRESETS["tiny"]["vision_width"]
+    assert config["model"]["vision_width"] == TINY["vision_width"]
     page = (one_run / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 16
     assert "빨간색" in page and "polyline" in page
@@ -5073,7 +5090,7 @@ def test_a_run_continues_without_its_output(shapes, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     flags = map(str, clip_flags(shapes, tmp_path / "run", "--steps", "2"))
-    command = [sys.executable, HERE / "train_clip.py", *flags]
+    command = [sys.executable, shapes / "tiny.py", HERE / "train_clip.py", *flags]
     done = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "bash", *command], stdout=writer,
                           timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     os.close(writer)
@@ -5259,9 +5276,10 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(shapes, tmp_path):
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-import data, train_clip
-from command import run_command
+import command, data, kelip, train_clip
 
+kelip.PRESETS["tiny"] = {TINY}
+command.wait_for_rank_zero = lambda: None  # it has no error to print
 make_batch = data.Loader.make_batch
 
 def broken(self, step):
@@ -5270,7 +5288,7 @@ def broken(self, step):
     return make_batch(self, step)
 
 data.Loader.make_batch = broken
-run_command(train_clip.main)
+command.run_command(train_clip.main)
 """)
     sys_path = {"PYTHONSAFEPATH": "1"}  # the folder of the script holds no module of ours
     done = subprocess.run(
