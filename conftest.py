@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -141,7 +142,7 @@ import kelip, trainer
 
 def slowly(function):
     def wait_and_call(*arguments):
-        time.sleep(0.2)
+        time.sleep(0.1)
         return function(*arguments)
     return wait_and_call
 
@@ -232,6 +233,23 @@ def clip(shapes, out, *more, processes=1, **options):
 def clip_here(shapes, out, *more):
     """A short run of train_clip.py in this process: what it printed."""
     return here(train_clip.main, *clip_flags(shapes, out, *more))
+
+
+def on_ranks(function, ranks, *arguments):
+    """Call function(rank, port, *arguments) in a process for each rank. The port is free."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # A fork has torch imported already, but cannot use a GPU that this process has used.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(function, (port, *arguments), ranks, start_method=method)
+
+
+def clip_on_rank(rank, port, ranks, *flags):
+    """One process of a run of train_clip.py, without torchrun."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    here(train_clip.main, *flags)
 
 
 def weights_of(folder):

@@ -72,12 +72,14 @@ from conftest import (
     clip,
     clip_flags,
     clip_here,
+    clip_on_rank,
     digests,
     encoded,
     here,
     image_bytes,
     log_of,
     make_pair,
+    on_ranks,
     photograph,
     reader,
     repeat_entries,
@@ -2140,9 +2142,7 @@ def _gradients_on_ranks(rank, port, folder):
 
 
 def test_invalid_pairs_count_on_no_rank(tmp_path):
-    port = 20000 + os.getpid() * 7 % 20000
-    torch.multiprocessing.start_processes(
-        _gradients_on_ranks, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    on_ranks(_gradients_on_ranks, 2, tmp_path)
     one = torch.load(tmp_path / "1.pt", weights_only=True)
     two = torch.load(tmp_path / "2.pt", weights_only=True)
     agree(one, two, 1e-9)
@@ -4665,6 +4665,7 @@ def test_compiled_blocks_and_loss_compute_the_same():
           {name: p.grad for name, p in compiled.named_parameters()}, 1e-5)
 
 
+@pytest.mark.parametrize("steps", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script, flags", [
     (train_mae, ["--batch-size", "128"]),
     (train_clip, ["--batch-size", "64", "--crops", "1x64+2x32", "--micro-batch", "32",
@@ -4672,22 +4673,22 @@ def test_compiled_blocks_and_loss_compute_the_same():
     pytest.param(train_clip, ["--batch-size", "64", "--crops", "1x64+2x32"],
                  marks=pytest.mark.slow),
 ])
-def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flags):
-    """A run, and one that resumes it after two of four steps: threads must not race in sums."""
+def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flags, steps):
+    """A run, and one that resumes it after half of the steps: threads must not race in sums."""
     if script is train_clip:
         flags = [*flags, "--tokenizer", shapes / "tokenizer.json"]
 
     def train(out, *more):
-        here(script.main, "--data", shapes / "train-*.tar", "--out", out, *TRAIN, "--steps", "4",
-             "--save-every", "2", "--keep", "9", *flags, *more, threads=2,
+        here(script.main, "--data", shapes / "train-*.tar", "--out", out, *TRAIN, "--steps", steps,
+             "--save-every", steps // 2, "--keep", "9", *flags, *more, threads=2,
              tiny=kelip.PRESETS["tiny"])
         return kelip.load_checkpoint(out / "last.pt")
 
     one = train(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    os.replace(tmp_path / "two" / "step-2.pt", tmp_path / "two" / "last.pt")
+    os.replace(tmp_path / "two" / f"step-{steps // 2}.pt", tmp_path / "two" / "last.pt")
     two = train(tmp_path / "two", "--resume")
-    assert one["step"] == two["step"] == 4
+    assert one["step"] == two["step"] == steps
     assert one["config"]["model"]["vision_width"] == kelip.PRESETS["tiny"]["vision_width"]
     for name, value in one["model"].items():
         assert torch.equal(value, two["model"][name]), name
@@ -4978,11 +4979,15 @@ def test_room_is_needed_for_the_checkpoints_that_will_be_there(
 
 
 def test_rank_zero_alone_says_what_all_ranks_found(shapes, tmp_path):
-    for flags, line in ((["--data", "none.tar"], "train_clip.py: none.tar: no shards there"),
-                        (["--lr", "nan"], "train_clip.py: argument --lr: must be a number")):
-        done = clip(shapes, tmp_path / "x", *flags, processes=2, check=False)
-        assert done.returncode != 0 and done.stderr.count(line) == 1
-        assert done.stderr.index(line) < done.stderr.index("torch.distributed.elastic")
+    launcher = [*TORCHRUN, "--nproc-per-node=2"]
+    runs = [(start_clip(shapes, tmp_path / "x", *flags, launcher=launcher), line)
+            for flags, line in (
+                (["--data", "none.tar"], "train_clip.py: none.tar: no shards there"),
+                (["--lr", "nan"], "train_clip.py: argument --lr: must be a number"))]
+    for process, line in runs:
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode != 0 and text.count(line) == 1
+        assert text.index(line) < text.index("torch.distributed.elastic")
     assert not (tmp_path / "x").exists()
 
 
@@ -5014,7 +5019,7 @@ def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, optimiz
         if processes == 1:
             clip_here(shapes, out, *flags, *micro)
         else:
-            clip(shapes, out, *flags, *micro, processes=processes)
+            on_ranks(clip_on_rank, processes, processes, *clip_flags(shapes, out, *flags, *micro))
         for found, one in zip(checkpoints_of(out), expected):
             agree(one[0], found[0], tolerance)
             if precision == "fp64":
@@ -5060,7 +5065,7 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(one_run, shapes, 
         step_before = step_of(out / "last.pt") if begun else 0
         process = start_clip(shapes, out, *flags, *["--resume"] * begun)
         while process.poll() is None and not is_reached(moment, process, step_before):
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(0.05 * rng.random())
         process.kill()
         process.communicate()

@@ -209,11 +209,15 @@ def refused(message, src, error=ValueError, **options):
     assert "\n" not in str(caught.value)
 
 
-def command(*arguments):
-    """Run extras.convert in a new process: (exit status, stdout, lines of stderr)."""
-    done = subprocess.run([sys.executable, "-m", "extras.convert", *map(str, arguments)],
-                          cwd=Path(kelip.__file__).parent, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr.splitlines()
+def commands(*all_arguments):
+    """Run extras.convert in new processes at once: [(exit status, stdout, lines of stderr)]."""
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "extras.convert", *map(str, arguments)], text=True,
+        cwd=Path(kelip.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for arguments in all_arguments]
+    outputs = [process.communicate() for process in processes]
+    return [(process.returncode, printed, errors.splitlines())
+            for process, (printed, errors) in zip(processes, outputs)]
 
 
 @pytest.fixture
@@ -1036,19 +1040,22 @@ def test_a_model_with_openais_vocabulary_is_converted(tmp_path, to):
 
 
 def test_errors_and_warnings_of_convert_are_one_line(tmp_path):
-    status, printed, lines = command(tmp_path / "none", tmp_path / "out")
-    assert status == 1 and printed == ""
-    assert len(lines) == 1
-    assert lines[0].startswith(f"extras.convert: {tmp_path / 'none'}: no weights")
-
     tok = small_tokenizer()
     model = small_model(dtype=torch.float32, vocab_size=len(tok), transformer_heads=1)
     torch.save(model.state_dict(), tmp_path / "x.pt")
     tok.save(tmp_path / "tokenizer.json")
-    status, _, lines = command(tmp_path / "x.pt", tmp_path / "out")
+    missing, unknown, gelu = commands(
+        [tmp_path / "none", tmp_path / "a"], [tmp_path / "x.pt", tmp_path / "b"],
+        [tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu"])
+    status, printed, lines = missing
+    assert status == 1 and printed == ""
+    assert len(lines) == 1
+    assert lines[0].startswith(f"extras.convert: {tmp_path / 'none'}: no weights")
+
+    status, _, lines = unknown
     assert status == 1 and len(lines) == 1 and "its activation is unknown" in lines[0]
-    assert not (tmp_path / "out").exists()
-    status, printed, lines = command(tmp_path / "x.pt", tmp_path / "out", "--activation", "gelu")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    status, printed, lines = gelu
     assert status == 0 and printed.startswith(f"{tmp_path / 'out'}: config.json, ")
     # Two warnings: heads are assumed to be 64 wide, and the released code does not know GELU.
     assert [line.startswith("extras.convert: ") for line in lines] == [True, True]
