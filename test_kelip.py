@@ -2387,9 +2387,9 @@ BAD_SIZES = [
     ("vision_patch_size", True, "is True, where a positive integer is expected"),
     ("context_length", "77", "is '77', where a positive integer is expected"),
     ("transformer_heads", 0, "is 0, where a positive integer is expected"),
-    ("transformer_heads", 5, "is 5, which must divide the width, 384"),
+    ("transformer_heads", 5, "is 5, which must divide the width, 128"),
     ("transformer_layers", [1], "is a list, where a positive integer is expected"),
-    ("transformer_mlp_width", 10, "is 10, and the weights have 1536"),
+    ("transformer_mlp_width", 10, "is 10, and the weights have 512"),
     ("activation", "relu", "is 'relu', where quick_gelu or gelu is expected"),
     ("embed_dim", None, "is missing"),
 ]
