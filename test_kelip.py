@@ -6,6 +6,7 @@ import base64
 import contextlib
 import copy
 import functools
+import gc
 import gzip
 import html
 import importlib
@@ -3534,6 +3535,8 @@ def test_pairs_of_shards_that_vanish_or_change_while_open_are_skipped(tmp_path, 
 def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch, capfd):
     wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(wait, "__defaults__", (0.3,))  # seconds until torch looks for dead workers
+    # and seconds until it ends those that do not end by themselves
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
     pairs = data.Pairs(write_some_shards(tmp_path, [200]))
     loader = data.Loader(pairs, Letters(), 4, 24, workers=2, steps=100)
     plain = list(data.Loader(pairs, Letters(), 4, 24, steps=100))
@@ -3566,6 +3569,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch, capfd):
 
     with pytest.raises(RuntimeError, match="a bug"):
         list(data.Loader(pairs, Wrong(), 4, 24, workers=1))
+    gc.collect()  # the workers end here, not in a later test
 
 
 # ---- the demo's pairs ----
