@@ -177,8 +177,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoi
 
 
 def run(command, folder, processes=1, check=True, **environment):
-    """Run a script on the shapes, under torchrun for several processes: the finished process."""
+    """Run a script in a folder, under torchrun for several processes: the finished process."""
     script, *arguments = command
+    Path(folder, "tiny.py").write_text(TINY_SCRIPT)
     launcher = [sys.executable]
     if processes > 1:
         launcher += [*TORCHRUN, f"--nproc-per-node={processes}"]

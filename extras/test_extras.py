@@ -45,6 +45,7 @@ from conftest import (
     COLORS,
     HERE,
     SHAPES,
+    TINY,
     TRAIN,
     digests,
     encoded,
@@ -2377,7 +2378,7 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
     html = (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
     assert "Training loss by language" in html and "R@1, text to teacher, of" in html
     taught, preprocess, tok = kelip.build_model(tmp_path / "run")
-    own = {**kelip.PRESETS["tiny"], "vocab_size": len(tok)}
+    own = {**TINY, "vocab_size": len(tok)}
     assert taught.config == {**own, "vision_layers": 2}  # the teacher has two layers there
     weights, start = taught.state_dict(), teacher.state_dict()
     for key in weights:
@@ -2412,7 +2413,7 @@ def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_pat
     args = argparse.Namespace(out=str(tmp_path / "other"), precision="fp32", resume=False)
     with trainer.Run(args, stage="teach") as run:
         kept = teach.embed_english(run, teacher, teacher_tok, texts)
-        assert (kept.dtype, kept.shape) == (np.float16, (128, 256))
+        assert (kept.dtype, kept.shape) == (np.float16, (128, TINY["embed_dim"]))
         assert np.abs(kept - features.numpy()).max() < 1e-3 and features.std() > 0.01
     found = teach.evaluate_student(teacher, teacher_tok, texts, features.numpy())
     found = {language: result["text_to_teacher"] for language, result in found.items()}
