@@ -2399,7 +2399,7 @@ def test_a_taught_model_is_a_run_with_the_teachers_image_encoder(
 
 def test_a_student_that_is_taught_finds_the_teachers_features(small_run, tmp_path):
     """And what is measured is the nearest of the held-out features."""
-    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "12", "--evals", "2"))
+    here(teach.main, *teach_flags(small_run, tmp_path, "run", "--steps", "40", "--evals", "2"))
     log = log_of(tmp_path / "run")
     losses = [line["loss"] for line in log if "loss" in line]
     recall = [line[key] for line in log if (key := "ko/text_to_teacher/R@1") in line]
