@@ -21,6 +21,8 @@ Not included: shards on other machines, random crops (crops.py), and making shar
 import argparse
 import collections
 import contextlib
+import copy
+import hashlib
 import os
 import re
 import signal
@@ -175,6 +177,7 @@ class Pairs:
                                      f"{format_counts(self.languages) or 'none'}")
             self.languages = collections.Counter({x: self.languages[x] for x in languages})
         self.starts = np.cumsum([0] + [shard.count for shard in self.shards])
+        self._masks = None  # for one side of split(): for each shard, which of its pairs are here
         self._open = {}  # shard number -> (file, rows), in the order of opening
         if not len(self):
             reasons = format_counts(self.skipped) or "they are empty"
@@ -225,10 +228,43 @@ class Pairs:
         except (OSError, ValueError):
             file.close()
             raise ValueError(f"index damaged: {shard.rows_file}") from None
+        if self._masks:
+            rows = rows[self._masks[number]]
         if len(self._open) >= OPEN_SHARDS:
             oldest_file, _ = self._open.pop(next(iter(self._open)))
             oldest_file.close()
         self._open[number] = file, rows
+
+    def split(self, fraction, progress=True):
+        """Hold out a fraction of the pairs, by their images: (the other pairs, those held out).
+
+        A pair is held out if the SHA-256 of its image, as a number in [0, 1), is below `fraction`.
+        So equal images are on the same side, and stay there when shards are reordered or pairs are
+        added. Both sides are Pairs. Reads all pairs, and raises ValueError when one cannot be read
+        or a side is empty.
+        """
+        is_held_out = np.zeros(len(self), bool)
+        for i in tqdm(range(len(self)), desc="--holdout", unit=" pairs", leave=False, delay=2,
+                      disable=None if progress else True):
+            digest = hashlib.sha256(self[i].image).digest()
+            is_held_out[i] = int.from_bytes(digest[:8], "big") < fraction * 2**64
+        if is_held_out.all() or not is_held_out.any():
+            raise ValueError(f"--holdout {fraction:g}: holds out {is_held_out.sum():,} of "
+                             f"{len(self):,} pairs: choose another fraction, or name test pairs "
+                             "with --test")
+        return self._part(~is_held_out), self._part(is_held_out)
+
+    def _part(self, mask):
+        """The pairs where mask, bool [len(self)], is True, numbered from 0."""
+        part = copy.copy(self)
+        part._open, part.skipped = {}, collections.Counter()
+        part._masks = np.split(mask, self.starts[1:-1])
+        part.starts = np.append(0, mask.cumsum())[self.starts]
+        part.sources = []
+        for source in self.sources:
+            first, end = part.starts[[source.first_shard, source.first_shard + source.shards]]
+            part.sources.append(source._replace(pairs=int(end - first)))
+        return part
 
     def texts(self):
         """Yield all captions. Pairs that cannot be read are skipped."""
@@ -479,6 +515,24 @@ class LastResult:
         return self.result
 
 
+def duplicate_captions(pairs, seed, batch_size, samples=1024):
+    """The fraction of a batch's captions that are equal to an earlier one, on average.
+
+    Looks at the first caption of each pair in each language, in the batches of the first `samples`
+    samples, or in the first batch if it is larger. A batch that ends in another epoch than it
+    begins in may have a pair twice.
+    """
+    order, total, duplicates = Order(pairs, seed), 0, 0
+    for batch in range(max(1, samples // batch_size)):
+        captions = []
+        for i in order(batch * batch_size, batch_size).tolist():
+            with contextlib.suppress(ValueError):
+                captions += [(language, texts[0]) for language, texts in pairs[i].captions.items()]
+        total += len(captions)
+        duplicates += len(captions) - len(set(captions))
+    return duplicates / max(1, total)
+
+
 # ---- batches ----
 
 class Batch(NamedTuple):
@@ -590,7 +644,8 @@ class Loader:
             self.end = first + steps * batch_size
         named = {language for source in pairs.sources for language, _ in source.rule.fields}
         self.languages = sorted({*pairs.languages, *named})
-        self.captions_per_pair = max(1, round(sum(pairs.languages.values()) / max(1, len(pairs))))
+        indexed = sum(shard.count for shard in pairs.shards)  # whose captions languages counts
+        self.captions_per_pair = max(1, round(sum(pairs.languages.values()) / max(1, indexed)))
         self.skipped, self.examples = collections.Counter(), {}
         image_bytes = 3 * padded_size * padded_size
         self._may_cache = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
