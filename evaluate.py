@@ -36,7 +36,7 @@ import kelip
 import page
 import shards
 from classes import format_prompt, is_benchmark, labels_of, open_set, read_classes, spellings
-from command import ArgumentParser, one_line, run_command
+from command import ArgumentParser, number, one_line, run_command
 from tokenizer import read_json
 
 KS = (1, 5, 10)  # R@1, R@5, R@10
@@ -334,6 +334,13 @@ def retrieve(model, pairs, tokenizer, candidates=None, embedded=None, progress=T
     return {language: recall_at_k(embedded.images, texts, embedded.owner[language],
                                   equal_to=embedded.equal_to[language])
             for language, texts in sorted(embedded.texts.items())}
+
+
+def mean_recall(retrieval):
+    """The mean R@1 over languages and directions. retrieval: what retrieve returns."""
+    values = [recall[direction]["R@1"] for recall in retrieval.values()
+              for direction in DIRECTIONS]
+    return sum(values) / max(1, len(values))
 
 
 # ---- zero-shot classification ----
@@ -685,6 +692,8 @@ def main(argv=None):
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
         help="shards with captions or classes, or a folder in CLIP_benchmark's layout; a final "
              "::ko marks Korean captions (default: the demo's, data/emoji/test-*.tar)")
+    add("--holdout", type=number(float, above=0, high=0.99), metavar="FRACTION",
+        help="of --test, evaluate on the pairs that train_clip.py --holdout FRACTION holds out")
     add("--candidates", metavar="FILE",
         help="a .json of {language: [captions]}, further candidates for retrieval (default: "
              "names.json in the folder of the shards, if it exists)")
@@ -704,6 +713,8 @@ def main(argv=None):
     name = set_name(args.test, args.classes) if out.resolve() == model_folder.resolve() else ""
     candidates = read_candidates(args.test, args.candidates)
     pairs, classes = open_set(args.test, args.classes)
+    if args.holdout:
+        _, pairs = pairs.split(args.holdout)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
     print(one_line(f"{args.model} on {' '.join(args.test)}, {len(pairs):,} images"), flush=True)

@@ -2,6 +2,7 @@
 
     runs/clip/last.pt            the last checkpoint: weights, optimizer, step, settings
               step-500.pt        the one before it
+              best.pt            the weights with the highest R@1 on the test pairs
               metrics.jsonl      one line for every ten steps, and one for each evaluation
               .lock              while a process trains
 
@@ -118,20 +119,24 @@ def check_checkpoint(checkpoint, path):
                 raise ValueError(f"{path}: its list of shards is damaged")
 
 
-def check_free_space(folder, module, keep, saves):
+def check_free_space(folder, module, keep, saves, has_best=False):
     """Raise OSError when the disk has no room for the next checkpoints of a module.
 
-    keep: how many are kept. saves: how many are written at most.
+    keep: how many are kept. saves: how many are written at most. has_best: whether there will be a
+    best.pt.
     """
     # AdamW keeps two numbers for each weight that is trained.
     one = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1)
               for p in module.parameters())
     existing = len(older_checkpoints(folder)) + (folder / "last.pt").exists()
     count = 1 + max(0, min(keep - existing, saves - 1))  # one more than is kept while it is written
-    needed, free = one * count, shutil.disk_usage(folder).free
+    needed, free, best = one * count, shutil.disk_usage(folder).free, ""
+    if has_best and not (folder / "best.pt").exists():
+        needed += sum(p.numel() * p.element_size() for p in module.parameters())
+        best = " and best.pt"
     if needed > free:
         raise OSError(f"{folder}: its disk has {free / 1e9:.1f} GB free, and {count} more "
-                      f"checkpoint(s) of {one / 1e9:.1f} GB need {needed / 1e9:.1f} GB: make "
+                      f"checkpoint(s) of {one / 1e9:.1f} GB{best} need {needed / 1e9:.1f} GB: make "
                       "room, or lower --keep")
 
 

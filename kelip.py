@@ -868,11 +868,11 @@ class Checkpoint(NamedTuple):
 def build_model(name_or_path="ViT-B/32", device="cpu", model_name=None):
     """Open a trained model: (model in eval mode, preprocess, tokenizer).
 
-    name_or_path: the folder of a run of train_clip.py or its last.pt; a folder with released KELIP
-    (config.json, pytorch_model.bin or model.safetensors, tokenizer.json); or the name of a preset,
-    such as "ViT-B/32", to look for these files in ./weights. `python -m extras.convert` converts
-    other weights into such a folder. model_name is another name of name_or_path, as in the released
-    code.
+    name_or_path: the folder of a run of train_clip.py, which stands for its last.pt, or the path of
+    its last.pt or best.pt; a folder with released KELIP (config.json, pytorch_model.bin or
+    model.safetensors, tokenizer.json); or the name of a preset, such as "ViT-B/32", to look for
+    these files in ./weights. `python -m extras.convert` converts other weights into such a folder.
+    model_name is another name of name_or_path, as in the released code.
 
     Raises FileNotFoundError or ValueError, whose message says what is missing or does not fit.
     """

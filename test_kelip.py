@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import gzip
+import hashlib
 import html
 import importlib
 import io
@@ -3264,6 +3265,55 @@ def test_the_order_of_ten_million_pairs_takes_little_memory():
     assert len(pickle.dumps(order)) < 40 << 20  # with all that it keeps between calls
 
 
+def test_a_held_out_image_stays_on_its_side(tmp_path):
+    """Whatever the order of the shards, and whatever is added; and each side is an array of pairs.
+    """
+    texts = {"en.txt": b"an apple", "ko.txt": "사과".encode()}
+    for name, seeds in (("a", range(40)), ("b", range(30, 60)), ("c", range(55, 90))):
+        shards.write_shard(f"{tmp_path}/{name}.tar",
+                           [make_pair(f"{name}{seed}", seed, **texts) for seed in seeds])
+    below = {seed for seed in range(90)
+             if int(hashlib.sha256(image_bytes(seed)).hexdigest(), 16) * 10 < 3 * 2**256}
+    assert 15 < len(below) < 40
+    for names in ("ab", "ba", "cab", "a"):
+        pairs = data.Pairs([f"{tmp_path}/{name}.tar" for name in names])
+        all_keys = [pair.key for pair in pairs]
+        for part, is_held_out in zip(pairs.split(0.3), (False, True)):
+            keys = [key for key in all_keys if (int(key[1:]) in below) == is_held_out]
+            assert [pair.key for pair in part] == keys and len(part) == len(keys)
+            assert [source.pairs for source in part.sources] == [
+                sum(key[0] == name for key in keys) for name in names]
+            for one in (part, pickle.loads(pickle.dumps(part))):
+                order = data.Order(one, seed=1)(0, len(keys))
+                assert sorted(one[i].key for i in order.tolist()) == sorted(keys)
+            assert data.Loader(part, Letters(), 2, 24).captions_per_pair == 2
+            assert part.state() == pairs.state()
+        assert len(pairs) == len(all_keys)
+    with pytest.raises(ValueError, match="--holdout 1e-09: holds out 0 of 40 pairs: choose"):
+        pairs.split(1e-9)
+    state = pairs.state()
+    os.remove(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="shard missing: a.tar"):
+        data.Pairs(f"{tmp_path}/a.tar", state).split(0.3)
+
+
+def test_duplicates_are_captions_equal_to_an_earlier_one_of_their_batch(tmp_path):
+    shards.write_shard(f"{tmp_path}/a.tar", [
+        make_pair(str(i), **{"en.txt": f"{i % 4}".encode(), "ko.txt": f"{i}".encode()})
+        for i in range(8)])
+    pairs = data.Pairs(f"{tmp_path}/a.tar")
+    # Of each language's eight captions, four of the English ones repeat another.
+    assert data.duplicate_captions(pairs, seed=0, batch_size=8) == 4 / 16
+    shards.write_shard(f"{tmp_path}/b.tar", [make_pair(f"{i}") for i in range(5)])
+    pairs, found = data.Pairs(f"{tmp_path}/b.tar"), []
+    for seed in range(9):
+        order = data.Order(pairs, seed)(0, 8).tolist()
+        # The second batch begins with the last pair of the first epoch.
+        found.append(data.duplicate_captions(pairs, seed, batch_size=4, samples=8))
+        assert found[-1] == (order[4] in order[5:]) / 8
+    assert {*found} == {0, 1 / 8}
+
+
 # ---- decoding ----
 
 def test_decode_brings_everything_to_upright_rgb_on_white():
@@ -4570,7 +4620,7 @@ def train_linear(run, module, values, skipped=()):
     batches = Batches(values)
     optimizer = make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
     with run:
-        run.start(module, optimizer, [], {}, padded_size=24)
+        run.start(module, optimizer, [None], {}, padded_size=24)
         for step, batch in run.steps(batches):
             batches.skipped["not an image"] += step in skipped
             loss = module(torch.full((1, 3), batch)).sum()
@@ -4735,7 +4785,7 @@ def test_the_mask_ratio_has_a_range(value, capsys):
 
 def test_a_run_leaves_what_the_readme_says(one_run):
     assert sorted(path.name for path in one_run.iterdir()) == [
-        "config.json", "evaluation.json", "evaluations.html", "index.html", "last.pt",
+        "best.pt", "config.json", "evaluation.json", "evaluations.html", "index.html", "last.pt",
         "metrics.jsonl", "step-3.pt", "tokenizer.json"]
     config = json.loads((one_run / "config.json").read_text(encoding="utf-8"))
     assert config["steps"] == 6
@@ -4811,7 +4861,11 @@ def test_a_new_run_does_not_mix_with_checkpoints_of_an_older_one(make_run):
         make_run()
     for path in run.folder.glob("step-*.pt"):
         path.unlink()
-    for name in (".last.pt.123", ".last.pt.45"):  # of processes killed while they wrote
+    (run.folder / "best.pt").touch()
+    with pytest.raises(ValueError, match="holds checkpoints of an older run, such as best.pt"):
+        make_run()
+    (run.folder / "best.pt").unlink()
+    for name in (".last.pt.123", ".best.pt.45"):  # of processes killed while they wrote
         (run.folder / name).touch()
     (run.folder / ".last.pt.mine").touch()
     train_linear(make_run(steps=4), module, [1.0] * 4)
@@ -4869,6 +4923,75 @@ def test_an_evaluation_that_fails_does_not_end_the_run(shapes, tmp_path):
         clip_here(shapes, out, "--test", tmp_path / "bad.tar", "--evals", "2")
     assert step_of(out / "last.pt") == 6 and step_of(out / "step-3.pt") == 3
     assert [line["step"] for line in log_of(out)] == [1, 6]
+
+
+def test_the_best_weights_are_kept(shapes, tmp_path, monkeypatch):
+    """A resumed run replaces them only by better ones, on the same test pairs."""
+    out, best = tmp_path / "run", tmp_path / "run" / "best.pt"
+    shutil.copy(shapes / "test-0.tar", tmp_path / "same.tar")
+
+    def train(scores, *more, test=shapes / "test-*.tar"):
+        """The last line of a run whose evaluations have these scores."""
+        scores = iter(scores)
+        monkeypatch.setattr(evaluate, "mean_recall", lambda retrieval: next(scores))
+        printed = clip_here(shapes, out, "--test", test, "--evals", "3", "--keep", "3", *more)
+        assert next(scores, None) is None
+        return printed.splitlines()[-1]
+
+    # After steps 2, 4 and 6, and for the report.
+    assert train([0.25, 0.5, 0.375, 0.375]) == (
+        "mean R@1: last.pt 37.5 %, best.pt 50.0 % (step 4): best.pt is better")
+    state = kelip.load_checkpoint(best)
+    assert (state["step"], state["score"]) == (4, 0.5) and "optimizer" not in state
+    expected = kelip.load_checkpoint(out / "step-4.pt")["model"]
+    found = kelip.build_model(best)[0].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    last = kelip.build_model(out)[0].state_dict()
+    assert not torch.equal(found["visual.proj"], last["visual.proj"])
+
+    before = best.read_bytes()
+    shutil.copy(out / "step-2.pt", out / "last.pt")
+    assert train([0.4375, 0.5, 0.5], "--resume") == (
+        "mean R@1: last.pt 50.0 %, best.pt 50.0 % (step 4): last.pt is as good")
+    assert best.read_bytes() == before
+    os.replace(out / "step-2.pt", out / "last.pt")
+    assert "(step 6)" in train([0.125, 0.25, 0.25], "--resume", test=tmp_path / "same.tar")
+    assert step_of(best) == 6
+    for name in ("last.pt", "step-4.pt"):
+        (out / name).unlink()
+    with pytest.raises(ValueError, match="holds checkpoints of an older run, such as best.pt"):
+        train([])
+
+
+def test_a_fraction_of_the_pairs_is_held_out(shapes, tmp_path):
+    out = tmp_path / "run"
+    images = [pair.image for pair in data.Pairs(f"{shapes}/train-*.tar")]
+    n = sum(hashlib.sha256(image).digest()[0] < 64 for image in images)  # a quarter
+    printed = clip_here(shapes, out, "--holdout", "0.25", "--evals", "1")
+    assert f"--holdout 0.25: {n} pairs are held out as test pairs\n" in printed
+    assert f"of {128 - n} pairs" in printed and "no test pairs" not in printed
+    report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["images"] == report["candidates"]["en"] == n
+    score = kelip.load_checkpoint(out / "best.pt")["score"]
+    assert score == evaluate.mean_recall(report["retrieval"]) == pytest.approx(
+        sum(report["retrieval"][language][direction]["R@1"] for language in ("en", "ko")
+            for direction in ("image_to_text", "text_to_image")) / 4)
+    here(evaluate.main, out / "best.pt", "--test", f"{shapes}/train-*.tar", "--holdout", "0.25",
+         "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text(encoding="utf-8"))
+    assert again["retrieval"] == report["retrieval"]
+    with pytest.raises(ValueError, match="holdout was 0.25 and is now None: set it back"):
+        clip_here(shapes, out, "--resume")
+    with pytest.raises(ValueError, match=f"there are {128 - n} pairs to train on, fewer than a b"):
+        clip_here(shapes, tmp_path / "x", "--holdout", "0.25", "--batch-size", "128")
+
+
+def test_a_run_without_test_pairs_says_so_and_counts_duplicates(shapes, tmp_path):
+    printed = clip_here(shapes, tmp_path / "run", "--batch-size", "128", "--steps", "1")
+    assert "no test pairs, so nothing is evaluated: add --holdout 0.1, or --test SHARDS" in printed
+    # 128 pairs have 16 captions.
+    assert "on average, 87.5 % of the captions of a batch are duplicates" in printed
+    assert not (tmp_path / "run" / "best.pt").exists() and "R@1" not in printed
 
 
 def test_an_evaluation_that_is_missing_is_made_when_a_run_resumes(one_run, shapes, tmp_path):
@@ -4977,6 +5100,8 @@ def test_room_is_needed_for_the_checkpoints_that_will_be_there(
     module = torch.nn.Linear(9, 1)  # 120 bytes with its optimizer
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=120 * count))
     check_free_space(tmp_path, module, keep, saves)
+    with pytest.raises(OSError, match=f"{count} more .* and best.pt need"):  # its 40 bytes
+        check_free_space(tmp_path, module, keep, saves, has_best=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=120 * count - 1))
     with pytest.raises(OSError, match=f"and {count} more checkpoint"):
         check_free_space(tmp_path, module, keep, saves)
@@ -5351,6 +5476,7 @@ def test_the_paper_s_model_trains(shapes, tmp_path):
     (["--resume"], "no run to resume"),
     (["--batch-size", "100", "--epochs", "0.1"], "fewer than one batch"),
     (["--batch-size", "129"], "--batch-size 129: there are 128 pairs"),
+    (["--holdout", "0.1", "--test", "test-0.tar"], "--holdout 0.1: --test names the test pairs"),
     (["--freeze", "image"], "--freeze image: needs --init"),
     (["--new-text"], "--new-text: needs --init"),
 ])

@@ -58,7 +58,8 @@ DEMO_TEST = f"{demo.DEMO}/test-*.tar"
 DEMO_CLASSES = "skin tone"  # the classes of prompts.json for the demo's zero-shot classification
 LR = {"adamw": 4e-4, "muon": 8e-4}  # the default for random weights
 FINE_TUNING_LR = 4e-5               # and for trained ones
-MAX_PAIRS_FOR_TOKENIZER = 5_000_000  # reading more captions would delay the first step by hours
+MAX_PAIRS_TO_READ = 5_000_000  # before the first step, which more would delay by hours
+MANY_DUPLICATES = 0.05  # among the captions of a batch, which is said
 
 
 def parse_arguments(argv=None):
@@ -66,7 +67,8 @@ def parse_arguments(argv=None):
     parser = ArgumentParser(
         description=__doc__.partition("\nFrom top")[0],
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
-               "and index.html. kelip.build_model(FOLDER) loads the model.",
+               "and index.html; with test pairs also best.pt, the weights with the highest mean\n"
+               "R@1. kelip.build_model(FOLDER) loads last.pt.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/clip", batch_size=512, epochs=10,
                   lr=f"{LR['adamw']:g}, with muon {LR['muon']:g}; {FINE_TUNING_LR:g} to fine-tune "
@@ -104,8 +106,11 @@ def parse_arguments(argv=None):
     add("--test", nargs="+", metavar="SHARDS",
         help="held-out pairs for retrieval, during the run and after it (default with the demo's "
              f"data: {DEMO_TEST})")
+    add("--holdout", type=number(float, above=0, high=0.99), metavar="FRACTION",
+        help="hold out this fraction of the pairs as test pairs, in place of --test. The digest of "
+             "an image decides, so that it stays on its side when pairs are added. Reads all pairs")
     add("--evals", type=number(int, 0, 10_000), default=4, metavar="N",
-        help="evaluations during the run on --test, including one at the end (default: 4)")
+        help="evaluations during the run on the test pairs, including one at the end (default: 4)")
     args = parser.parse_args(argv)
     check_preset(args.model)
     if (args.freeze or args.new_text) and not args.init and not args.resume:
@@ -116,7 +121,10 @@ def parse_arguments(argv=None):
     check_scale("--low-scale", args.low_scale)
     if args.crops:
         crops.parse_crops(args.crops)
-    if args.test is None and args.data == parser.get_default("data"):
+    if args.holdout and args.test:
+        raise ValueError(f"--holdout {args.holdout:g}: --test names the test pairs already: leave "
+                         "out one of the two")
+    if not (args.holdout or args.test) and args.data == parser.get_default("data"):
         args.test = [DEMO_TEST]
     return args
 
@@ -220,7 +228,7 @@ def _choose_tokenizer(args, checkpoint, pairs, origin):
         return trained
     if given:
         return given
-    if len(pairs) > MAX_PAIRS_FOR_TOKENIZER:
+    if len(pairs) > MAX_PAIRS_TO_READ:
         raise ValueError(f"{len(pairs):,} pairs are too many to train a tokenizer on now: train "
                          "one with `python tokenizer.py train`, and give it as --tokenizer")
     texts = pairs.texts()
@@ -331,6 +339,18 @@ def backward_in_micro_batches(run, encoders, make_views, batch, valid, micro_bat
 
 # ---- training ----
 
+def describe_pairs(args, pairs, test):
+    """Print where the test pairs come from, and whether many captions of a batch are equal."""
+    if args.holdout:
+        print(f"--holdout {args.holdout:g}: {len(test):,} pairs are held out as test pairs")
+    elif not test:
+        print("no test pairs, so nothing is evaluated: add --holdout 0.1, or --test SHARDS")
+    duplicates = data.duplicate_captions(pairs, args.seed, args.batch_size)
+    if duplicates > MANY_DUPLICATES:
+        print(f"on average, {100 * duplicates:.1f} % of the captions of a batch are duplicates, "
+              "which the loss counts as wrong captions of each other's images")
+
+
 def train(args, run):
     """Set up, train, evaluate, and print where the results are."""
     origin = find_origin(args, run.checkpoint)
@@ -340,7 +360,12 @@ def train(args, run):
     pairs = run.open_pairs(languages=args.languages)
     pairs.require_captions("--data")
     test = candidates = None
-    if args.test:
+    if args.holdout:
+        if len(pairs) > MAX_PAIRS_TO_READ:
+            raise ValueError(f"--holdout {args.holdout:g}: {len(pairs):,} pairs are too many to "
+                             "read now: name shards of test pairs with --test")
+        pairs, test = pairs.split(args.holdout, progress=run.is_rank_zero)
+    elif args.test:
         with run.rank_zero_first():  # it writes the index of the shards, the others read it
             test = data.Pairs(args.test)
         test.require_captions("--test")
@@ -375,6 +400,8 @@ def train(args, run):
     loader = run.open_loader(pairs, tokenizer)
     run.announce(f"{args.model}: {kelip.count_parameters(model) / 1e6:.1f}M parameters, "
                  f"{len(tokenizer):,} tokens, {args.crops} crops")
+    if run.is_rank_zero:
+        describe_pairs(args, pairs, test)
 
     def make_views(batch, rows=slice(None)):
         """Crops of some rows of a batch, normalized: a list of K tensors [n, 3, size, size]."""
@@ -387,12 +414,14 @@ def train(args, run):
     embedded = None  # the test pairs' features at the last evaluation
 
     def evaluate_at(step):
-        """Retrieval on the test pairs, by rank zero, into metrics.jsonl."""
+        """Retrieval on the test pairs, by rank zero, into metrics.jsonl; best.pt if it is best."""
         nonlocal embedded
+        embedded = None  # not those of an earlier step, if this evaluation fails
         with run.evaluation(step):  # the other ranks wait
             if run.is_rank_zero:
                 embedded = evaluate.Embedded(model, test, tokenizer, candidates, progress=False)
                 recall = evaluate.retrieve(model, test, tokenizer, embedded=embedded)
+                run.save_best(step, evaluate.mean_recall(recall))
                 run.log_evaluation(step, recall)
 
     if run.evaluates_at(run.first_step):  # the run was killed between saving and evaluating
@@ -432,9 +461,14 @@ def train(args, run):
         print(f"{args.out}: last.pt, tokenizer.json, config.json, metrics.jsonl")
         if test:
             classes = DEMO_CLASSES if args.test == [DEMO_TEST] else None
-            evaluate.report(args.out, model, test, tokenizer, candidates, classes,
-                            embedded=embedded)
+            numbers = evaluate.report(args.out, model, test, tokenizer, candidates, classes,
+                                      embedded=embedded)
             print(f"open {args.out}/index.html")
+            last, best = evaluate.mean_recall(numbers["retrieval"]), run.best["score"]
+            if run.best["step"]:  # not with --evals 0
+                better = "best.pt is better" if best > last else "last.pt is as good"
+                print(f"mean R@1: last.pt {100 * last:.1f} %, best.pt {100 * best:.1f} % (step "
+                      f"{run.best['step']:,}): {better}")
 
 
 def main(argv=None):

@@ -138,7 +138,8 @@ class Run:
     Attributes: rank, world_size, device and group (the process group, None for one process), as
     torch.distributed calls them; is_rank_zero, whether this process writes files and prints;
     folder; unit, what the log counts; checkpoint, the dict to resume from, None for a new run;
-    after start() also total_steps and config, what config.json holds.
+    after start() also total_steps; config, what config.json holds; and best, the step and score of
+    best.pt.
 
     It is a context manager, since it locks its folder. A run that fails before its first step
     leaves the folder as it was.
@@ -196,12 +197,11 @@ class Run:
             checkpoint = self._read_checkpoint(last)
         elif self.args.resume:
             raise FileNotFoundError(f"{last}: no run to resume; start one without --resume")
-        elif older_checkpoints(self.folder):
+        elif older := [*self.folder.glob("best.pt"), *older_checkpoints(self.folder)]:
             raise ValueError(f"{self.folder} holds checkpoints of an older run, such as "
-                             f"{older_checkpoints(self.folder)[-1].name}: choose another --out, or "
-                             "delete them")
+                             f"{older[-1].name}: choose another --out, or delete them")
         if self.is_rank_zero:
-            for temporary in self.folder.glob(".last.pt.*"):  # of a process killed while it wrote
+            for temporary in self.folder.glob(".*.pt.*"):  # of a process killed while it wrote
                 if temporary.suffix[1:].isdecimal() and temporary.is_file():
                     temporary.unlink()
         if store is not None:
@@ -233,8 +233,8 @@ class Run:
         pairs_class: data.Pairs, or a class like it. It is called with --data, the state to resume
         from and these options.
 
-        Prints a description. Raises ValueError when they are fewer than a batch, and when a resumed
-        run's shards have changed or most of them are missing. Pairs in missing shards are skipped.
+        Prints a description. Raises ValueError when a resumed run's shards have changed or most of
+        them are missing. Pairs in missing shards are skipped.
         """
         args, checkpoint = self.args, self.checkpoint
         with self.rank_zero_first():
@@ -246,9 +246,6 @@ class Run:
             _check_shards(pairs)
         if self.is_rank_zero:
             print(pairs.describe(), flush=True)
-        if args.batch_size > len(pairs):
-            raise ValueError(f"--batch-size {args.batch_size}: there are {len(pairs):,} pairs, and "
-                             f"none may be in a batch twice: at most --batch-size {len(pairs)}")
         return pairs
 
     def start(self, module, optimizer, pairs, model_config, evaluations=0, tokenizer=None,
@@ -258,10 +255,13 @@ class Run:
         Checkpoints hold module, optimizer and tokenizer. evaluations: how many times evaluates_at
         is true, the last time at the end. padded_size: the side of the square to which the loader
         pads images that are large enough; it is less if they are smaller. Raises ValueError when
-        the epochs are less than a batch or a run is resumed with other settings, OSError when the
-        disk has no room for the checkpoints.
+        the pairs or the epochs are less than a batch or a run is resumed with other settings,
+        OSError when the disk has no room for the checkpoints.
         """
         args = self.args
+        if args.batch_size > len(pairs):
+            raise ValueError(f"--batch-size {args.batch_size}: there are {len(pairs):,} pairs to "
+                             f"train on, fewer than a batch: at most --batch-size {len(pairs)}")
         steps = args.steps
         if not steps:
             samples_per_epoch = data.Order(pairs, args.seed).samples_per_epoch
@@ -274,7 +274,7 @@ class Run:
             warmup = min(2000, max(1, steps // 10))
         flags = {key: value for key, value in vars(args).items() if key != "model"}
         self.config = {"stage": self.stage, "preset": args.model, "model": dict(model_config),
-                       "pairs": len(pairs), **flags, "steps": steps, "warmup": warmup,
+                       **flags, "pairs": len(pairs), "steps": steps, "warmup": warmup,
                        "padded_size": padded_size}
         if not self.checkpoint:
             self.config["padded_size"] = data.fit_padded_size(padded_size, pairs)
@@ -282,6 +282,7 @@ class Run:
         self.total_steps, self.warmup = steps, warmup
         self.first_step = 0
         self.saved_step = None
+        self.best = self._read_best()
         evaluations = min(evaluations, steps)
         self.evaluation_steps = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
         # Scales the loss under fp16, whose gradients would underflow. Disabled otherwise.
@@ -291,7 +292,9 @@ class Run:
         if self.is_rank_zero:
             saves = (steps // args.save_every - self.first_step // args.save_every
                      + max(1, len(self.evaluation_steps)))
-            check_free_space(self.folder, module, args.keep, min(saves, steps - self.first_step))
+            has_best = self.stage == "clip" and bool(self.evaluation_steps)
+            check_free_space(self.folder, module, args.keep, min(saves, steps - self.first_step),
+                             has_best)
             if steps < FEW_STEPS:
                 print(f"{steps} steps are few, and teach a model little: raise --epochs, or lower "
                       f"--batch-size {args.batch_size}")
@@ -470,14 +473,12 @@ class Run:
         if self.is_rank_zero and step != self.saved_step:
             last, keep = self.folder / "last.pt", self.args.keep
             state = {
-                "model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": step, "config": self.config,
+                **self._model_state(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "step": step,
                 "data": self._log.loader.pairs.state()}
             if not torch.stack([x.isfinite().all() for x in state["model"].values()]).all():
                 raise ValueError(f"the weights are not finite after step {step}: "
                                  f"{self._log.advice()}")
-            if self.tokenizer:
-                state["tokenizer"] = json.dumps(self.tokenizer.spec, ensure_ascii=False)
             if self.saved_step is not None and keep > 1:
                 link_or_copy(last, self.folder / f"step-{self.saved_step}.pt")
             save_checkpoint(last, state)
@@ -485,6 +486,31 @@ class Run:
             for path in older[:max(0, len(older) - keep + 1)]:
                 path.unlink()
         self.saved_step = step
+
+    def save_best(self, step, score):
+        """Write best.pt, the weights alone, if this score is the highest so far. For rank zero."""
+        if score > self.best["score"]:
+            self.best = {"step": step, "score": score}
+            save_checkpoint(self.folder / "best.pt", {**self._model_state(), **self.best})
+
+    def _read_best(self):
+        """The step and the score of best.pt, which a resumed run must not replace by a worse one.
+        """
+        path, best = self.folder / "best.pt", {"step": 0, "score": -1.0}
+        if self.is_rank_zero and path.exists():
+            state = load_checkpoint(path)
+            config = entry(state, "config", dict, f"{path}: ")
+            if config.get("test") == self.config.get("test"):  # else scores do not compare
+                for key, value in best.items():
+                    best[key] = entry(state, key, type(value), f"{path}: ")
+        return best
+
+    def _model_state(self):
+        """What kelip.build_model needs of a checkpoint."""
+        state = {"model": self.module.state_dict(), "config": self.config}
+        if self.tokenizer:
+            state["tokenizer"] = json.dumps(self.tokenizer.spec, ensure_ascii=False)
+        return state
 
     def evaluates_at(self, step):
         """Whether an evaluation is due after this step, and not in the log yet.
