@@ -113,6 +113,9 @@ def parse_arguments(argv=None):
         help="evaluations during the run on the test pairs, including one at the end (default: 4)")
     args = parser.parse_args(argv)
     check_preset(args.model)
+    if args.batch_size < 2:
+        raise ValueError("--batch-size 1: a pair learns from the others of its batch, so it needs "
+                         "at least 2")
     if (args.freeze or args.new_text) and not args.init and not args.resume:
         flag = f"--freeze {args.freeze}" if args.freeze else "--new-text"
         raise ValueError(f"{flag}: needs --init, since without it all weights are random")
