@@ -1,4 +1,4 @@
-"""Convert CLIP weights from OpenAI, open_clip and transformers, and export KELIP to the last two.
+"""Convert CLIP weights from OpenAI, open_clip and transformers, and export models.
 
     # into a folder that kelip.build_model, train_clip.py --init and evaluate.py open
     python -m extras.convert clip-vit-base-patch32/ OUT
@@ -8,10 +8,11 @@
     # into a folder for another library
     python -m extras.convert runs/clip OUT --to hf          # CLIPModel.from_pretrained(OUT)
     python -m extras.convert runs/clip OUT --to open_clip   # create_model("local-dir:OUT")
+    python -m extras.convert runs/clip OUT --to onnx        # python OUT/example.py IMAGE TEXTS
 
 From top to bottom: read and write; what all CLIPs of other libraries need; open_clip's and OpenAI's
-format; transformers' format; tokenizers; the command. KELIP's parameters have the names of OpenAI's
-CLIP, which open_clip uses too. Only transformers has other names.
+format; transformers' format; ONNX; tokenizers; the command. KELIP's parameters have the names of
+OpenAI's CLIP, which open_clip uses too. Only transformers has other names.
 
 Weights alone do not determine a model: the number of heads and the activation (GELU or QuickGELU)
 come from the configuration in the same folder, or from --activation, --vision-heads and
@@ -28,6 +29,7 @@ sigmoid losses (SigLIP), TorchScript archives.
 """
 
 import argparse
+import functools
 import gzip
 import importlib.util
 import json
@@ -41,6 +43,7 @@ import torch
 
 import kelip
 from command import ArgumentParser, number, one_line, run_command
+from extras import export
 from kelip import MEAN, STD, read_sizes
 from shards import new_folder
 from tokenizer import ALPHABET, BYTE_LEVEL, END, START, Tokenizer, build_spec, read_json
@@ -85,14 +88,16 @@ def read(src, tokenizer=None, **given):
     return checkpoint
 
 
-def write(checkpoint, out, to="kelip"):
+def write(checkpoint, out, to="kelip", half=False):
     """Write a Checkpoint of `read` as a new folder, which appears when it is complete.
 
     to: "kelip" is the layout of released KELIP, which kelip.build_model opens; "hf" is that of
-    transformers' CLIPModel; "open_clip" is open_clip's. Raises FileExistsError when `out` is not
-    empty, ImportError when the package safetensors is needed and missing.
+    transformers' CLIPModel; "open_clip" is open_clip's; "onnx" is two encoders for onnxruntime,
+    with weights in float16 if `half`. Raises FileExistsError when `out` is not empty, ImportError
+    when a package is needed and missing.
     """
-    writers = {"kelip": write_kelip, "hf": write_hf, "open_clip": write_open_clip}
+    writers = {"kelip": write_kelip, "hf": write_hf, "open_clip": write_open_clip,
+               "onnx": functools.partial(write_onnx, half=half)}
     with new_folder(str(out)) as folder:
         writers[to](checkpoint, Path(folder))
 
@@ -173,11 +178,15 @@ def write_kelip(checkpoint, folder):
         kelip.save_checkpoint(folder / "pytorch_model.bin", weights)
     write_json(folder / "config.json",
                {"architectures": ["KelipModel"], "model_type": "kelip", **config})
-    write_json(folder / "preprocessor.json", {
-        "image_size": config["image_resolution"], "resize": "shortest side",
-        "interpolation": "bicubic", "crop": "center", "mean": MEAN, "std": STD})
+    write_json(folder / "preprocessor.json", describe_preprocess(config))
     # The authors' code adds the start and end token itself, after the tokenizer.
     write_tokenizer(checkpoint, folder, template=False)
+
+
+def describe_preprocess(config):
+    """What kelip.preprocess does, for preprocessor.json."""
+    return {"image_size": config["image_resolution"], "resize": "shortest side",
+            "interpolation": "bicubic", "crop": "center", "mean": MEAN, "std": STD}
 
 
 def save_safetensors(weights, path):
@@ -757,6 +766,28 @@ def write_hf(checkpoint, folder):
         "do_normalize": True, "image_mean": MEAN, "image_std": STD})
 
 
+# ---- ONNX ----
+
+def write_onnx(checkpoint, folder, half):
+    """The two encoders as ONNX files, compared with torch, and example.py, which runs them."""
+    export.check_packages()
+    write_tokenizer(checkpoint, folder)
+    config = checkpoint.config
+    write_json(folder / "preprocessor.json", {
+        **describe_preprocess(config), "context_length": config["context_length"]})
+    (folder / "example.py").write_text(export.EXAMPLE, encoding="utf-8")
+    model = kelip.KELIP(**config).eval()
+    kelip.load_weights(model, checkpoint.weights, checkpoint.path)
+    export.write_encoders(model, folder, half)
+    differences = export.compare(model, checkpoint.tokenizer, folder)
+    if differences is None:
+        warnings.warn("the files were not compared with torch, which needs a package: pip install "
+                      "onnxruntime", stacklevel=3)
+    else:
+        print("largest difference from torch:",
+              ", ".join(f"{value:.1e} in {name}" for name, value in differences.items()))
+
+
 # ---- tokenizers ----
 
 CLIP_ENTRIES = 49_408  # 256 bytes, 256 bytes at the end of a word, 48,894 merges, start and end
@@ -890,8 +921,12 @@ def main(argv=None):
         help="a folder or a file of weights: a run, released KELIP, OpenAI's state dict, "
              "open_clip's or transformers' CLIP")
     add("out", metavar="OUT", help="a new or empty folder")
-    add("--to", choices=["kelip", "hf", "open_clip"], default="kelip",
-        help="what opens OUT: kelip.build_model (default), transformers' CLIPModel, open_clip")
+    add("--to", choices=["kelip", "hf", "open_clip", "onnx"], default="kelip",
+        help="what opens OUT: kelip.build_model (default), transformers' CLIPModel, open_clip, or "
+             "onnxruntime and others that run ONNX files")
+    add("--half", action="store_true",
+        help="with --to onnx: store weights in float16, in files of half the size; the computation "
+             "stays float32")
     add("--tokenizer", metavar="PATH",
         help=f"a tokenizer.json or OpenAI's {CLIP_MERGES} (default: the one in the folder of the "
              "weights; another must have the same vocabulary)")
@@ -904,11 +939,13 @@ def main(argv=None):
     add("--transformer-heads", type=number(int, 1), metavar="N",
         help="the same for the text encoder")
     args = parser.parse_args(argv)
+    if args.half and args.to != "onnx":
+        raise ValueError("--half: only --to onnx stores weights in float16")
     given = {key: getattr(args, key) for key in ("activation", "vision_heads", "transformer_heads")}
     given = {key: value for key, value in given.items() if value is not None}
     with warnings.catch_warnings():
         warnings.showwarning = print_warning
-        write(read(args.src, args.tokenizer, **given), args.out, args.to)
+        write(read(args.src, args.tokenizer, **given), args.out, args.to, args.half)
     print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 

@@ -1,0 +1,251 @@
+"""Write the two encoders of a model as ONNX files: `python -m extras.convert RUN OUT --to onnx`.
+
+    write_encoders(model, folder)                           # folder/image.onnx, folder/text.onnx
+    compare(model, tokenizer, folder)                       # {"image.onnx": 3e-7, ...}
+
+kelip.KELIP.encode_text computes captions without their padding, which depends on the lengths of the
+captions, so it cannot be traced. TextEncoder has the same weights and computes padding too; its
+vectors are equal to 1e-5.
+
+From top to bottom: the encoders, ONNX files, the comparison with torch, example.py.
+
+Not included: reading models and the other files of the folder (extras/convert.py).
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import logging
+import warnings
+
+import torch
+import torch.nn as nn
+
+import kelip
+
+INPUTS = {"image": "pixels", "text": "tokens"}  # encoder -> the name of its input
+LARGEST_DIFFERENCE = 1e-4  # between a number of a unit vector by torch and by onnxruntime
+MAX_BYTES = 2**31 - 2**20  # of weights in an ONNX file, which is limited to 2 GB
+
+
+# ---- the encoders ----
+
+class ImageEncoder(nn.Module):
+    """encode_image of a KELIP: pixels [N, 3, size, size] -> unit vectors [N, D]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, pixels):
+        return kelip.l2_normalize(self.visual(pixels))
+
+
+class TextEncoder(nn.Module):
+    """encode_text of a KELIP, with padding: tokens [N, L] -> unit vectors [N, D].
+
+    These are the lines in the docstring of KELIP.encode_text. L is at most context_length.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.token_embedding, self.transformer = model.token_embedding, model.transformer
+        self.positional_embedding, self.ln_final = model.positional_embedding, model.ln_final
+        self.text_projection = model.text_projection
+
+    def forward(self, tokens):
+        x = self.token_embedding(tokens)                                     # [N, L, W]
+        x = x + self.positional_embedding[:tokens.shape[1]]
+        x = self.ln_final(self.transformer(x))                               # [N, L, W]
+        end = tokens.argmax(dim=-1)[:, None, None]                           # [N, 1, 1]
+        x = x.gather(1, end.expand(-1, -1, x.shape[-1]))[:, 0]               # [N, W]
+        return kelip.l2_normalize(x @ self.text_projection)                  # [N, D]
+
+
+def example_inputs(model):
+    """An input of each encoder, and which of its sizes are free: {name: (encoder, input, sizes)}.
+    """
+    size, L = model.config["image_resolution"], model.config["context_length"]
+    batch = torch.export.Dim("N", max=2**20)
+    length = torch.export.Dim("L", max=L)
+    # Sizes of the inputs are neither 1 nor the largest, which a trace would take for fixed.
+    return {
+        "image": (ImageEncoder(model), torch.zeros(2, 3, size, size), {0: batch}),
+        "text": (TextEncoder(model), torch.zeros(2, L - 1, dtype=torch.int64),
+                 {0: batch, 1: length})}
+
+
+# ---- ONNX files ----
+
+def check_packages():
+    """Raise ImportError when a package that writes ONNX files is missing."""
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError("image.onnx, text.onnx: writing them needs packages: pip install "
+                          + " ".join(missing))
+
+
+def write_encoders(model, folder, half=False):
+    """Write image.onnx and text.onnx into a folder. All sizes of a batch are free.
+
+    half: store weights in float16, in files of half the size. They are computed in float32 all the
+    same. The weights of `model` become the rounded ones. Raises ValueError when a file would be too
+    large, or when a weight is too large for float16.
+    """
+    if half:
+        round_weights(model)
+    for name, (encoder, inputs, sizes) in example_inputs(model).items():
+        path, n_bytes = folder / f"{name}.onnx", 4 * kelip.count_parameters(encoder)
+        if n_bytes > MAX_BYTES << half:
+            advice = "" if half else "; --half writes half of that"
+            raise ValueError(f"{path.name}: would have {n_bytes / (1 + half) / 1e9:.1f} GB, and an "
+                             f"ONNX file holds 2 GB{advice}")
+        # It prints what its optimizer skips.
+        with warnings.catch_warnings(), no_logging():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                encoder.eval(), (inputs,), dynamo=True, verbose=False, dynamic_shapes=(sizes,),
+                input_names=[INPUTS[name]], output_names=["vectors"])
+            proto = program.model_proto
+        if half:
+            store_in_float16(proto.graph)
+        path.write_bytes(proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def no_logging():
+    """Print no warnings of the module logging."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@torch.no_grad()
+def round_weights(model):
+    """Round all weights to the nearest float16, in place."""
+    for name, weight in model.named_parameters():
+        weight.copy_(weight.half())
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: holds a number that float16 cannot: leave out --half")
+
+
+def store_in_float16(graph):
+    """Store the weights of an ONNX graph as float16. A Cast returns each to float32."""
+    from onnx import TensorProto, helper, numpy_helper
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            weight, stored = numpy_helper.to_array(tensor), f"{tensor.name}.float16"
+            casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(weight.astype("float16"), stored))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+# ---- the comparison with torch ----
+
+SENTENCES = {
+    "English": "a photo of a red apple on the table and two more next to it",
+    "Korean": "식탁 위에 있는 빨간 사과 하나와 그 옆에 놓인 사과 두 개의 사진"}
+
+
+@torch.no_grad()
+def compare(model, tokenizer, folder):
+    """The largest difference between numbers of unit vectors by onnxruntime and by torch.
+
+    Batches of 1, 3 and 64 images and texts, of 3 tokens to context_length, in both languages.
+    Returns {"image.onnx": ..., "text.onnx": ...}, or None without onnxruntime. Raises ValueError
+    when one is larger than LARGEST_DIFFERENCE.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    sides = {"image": (model.encode_image, image_batches(model.config["image_resolution"])),
+             "text": (model.encode_text, text_batches(tokenizer, model.config["context_length"]))}
+    differences = {}
+    for name, (encode, batches) in sides.items():
+        path = folder / f"{name}.onnx"
+        session, largest = onnxruntime.InferenceSession(str(path), options), 0
+        for batch in batches:
+            [found] = session.run(None, {INPUTS[name]: batch.numpy()})
+            difference = (torch.from_numpy(found) - encode(batch, l2norm=True)).abs().max().item()
+            if not difference <= LARGEST_DIFFERENCE:  # NaN is not
+                raise ValueError(f"{path.name}: for a batch of {list(batch.shape)}, onnxruntime "
+                                 f"and torch differ by {difference:.1e}, more than "
+                                 f"{LARGEST_DIFFERENCE:.0e}")
+            largest = max(largest, difference)
+        differences[path.name] = largest
+    return differences
+
+
+def image_batches(size):
+    """Batches of random pixels [N, 3, size, size]."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 3, 64):
+        yield torch.randn(n, 3, size, size, generator=generator)
+
+
+def text_batches(tokenizer, context_length):
+    """Batches of tokens [N, L]: one text of every length, and several of different lengths."""
+    for sentence in SENTENCES.values():
+        words = list(itertools.islice(itertools.cycle(sentence.split()), context_length))
+        for n, step in ((1, 1), (3, 8), (64, 37)):
+            for L in range(3, context_length + 1, step):
+                # The last text fills L tokens, the others are shorter.
+                counts = [1 + (L - 3) * (i + 1) // n for i in range(n)]
+                yield tokenizer.encode([" ".join(words[:count]) for count in counts], L)
+
+
+# ---- example.py ----
+
+EXAMPLE = '''\
+"""Compare an image with texts: python example.py apple.png "a red apple" "빨간 사과"
+
+pip install onnxruntime tokenizers numpy pillow
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+folder, image, texts = Path(__file__).parent, Image.open(sys.argv[1]), sys.argv[2:]
+settings = json.loads((folder / "preprocessor.json").read_text())
+
+# Transparency becomes white, the short side `size` pixels, and the center is cut out.
+size, image = settings["image_size"], ImageOps.exif_transpose(image).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+w, h = (int(size * side / min(image.size)) for side in image.size)
+left, top = round((w - size) / 2), round((h - size) / 2)
+image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
+pixels = (np.asarray(image) / 255 - settings["mean"]) / settings["std"]  # [size, size, 3]
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)              # [1, 3, size, size]
+
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.enable_truncation(settings["context_length"])
+tokenizer.enable_padding()
+tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> is text
+tokens = np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)])  # [N, L]
+
+[image_vectors] = InferenceSession(folder / "image.onnx").run(None, {"pixels": pixels})
+[text_vectors] = InferenceSession(folder / "text.onnx").run(None, {"tokens": tokens})
+cosines = text_vectors @ image_vectors[0]                                # [N]
+
+# With calibration.json, p is the probability that a text describes the image.
+file = folder / "calibration.json"
+languages = json.loads(file.read_text())["languages"] if file.exists() else {}
+for text, cosine in zip(texts, cosines):
+    fit = languages.get("ko" if re.search("[ㄱ-ㅣ가-힣]", text) else "en")
+    p = f"  p {1 / (1 + np.exp(-fit['a'] * cosine - fit['b'])):6.1%}" if fit else ""
+    print(f"{cosine:6.3f}{p}  {text}")
+'''
