@@ -132,23 +132,25 @@ def cards(many):
 
 # ---- line charts ----
 
-def plot(title, series, dots=False, unit="steps"):
-    """A heading and a line chart. Both axes start at 0.
+def plot(title, series, dots=False, unit="steps", start=0):
+    """A heading and a line chart. The y axis starts at 0.
 
-    series: {label: [(x, y)]}, at most four. dots: mark each point. unit: that of x. Returns "" if
-    there are fewer than two points.
+    series: {label: [(x, y)]}, at most four. dots: mark each point. unit: that of x. start: where
+    the x axis starts. Returns "" if there are fewer than two points.
     """
     series = {label: points for label, points in series.items() if points}
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     if len(xs) < 2:
         return ""
-    last, step = max(xs) or 1, _round_step(max(ys))
+    last, step = max(xs), _round_step(max(ys))
+    last = last if last > start else start + 1
     legend = []
     shapes = [f'<path class="grid" d="M0 {y}h100"/>' for y in (0, 25, 50, 75, 100)]
     for i, (label, points) in enumerate(series.items()):
         # Both axes of the SVG go from 0 to 100, and its y axis points down.
-        positions = [(round(100 * x / last, 2), round(100 - 25 * y / step, 2)) for x, y in points]
+        positions = [(round(100 * (x - start) / (last - start), 2), round(100 - 25 * y / step, 2))
+                     for x, y in points]
         line = " ".join(f"{x},{y}" for x, y in positions)
         shapes.append(f'<g class="c{i}"><polyline points="{line}"/>')
         if dots:
@@ -161,7 +163,8 @@ def plot(title, series, dots=False, unit="steps"):
             f'<div class="y">{ticks}</div>'
             f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
             f'aria-label="{html.escape(title)}">{"".join(shapes)}</svg>'
-            f'<div class="x"><span>0</span><span>{last:,} {html.escape(unit)}</span></div></div>')
+            f'<div class="x"><span>{start:,}</span><span>{last:,} {html.escape(unit)}</span></div>'
+            '</div>')
 
 
 def _round_step(highest):

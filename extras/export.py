@@ -132,14 +132,18 @@ def round_weights(model):
 
 
 def store_in_float16(graph):
-    """Store the weights of an ONNX graph as float16. A Cast returns each to float32."""
+    """Store the weights of an ONNX graph, which are rounded, as float16, each with a Cast back."""
     from onnx import TensorProto, helper, numpy_helper
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            weight, stored = numpy_helper.to_array(tensor), f"{tensor.name}.float16"
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        weight = numpy_helper.to_array(tensor)
+        half = weight.astype("float16")
+        if (half == weight).all():  # not for other constants of the graph, such as 1.702
+            stored = f"{tensor.name}.float16"
             casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
-            tensor.CopyFrom(numpy_helper.from_array(weight.astype("float16"), stored))
+            tensor.CopyFrom(numpy_helper.from_array(half, stored))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

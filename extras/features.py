@@ -124,23 +124,31 @@ def _read_vectors(path, width, is_unit):
     return keys.tolist(), vectors
 
 
+def model_digest(model, kind="unit"):
+    """16 hexadecimal characters that stand for a model and a kind of vectors.
+
+    They cover weights, configuration and kind: another model, or the same model after more
+    training, has others.
+    """
+    state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        state.update(name.encode())
+        state.update(weight.cpu().contiguous().numpy())
+    return state.hexdigest()[:16]
+
+
 def open_cache(name_or_path, model, kind="unit", width=None):
     """The FeatureCache of a model: features/DIGEST in the folder of its weights.
 
     If that folder is read-only, it is in ~/.cache/kelip. name_or_path: what kelip.build_model
     opened. kind: a name for what the vectors are; "unit" is encode_image's, of unit length. width:
-    that of other kinds. The digest covers weights, configuration and kind: another model, or
-    the same model after more training, has another cache.
+    that of other kinds.
     """
     is_unit = kind == "unit"
-    state = hashlib.sha256(json.dumps([kind, model.config], sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(weight.cpu().contiguous().numpy())
     folder = folder_of(name_or_path)
     if not os.access(folder, os.W_OK):
         folder = Path("~/.cache/kelip").expanduser()
-    return FeatureCache(folder / "features" / state.hexdigest()[:16],
+    return FeatureCache(folder / "features" / model_digest(model, kind),
                         model.config["embed_dim"] if is_unit else width, is_unit)
 
 
