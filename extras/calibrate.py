@@ -246,9 +246,9 @@ def write_page(folder, calibration, pairs):
                       {"ideal": [(0, 0), (1, 1)], "measured": points}, dots=True, unit="p")]
     page.write(
         folder / "calibration.html", f"{folder.resolve().name}: what a cosine means",
-        f"p = sigmoid(a cosine + b) is the probability that a text describes an image, if {prior:g}"
-        f" of all pairs match. It was fitted on half of {', '.join(calibration['test'])}, and all "
-        "numbers are those of the other half.",
+        "p = sigmoid(a cosine + b) is the probability that a text describes an image, if 1 in "
+        f"{1 / prior:,.0f} pairs matches. It was fitted on half of "
+        f"{', '.join(calibration['test'])}, and all numbers are those of the other half.",
         page.table(["", "a", "b", "calibration error of the cosine, %", "of p, %", "right pairs",
                     "wrong pairs"], rows),
         page.heading("Thresholds", "The lowest cosine above which pairs are right with this "

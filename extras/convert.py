@@ -34,6 +34,7 @@ import gzip
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import warnings
 import zlib
@@ -44,6 +45,7 @@ import torch
 import kelip
 from command import ArgumentParser, number, one_line, run_command
 from extras import export
+from extras.calibrate import read_calibration
 from kelip import MEAN, STD, read_sizes
 from shards import new_folder
 from tokenizer import ALPHABET, BYTE_LEVEL, END, START, Tokenizer, build_spec, read_json
@@ -778,6 +780,8 @@ def write_onnx(checkpoint, folder, half):
     (folder / "example.py").write_text(export.EXAMPLE, encoding="utf-8")
     model = kelip.KELIP(**config).eval()
     kelip.load_weights(model, checkpoint.weights, checkpoint.path)
+    if read_calibration(checkpoint.path.parent, model):
+        shutil.copyfile(checkpoint.path.with_name("calibration.json"), folder / "calibration.json")
     export.write_encoders(model, folder, half)
     differences = export.compare(model, checkpoint.tokenizer, folder)
     if differences is None:

@@ -7,7 +7,8 @@
     python -m extras.search runs/clip --images PHOTOS      # asks for words, again and again
 
 Prints the ten nearest images and writes a page, search.html, with forty. Vectors of images are
-cached (extras/features.py), so later searches start at once.
+cached (extras/features.py), so later searches start at once. After `python -m extras.calibrate`, a
+search by words shows p beside each cosine, the probability that the image matches.
 
 From top to bottom: files in folders, a folder of images as a set, the query, the command.
 
@@ -32,6 +33,7 @@ import page
 import shards
 from command import ArgumentParser, one_line, run_command
 from evaluate import check_writable, embed_texts, folder_of
+from extras.calibrate import probability, read_calibration
 from extras.features import embed_images, open_cache
 from shards import IMAGE_SUFFIXES, Pair, Shard
 
@@ -232,6 +234,9 @@ def main(argv=None):
         queries = [(title, query)]
     else:
         queries = ((text, query_vector(model, tokenizer, [text])) for text in ask())
+    # Cosines with images, sums and differences are not those that were calibrated.
+    is_text = not args.like and not minus and len(plus) <= 1
+    calibration = read_calibration(folder_of(args.model), model) if is_text else None
     vectors, kept, skipped = embed_images(model, pairs, open_cache(args.model, model))
     if not kept:
         raise ValueError(f"none of the {len(pairs):,} images decodes: "
@@ -241,7 +246,7 @@ def main(argv=None):
     images = torch.utils.data.Subset(pairs, kept)
     asked = False
     for title, query in queries:
-        show(folder, images, nearest(vectors, query), title)
+        show(folder, images, nearest(vectors, query), title, calibration)
         asked = True
     if not asked:
         raise ValueError("nothing to search for: give words, --like IMAGE, or one query per line "
@@ -283,17 +288,26 @@ def ask():
             yield text
 
 
-def show(folder, images, found, title):
-    """Write folder/search.html, and print what `nearest` found."""
+def show(folder, images, found, title, calibration=None):
+    """Write folder/search.html, and print what `nearest` found.
+
+    calibration: from calibrate.read_calibration, if `title` is the text that was searched for.
+    """
     cards, lines = [], []
+    intro = f"The {len(found)} nearest of {len(images):,} images, by cosine."
+    is_calibrated = calibration and probability(calibration, title, 0) is not None
+    if is_calibrated:
+        intro += (" p: the probability that the words describe an image, if they describe 1 in "
+                  f"{1 / calibration['prior']:,.0f} images.")
     for rank, (score, i) in enumerate(found):
-        pair = images[i]
+        pair, p = images[i], ""
+        if is_calibrated:
+            p = f"  p {probability(calibration, title, score):6.1%}"
         names = [pair.key, *itertools.chain(*pair.captions.values())]
         if rank < PRINTED:
-            lines.append(f"{score:6.3f}  {one_line(', '.join(names))}")
+            lines.append(f"{score:6.3f}{p}  {one_line(', '.join(names))}")
         image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
-        cards.append(page.card(image, page.lines(f"{score:.3f}", names)))
-    intro = f"The {len(cards)} nearest of {len(images):,} images, by cosine."
+        cards.append(page.card(image, page.lines(f"{score:.3f}{p}", names)))
     page.write(folder / "search.html", title, intro, page.cards(cards))
     print(*lines, f"{folder}/search.html", sep="\n", flush=True)
 

@@ -1,6 +1,7 @@
 """Tests of extras: python -m pytest extras/test_extras.py."""
 
 import argparse
+import copy
 import csv
 import functools
 import gzip
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 import classes
@@ -58,13 +59,26 @@ from conftest import (
     run,
     shape_image,
     small_model,
+    some_tokens,
     write_bad_corpus,
 )
-from extras import bench, bench_gpu, convert, features, findings, pack, probe, search, teach
+from extras import (
+    bench,
+    bench_gpu,
+    calibrate,
+    convert,
+    features,
+    findings,
+    pack,
+    probe,
+    search,
+    teach,
+)
+from extras import export as onnx_export
 from extras.bench import image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer
 
-# ---- helpers for convert.py and pack.py ----
+# ---- helpers for convert.py, export.py and pack.py ----
 
 TEXTS = [
     "A red apple on the table, and two more next to it.",
@@ -1274,6 +1288,196 @@ def test_sizes_of_the_presets_are_read_from_shapes():
         assert int(width * convert.mlp_ratio(mlp_width, width)) == mlp_width
 
 
+# ---- export.py ----
+
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory):
+    """A small model with texts of up to 77 tokens, and the folder of its ONNX files."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"pip install {name}")
+    return export(tmp_path_factory.mktemp("onnx"), "onnx", context_length=77)
+
+
+def run_onnx(path, batch):
+    """The output of an ONNX file as a tensor."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path))
+    [vectors] = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    return torch.from_numpy(vectors)
+
+
+def texts_in_both_languages(n):
+    """2 n texts, in English and Korean, of different lengths."""
+    words = ["a red apple on the table".split() * 20, "빨간 사과 하나가 식탁 위에".split() * 20]
+    return [" ".join(own[i % 5:i % 5 + 1 + 7 * i % 60]) for own in words for i in range(n)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_padded_text_encoder_equals_encode_text(dtype, tolerance):
+    model = small_model(dtype=dtype).eval()
+    encoder = onnx_export.TextEncoder(model)
+    for L in range(3, 21):
+        tokens = some_tokens([3 + 5 * i % (L - 2) for i in range(7)] + [L], L)
+        with torch.no_grad():
+            expected = model.encode_text(tokens, l2norm=True)
+            torch.testing.assert_close(encoder(tokens), expected, rtol=0, atol=tolerance)
+    tokens[:, 15:] = 299  # the first end token counts, as for encode_text
+    with torch.no_grad():
+        expected = model.encode_text(tokens, l2norm=True)
+        torch.testing.assert_close(encoder(tokens), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_torch_export_of_both_encoders(name):
+    model = small_model(dtype=torch.float32).eval()
+    encoder, inputs, sizes = onnx_export.example_inputs(model)[name]
+    program = torch.export.export(encoder, (inputs,), dynamic_shapes=(sizes,)).module()
+    for n in (1, 3, 64):
+        for L in (3, 19, 20):
+            batch = torch.randn(n, 3, 56, 56) if name == "image" else some_tokens([L] * n, L)
+            with torch.no_grad():
+                torch.testing.assert_close(program(batch), encoder(batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+@pytest.mark.parametrize("backend", [
+    "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_of_both_encoders(name, backend):
+    """In one graph, which serves all sizes."""
+    model = small_model(dtype=torch.float32).eval()
+    encoder = onnx_export.example_inputs(model)[name][0]
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder, dynamic=True, fullgraph=True, backend=backend)
+    for n, L in ((2, 19), (5, 8), (64, 20)):
+        batch = torch.randn(n, 3, 56, 56) if name == "image" else some_tokens([L] * n, L)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(batch), encoder(batch), rtol=0, atol=1e-5)
+
+
+def test_onnx_files_equal_torch(onnx_folder):
+    model, folder = onnx_folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "example.py", "image.onnx", "preprocessor.json", "text.onnx", "tokenizer.json",
+        "tokenizer_config.json"]
+    for n in (1, 3, 64):
+        images = torch.randn(n, 3, 56, 56)
+        with torch.no_grad():
+            expected = model.encode_image(images, l2norm=True)
+        torch.testing.assert_close(run_onnx(folder / "image.onnx", images), expected,
+                                   rtol=0, atol=1e-5)
+    for n in (1, 3, 32):
+        texts = texts_in_both_languages(n)
+        for L in range(3, 78) if n == 1 else (3, 4, 40, 76, 77):
+            tokens = small_tokenizer().encode(texts, L)
+            for batch in (tokens, tokens[:1]):
+                with torch.no_grad():
+                    expected = model.encode_text(batch, l2norm=True)
+                torch.testing.assert_close(run_onnx(folder / "text.onnx", batch), expected,
+                                           rtol=0, atol=1e-5)
+
+
+def test_batches_of_the_comparison_have_all_lengths_in_both_languages():
+    tok, batches = small_tokenizer(), list(onnx_export.text_batches(small_tokenizer(), 77))
+    assert {len(batch) for batch in batches} == {1, 3, 64}
+    lengths = [batch.argmax(dim=1) + 1 for batch in batches]
+    singles = [int(n[0]) for n in lengths if len(n) == 1]
+    assert singles == [*range(3, 78)] * 2
+    assert all(n.unique().numel() > 20 for n in lengths if len(n) == 64 and n.max() > 3)
+    assert "apple" in tok.decode(batches[74][0, 1:-1].tolist())
+    assert "사과" in tok.decode(batches[-1][-1, 1:-1].tolist())
+
+
+def test_half_stores_float16_and_computes_float32(onnx_folder, tmp_path):
+    model = copy.deepcopy(onnx_folder[0])
+    convert.write(checkpoint_of(model, small_tokenizer()), tmp_path / "half", "onnx", half=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), onnx_folder[0].parameters()))
+    for name in ("image.onnx", "text.onnx"):
+        size = (tmp_path / "half" / name).stat().st_size
+        full = (onnx_folder[1] / name).stat().st_size
+        assert size < 0.75 * full, name  # the graph itself is a part of a small model's file
+    rounded = copy.deepcopy(model).half().float()
+    images, tokens = torch.randn(3, 3, 56, 56), small_tokenizer().encode(texts_in_both_languages(3))
+    for name, encode, batch in (("image.onnx", "encode_image", images),
+                                ("text.onnx", "encode_text", tokens)):
+        found = run_onnx(tmp_path / "half" / name, batch)
+        with torch.no_grad():
+            expected = getattr(rounded, encode)(batch, l2norm=True)
+            original = getattr(model, encode)(batch, l2norm=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert (found - original).abs().max() > 1e-5
+
+
+def test_example_of_an_onnx_folder(onnx_folder, tmp_path):
+    model, folder = onnx_folder
+    folder = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    image = Image.new("RGBA", (90, 61), (200, 30, 60, 0))
+    ImageDraw.Draw(image).ellipse((8, 5, 70, 50), fill=(200, 30, 60, 120))
+    image.save(tmp_path / "image.png")
+    texts = ["a  RED apple <|endoftext|>", "빨간 사과", "apple " * 90]
+    pixels = kelip.preprocess(56)(image)[None]
+    with torch.no_grad():
+        vectors = model.encode_text(small_tokenizer().encode(texts), l2norm=True)
+        expected = (vectors @ model.encode_image(pixels, l2norm=True)[0]).tolist()
+
+    def lines():
+        done = subprocess.run(
+            [sys.executable, folder / "example.py", tmp_path / "image.png", *texts],
+            capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+    assert lines() == [f"{cosine:6.3f}  {text}" for cosine, text in zip(expected, texts)]
+
+    languages = {"ko": {"a": 3.0, "b": -0.5}}
+    (folder / "calibration.json").write_text(json.dumps({"languages": languages}))
+    found = lines()
+    p = 1 / (1 + np.exp(-3 * expected[1] + 0.5))
+    assert found[1] == f"{expected[1]:6.3f}  p {p:6.1%}  빨간 사과" and " p " not in found[0]
+
+
+def test_an_onnx_export_that_fails_leaves_nothing(onnx_folder, small_run, tmp_path, monkeypatch):
+    model, folder = onnx_folder
+    other = copy.deepcopy(model)
+    other.text_projection.data[0] += 1
+    checkpoint = checkpoint_of(other, small_tokenizer())
+    with monkeypatch.context() as patched:
+        patched.setattr(onnx_export, "write_encoders", lambda model, out, half: [
+            shutil.copy(folder / name, out) for name in ("image.onnx", "text.onnx")])
+        with pytest.raises(ValueError, match=r"text.onnx: for a batch of \[1, 3\], .* differ by"):
+            convert.write(checkpoint, tmp_path / "out", "onnx")
+        other.text_projection.data[:] = torch.nan
+        with pytest.raises(ValueError, match=r"text.onnx: .* differ by nan, more than 1e-04"):
+            convert.write(checkpoint, tmp_path / "out", "onnx")
+    monkeypatch.setattr(onnx_export, "MAX_BYTES", 10_000)
+    with pytest.raises(ValueError, match="image.onnx: would have 0.0 GB, and .* --half writes"):
+        convert.write(checkpoint, tmp_path / "out", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_run_is_not_exported(small_run, tmp_path):
+    damaged = shutil.copytree(small_run, tmp_path / "run") / "last.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="last.pt: not a complete checkpoint"):
+        convert.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "onnx"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_packages_that_an_onnx_export_misses(tmp_path, monkeypatch):
+    model = small_model(dtype=torch.float32, vocab_size=len(small_tokenizer()))
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="packages: pip install onnx onnxscript$"):
+            convert.write(checkpoint_of(model, small_tokenizer()), tmp_path / "out", "onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert onnx_export.compare(model, small_tokenizer(), tmp_path) is None
+    with pytest.raises(ValueError, match="--half: only --to onnx"):
+        convert.main(["run", str(tmp_path / "out"), "--to", "hf", "--half"])
+    model.visual.proj.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="visual.proj: holds a number that float16 cannot"):
+        onnx_export.round_weights(model)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- pack.py: images and tables ----
 
 def test_folders_and_tables_are_packed_then_checked(tmp_path, pack_command):
@@ -2145,6 +2349,140 @@ def test_commands_fail_in_one_line(command, tmp_path):
                           text=True, capture_output=True, env=environment)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(rf"extras\.{name}: .+\n", done.stderr), done.stderr
+
+
+# ---- calibrate.py ----
+
+def normal_cosines(n, mean, std):
+    """n quantiles of a normal distribution, which need no luck."""
+    return mean + std * torch.special.ndtri((torch.arange(n).double() + 0.5) / n)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.1, 0.5), st.floats(0.05, 0.15), st.sampled_from([1e-3, 0.02, 0.5]))
+def test_the_fit_finds_known_a_and_b(mean, std, prior):
+    """For two normal distributions of equal width, Bayes' rule gives a and b."""
+    mean = min(mean, 4 * std)  # further apart, no pair of the sample would be in between
+    wrong, right = normal_cosines(100_000, 0.02, std), normal_cosines(20_000, 0.02 + mean, std)
+    a, b = calibrate.fit(right, wrong, prior)
+    true_a = mean / std**2
+    true_b = -true_a * (0.02 + mean / 2) + np.log(prior / (1 - prior))
+    assert abs(a / true_a - 1) < 0.02
+    assert abs(b - true_b) < 0.02 * abs(true_b) + 0.02
+
+
+def test_a_fit_of_pairs_that_do_not_overlap_is_finite():
+    a, b = calibrate.fit(torch.linspace(0.5, 0.6, 30), torch.linspace(-0.1, 0.3, 900), 1e-3)
+    p = torch.sigmoid(a * torch.tensor([0.3, 0.4, 0.5]) + b)
+    assert 0 < a < 1e4 and p[0] < 0.02 and p[2] > 0.9
+    a, b = calibrate.fit(torch.full((30,), 0.2), torch.full((900,), 0.2), 1e-3)
+    assert abs(torch.sigmoid(torch.tensor(a * 0.2 + b)).item() - 1e-3) < 1e-5
+
+
+def test_p_is_how_often_pairs_are_right():
+    """In every bin of p, on pairs that were not fitted."""
+    torch.manual_seed(0)
+    wrong, right = 0.1 * torch.randn(2, 400_000), 0.35 + 0.1 * torch.randn(2, 40_000)
+    prior = 0.02
+    a, b = calibrate.fit(right[0], wrong[0], prior)
+    p = [torch.sigmoid(a * t[1].double() + b) for t in (right, wrong)]
+    bins = calibrate.reliability(*p, prior)
+    assert len(bins) == calibrate.BINS and abs(bins[:, 0].sum() - 1) < 1e-9
+    assert (bins[:, 1] - bins[:, 2]).abs().max() < 0.05
+    assert calibrate.calibration_error(*p, prior) < 1e-3
+    off = [torch.sigmoid(a * t[1].double() + b + 2) for t in (right, wrong)]
+    assert calibrate.calibration_error(*off, prior) > 10 * calibrate.calibration_error(*p, prior)
+
+
+def test_calibration_error_by_hand():
+    """Two bins: p 0.01 for 2 of 4 wrong pairs and no right one; p 0.9 for the others."""
+    right, wrong = torch.tensor([0.9, 0.9]), torch.tensor([0.01, 0.01, 0.9, 0.9])
+    low, high = [0.4, 0.01, 0], [0.6, 0.9, 0.2 / 0.6]  # prior 0.2: 0.8 / 4 for each wrong pair
+    found = calibrate.reliability(right, wrong, 0.2)
+    torch.testing.assert_close(found, torch.tensor([low, high], dtype=torch.float64))
+    expected = 0.4 * 0.01 + 0.6 * (0.9 - 1 / 3)
+    assert abs(calibrate.calibration_error(right, wrong, 0.2) - expected) < 1e-7
+
+
+def test_thresholds_by_hand():
+    right = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    wrong = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.5])
+    precision, recall = calibrate.precision_at(right, wrong, 0.5, right)
+    assert recall.tolist() == [1, 0.75, 0.5, 0.25]
+    false = [(n + 1) / 6 for n in (3, 1, 0, 0)]
+    expected = [r / (r + f) for r, f in zip(recall.tolist(), false)]
+    torch.testing.assert_close(precision, torch.tensor(expected))
+    assert calibrate.threshold(right, wrong, 0.5, 0.65) == pytest.approx(0.4)
+    assert calibrate.threshold(right, wrong, 0.5, 0.75) == pytest.approx(0.6)
+    assert calibrate.threshold(right, wrong, 0.5, 0.9) is None
+
+
+def test_halves_depend_on_the_keys_alone():
+    keys = [f"{i:06d}" for i in range(500)]
+    first, second = calibrate.halves(keys)
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(500))
+    assert 200 < len(first) < 300
+    order = np.random.default_rng(0).permutation(500)
+    again, _ = calibrate.halves([keys[i] for i in order])
+    assert [keys[order[i]] for i in again] == [keys[i] for i in first]
+
+
+def test_equal_captions_are_right_for_the_images_of_all_of_them():
+    embedded = argparse.Namespace(
+        images=torch.eye(4), texts={"en": torch.eye(4)[[0, 1, 1, 3, 2]]},
+        owner={"en": torch.tensor([0, 1, 2, 3, 2])},
+        equal_to={"en": torch.tensor([0, 1, 1, 3, 4])})
+    right, wrong = calibrate.cosines(embedded, "en", torch.tensor([2, 0, 1]))
+    # Texts 0, 1 (equal to 2) and 4; images 2, 0 and 1. Text 1 is right for images 1 and 2.
+    assert sorted(right.tolist()) == [0, 1, 1, 1] and wrong.tolist() == [0] * 5
+    embedded.equal_to["en"] = None
+    right, wrong = calibrate.cosines(embedded, "en", torch.tensor([2, 0, 1]))
+    assert sorted(right.tolist()) == [0, 1, 1, 1] and len(wrong) == 8
+
+
+def test_calibrate_writes_what_search_and_convert_read(small_run, shapes, tmp_path):
+    folder, photos = shutil.copytree(small_run, tmp_path / "run"), write_photos(tmp_path / "photos")
+    printed = here(calibrate.main, folder, "--test", shapes / "train-*.tar", "--prior", "0.05")
+    assert printed.splitlines()[-1] == f"{folder}/calibration.json, {folder}/calibration.html"
+    content = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    assert content["prior"] == 0.05 and [*content["languages"]] == ["en", "ko"]
+    for name, language in (("English", "en"), ("Korean", "ko")):
+        found = content["languages"][language]
+        assert f"{name}: p = sigmoid({found['a']:.2f} cosine {found['b']:+.2f})" in printed
+        assert [*found["thresholds"]] == ["90%", "95%", "99%"]
+        assert found["error_after"] < 0.05
+    assert "  precision 99%: not reached" in printed  # the model is untrained
+    page = (folder / "calibration.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 4 and "1 in 20 pairs matches" in page
+
+    def results(*words):
+        flags = ["--images", photos, "--out", tmp_path / "page"]
+        return here(search.main, folder, *words, *flags).splitlines()[1:11]
+    pattern = re.compile(r" *(\S+)  p +([\d.]+)%  .*")
+    for words, language in (("red", "en"), ("빨간 원", "ko")):
+        a, b = (content["languages"][language][key] for key in "ab")
+        for line in results(words):
+            cosine, p = map(float, pattern.fullmatch(line).groups())
+            assert abs(p - 100 / (1 + np.exp(-a * cosine - b))) < 0.1 + 0.1 * abs(a)
+    assert "if they describe 1 in 20 images" in (tmp_path / "page/search.html").read_text("utf-8")
+    for words in (("red", "--plus", "blue"), ("red", "--minus", "blue")):
+        assert not any(" p " in line for line in results(*words))
+
+    model, _, _ = kelip.build_model(folder)
+    assert calibrate.read_calibration(folder, model) == content
+    with torch.no_grad():
+        model.logit_scale += 1
+    assert calibrate.read_calibration(folder, model) is None
+    (folder / "calibration.json").write_text('{"model": 1, "languages": {"en": {"a": "x"}}}')
+    with pytest.raises(ValueError, match="calibration.json: not as extras.calibrate writes it"):
+        calibrate.read_calibration(folder, model)
+
+
+def test_calibrate_needs_pairs(small_run, shapes, tmp_path):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    with pytest.raises(ValueError, match="test-.*tar: too few captions .* each half needs 20"):
+        here(calibrate.main, folder, "--test", shapes / "test-*.tar")
+    assert not list(folder.glob("calibration*"))
 
 
 # ---- probe.py ----
