@@ -121,7 +121,7 @@ def weighted_pairs(right, wrong, prior):
     """
     x = torch.cat([right, wrong]).double()
     y = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))]).double()
-    weight = torch.where(y == 1, prior / len(right), (1 - prior) / len(wrong))
+    weight = y * (prior / len(right)) + (1 - y) * ((1 - prior) / len(wrong))
     return x, y, weight
 
 
