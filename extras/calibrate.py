@@ -176,7 +176,9 @@ def calibrate(pairs_to_fit, others, prior):
             measured = {"cosine": cosine, "p": 1 / (1 + math.exp(-a * cosine - b)),
                         "precision": found.item(), "recall": recall.item()}
         thresholds[f"{precision:.0%}"] = measured
-    return {"a": a, "b": b, "right": len(others[0]), "wrong": len(others[1]),
+    right, wrong = others
+    return {"a": a, "b": b, "right": len(right), "wrong": len(wrong),
+            "mean_right": right.mean().item(), "mean_wrong": wrong.mean().item(),
             "error_before": calibration_error(*(t.clamp(0, 1) for t in others), prior),
             "error_after": calibration_error(*probabilities, prior), "thresholds": thresholds}
 
@@ -228,7 +230,8 @@ def write_page(folder, calibration, pairs):
         right, wrong = pairs[language]
         rows.append([name, f"{found['a']:.1f}", f"{found['b']:.1f}",
                      f"{100 * found['error_before']:.3f}", f"{100 * found['error_after']:.3f}",
-                     f"{found['right']:,}", f"{found['wrong']:,}"])
+                     f"{found['right']:,}", f"{found['mean_right']:.3f}",
+                     f"{found['wrong']:,}", f"{found['mean_wrong']:.3f}"])
         for precision, cut in found["thresholds"].items():
             cells = ["not reached", "", "", ""]
             if cut:
@@ -250,7 +253,7 @@ def write_page(folder, calibration, pairs):
         f"{1 / prior:,.0f} pairs matches. It was fitted on half of "
         f"{', '.join(calibration['test'])}, and all numbers are those of the other half.",
         page.table(["", "a", "b", "calibration error of the cosine, %", "of p, %", "right pairs",
-                    "wrong pairs"], rows),
+                    "mean cosine", "wrong pairs", "mean cosine"], rows),
         page.heading("Thresholds", "The lowest cosine above which pairs are right with this "
                      "precision in the half that was fitted, and what it finds in the other half."),
         page.table(["precision", "cosine", "p, %", "precision there, %",
@@ -312,6 +315,8 @@ def main(argv=None):
 def print_language(name, found):
     """Print what was found for a language."""
     print(f"{name}: p = sigmoid({found['a']:.2f} cosine {found['b']:+.2f})")
+    print(f"  mean cosine of right pairs {found['mean_right']:.3f}, of wrong pairs "
+          f"{found['mean_wrong']:.3f}")
     print(f"  expected calibration error {100 * found['error_before']:.3f} % before, "
           f"{100 * found['error_after']:.3f} % after")
     for precision, cut in found["thresholds"].items():

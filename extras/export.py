@@ -14,7 +14,6 @@ Not included: reading models and the other files of the folder (extras/convert.p
 
 import contextlib
 import importlib.util
-import itertools
 import logging
 import warnings
 
@@ -196,14 +195,16 @@ def image_batches(size):
 
 
 def text_batches(tokenizer, context_length):
-    """Batches of tokens [N, L]: one text of every length, and several of different lengths."""
+    """Batches of tokens [N, L]: one text of every length L, and several of lengths up to L."""
     for sentence in SENTENCES.values():
-        words = list(itertools.islice(itertools.cycle(sentence.split()), context_length))
+        text = " ".join([sentence] * context_length)  # it has more tokens than that
         for n, step in ((1, 1), (3, 8), (64, 37)):
             for L in range(3, context_length + 1, step):
-                # The last text fills L tokens, the others are shorter.
-                counts = [1 + (L - 3) * (i + 1) // n for i in range(n)]
-                yield tokenizer.encode([" ".join(words[:count]) for count in counts], L)
+                tokens = tokenizer.encode(text, L).expand(n, L)
+                last = 2 + (L - 3) * torch.arange(1, n + 1)[:, None] // n    # [N, 1]
+                position = torch.arange(L)
+                tokens = tokens.where(position < last, tokenizer.pad_id)
+                yield tokens.where(position != last, tokenizer.eot_id)
 
 
 # ---- example.py ----
