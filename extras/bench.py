@@ -12,8 +12,8 @@ tokenizer   training on 3.5 million captions (98,000 entries,    tokenizers, tik
             as in the paper), encoding Korean and English        open_clip
 train       the contrastive loss, training steps of ViT-B/32,    open_clip                   5
             Muon, stage 1, train_clip.py itself, two processes
-evaluate    embedding, retrieval among 50,000 images,            open_clip                  10
-            classification
+evaluate    embedding, also by ONNX files, retrieval among       open_clip,                 10
+            50,000 images, classification                        onnxruntime
 network     nothing: what 80 GPUs would send each other,         none                        0
             by arithmetic
 
@@ -76,11 +76,13 @@ if __name__ != "__mp_main__":
     import shards
     import train_clip
     import trainer
+    from extras import export
     from optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 HELP_PAGES = "/usr/share/libreoffice/help"
-PIP = {"open_clip": "open_clip_torch"}  # package -> its name on PyPI, if that differs
+# package -> what to install, if that differs
+PIP = {"open_clip": "open_clip_torch", "onnxruntime": "onnx onnxscript onnxruntime"}
 
 
 # ---- rows of the table ----
@@ -1040,6 +1042,7 @@ def evaluate_rows(size):
     for row in embedding_rows():
         images_per_second = images_per_second or row.ours  # the first row is images in float32
         yield row
+    yield from onnx_rows()
 
     n_images, n_classes = int(50_000 * size), max(2, int(1000 * size))
     seconds, megabytes = alone(retrieval_of, n_images, threads=os.cpu_count())
@@ -1080,6 +1083,29 @@ def embedding_rows():
             yield Row(f"embed {what}, {precision}", rates[0], "open_clip",
                       rates[1] if peer else None, "per s",
                       f"ViT-B/32, batch {batch}, no gradients")
+
+
+def onnx_rows():
+    """Images and captions per second through ViT-B/32 on the CPU: torch, and its ONNX files."""
+    batch = 64
+    [images], tokens = random_batch(batch, [224])
+    model = kelip.KELIP(**base_config()).eval()
+    has_packages = all(map(try_import, ("onnx", "onnxscript", "onnxruntime")))
+    with tempfile.TemporaryDirectory() as folder:
+        if has_packages:
+            export.write_encoders(model, Path(folder))
+        for name, encode, what, inputs in (
+                ("image", model.encode_image, "images", images),
+                ("text", model.encode_text, "captions", tokens[:, :25])):  # the longest has 25
+            functions = [torch.no_grad()(partial(encode, inputs, l2norm=True))]
+            if has_packages:
+                session = try_import("onnxruntime").InferenceSession(f"{folder}/{name}.onnx")
+                functions.append(
+                    partial(session.run, None, {export.INPUTS[name]: inputs.numpy()}))
+            rates = [batch / seconds for seconds in least_seconds(*functions)]
+            yield Row(f"embed {what}, torch and {name}.onnx", rates[0], "onnxruntime",
+                      rates[1] if has_packages else None, "per s",
+                      f"ViT-B/32, batch {batch}, float32, CPU")
 
 
 def retrieval_of(count):

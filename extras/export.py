@@ -65,8 +65,7 @@ def example_inputs(model):
     """An input of each encoder, and which of its sizes are free: {name: (encoder, input, sizes)}.
     """
     size, L = model.config["image_resolution"], model.config["context_length"]
-    batch = torch.export.Dim("N", max=2**20)
-    length = torch.export.Dim("L", max=L)
+    batch, length = torch.export.Dim("N"), torch.export.Dim("L", max=L)
     # Sizes of the inputs are neither 1 nor the largest, which a trace would take for fixed.
     return {
         "image": (ImageEncoder(model), torch.zeros(2, 3, size, size), {0: batch}),
