@@ -1736,6 +1736,12 @@ def test_a_chart_places_its_points_between_its_axes():
     assert page.plot("loss", {}) == ""
 
 
+def test_a_chart_may_start_elsewhere():
+    chart = Elements(page.plot("", {"a": [(-0.5, 1), (0, 2), (1.5, 4)]}, start=-0.5, unit="cosine"))
+    assert [line["points"] for line in chart.of("polyline")] == ["0.0,75.0 25.0,50.0 100.0,0.0"]
+    assert chart.texts[-2:] == ["-0.5", "1.5 cosine"]
+
+
 @pytest.mark.parametrize("highest", [0, 1e-4, 0.3, 0.99, 1, 4, 4.0001, 8.7, 39, 41, 100, 12_345])
 def test_the_steps_of_a_chart_are_round_and_reach_the_highest_point(highest):
     texts = Elements(page.plot("", {"a": [(0, 0), (1, highest)]})).texts
