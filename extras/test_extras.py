@@ -1421,15 +1421,21 @@ def test_weights_are_stored_in_float16(onnx_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_half_writes_the_rounded_model(onnx_folder, tmp_path):
-    model = copy.deepcopy(onnx_folder[0])
-    convert.write(checkpoint_of(model, small_tokenizer()), tmp_path / "half", "onnx", half=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), onnx_folder[0].parameters()))
-    images = torch.randn(3, 3, 56, 56)
-    found = run_onnx(tmp_path / "half" / "image.onnx", images)
-    with torch.no_grad():
-        expected = model.half().float().encode_image(images, l2norm=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("changes", [{}, GELU])
+def test_half_writes_the_rounded_model(onnx_folder, tmp_path, changes):
+    tok = small_tokenizer()
+    model = small_model(dtype=torch.float32, vocab_size=len(tok), **changes).eval()
+    convert.write(checkpoint_of(model, tok), tmp_path / "half", "onnx", half=True)
+    images, tokens = torch.randn(3, 3, 56, 56), tok.encode(images_and_names()[1], 20)
+    rounded = copy.deepcopy(model).half().float()
+    for name, encode, batch in (("image.onnx", "encode_image", images),
+                                ("text.onnx", "encode_text", tokens)):
+        found = run_onnx(tmp_path / "half" / name, batch)
+        with torch.no_grad():
+            expected = getattr(rounded, encode)(batch, l2norm=True)
+            original = getattr(model, encode)(batch, l2norm=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert (found - original).abs().max() > 1e-5
 
 
 def test_example_of_an_onnx_folder(onnx_folder, tmp_path):
