@@ -199,10 +199,11 @@ def read_calibration(folder, model):
     content = read_json(path)
     try:
         is_of_model = content["model"] == model_digest(model)
-        for language in content["languages"].values():
-            if not math.isfinite(language["a"] + language["b"] + content["prior"]):
-                raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError):
+        is_good = 0 < content["prior"] < 1 and all(
+            math.isfinite(found["a"] + found["b"]) for found in content["languages"].values())
+        if not is_good:
+            raise ValueError
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(f"{path}: not as extras.calibrate writes it: delete it, or calibrate "
                          "again") from None
     if not is_of_model:
@@ -296,6 +297,8 @@ def main(argv=None):
     measured = {}
     for language in sorted(embedded.texts):
         parts = [cosines(embedded, language, images) for images in (to_fit, others)]
+        if not all(t.isfinite().all() for part in parts for t in part):
+            raise ValueError(f"{args.model}: its vectors of images or texts are not finite")
         name = LANGUAGE_NAMES.get(language, language)
         count = min(len(t) for part in parts for t in part)
         if count < FEWEST:

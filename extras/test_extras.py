@@ -2503,15 +2503,25 @@ def test_calibrate_writes_what_search_and_convert_read(small_run, shapes, tmp_pa
     with torch.no_grad():
         model.logit_scale += 1
     assert calibrate.read_calibration(folder, model) is None
-    (folder / "calibration.json").write_text('{"model": 1, "languages": {"en": {"a": "x"}}}')
-    with pytest.raises(ValueError, match="calibration.json: not as extras.calibrate writes it"):
-        calibrate.read_calibration(folder, model)
+    good = '{"model": 1, "prior": 0.1, "languages": {"en": {"a": 1, "b": 2}}}'
+    (folder / "calibration.json").write_text(good)
+    assert calibrate.read_calibration(folder, model) is None
+    for old, new in (("0.1", "0"), ("0.1", '"x"'), ("2", "NaN"), ("2", "1" + 400 * "0"),
+                     ('"b"', '"c"'), ("languages", "x"), ('"a": 1', '"a": null')):
+        (folder / "calibration.json").write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match="calibration.json: not as extras.calibrate writes it"):
+            calibrate.read_calibration(folder, model)
 
 
 def test_calibrate_needs_pairs(small_run, shapes, tmp_path):
     folder = shutil.copytree(small_run, tmp_path / "run")
     with pytest.raises(ValueError, match="test-.*tar: too few captions .* each half needs 20"):
         here(calibrate.main, folder, "--test", shapes / "test-*.tar")
+    state = kelip.load_checkpoint(folder / "last.pt")
+    state["model"]["visual.proj"] += torch.nan
+    kelip.save_checkpoint(folder / "last.pt", state)
+    with pytest.raises(ValueError, match="run: its vectors of images or texts are not finite"):
+        here(calibrate.main, folder, "--test", shapes / "train-*.tar")
     assert not list(folder.glob("calibration*"))
 
 
