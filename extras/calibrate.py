@@ -25,9 +25,9 @@ import argparse
 import json
 import math
 import os
-import re
 from pathlib import Path
 
+import regex
 import torch
 import torch.nn.functional as F
 
@@ -185,9 +185,6 @@ def calibrate(pairs_to_fit, others, prior):
 
 # ---- calibration.json ----
 
-HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
-
-
 def read_calibration(folder, model):
     """The calibration.json in a model's folder, or None if there is none for these weights.
 
@@ -212,9 +209,12 @@ def read_calibration(folder, model):
 
 
 def probability(calibration, text, cosine):
-    """p(match) of a text and an image, or None if the language of the text is not calibrated."""
-    languages = calibration["languages"]
-    language = languages.get("ko" if HANGUL.search(text) else "en", languages.get(""))
+    """p(match) of a text and an image, or None if the language of the text is not calibrated.
+
+    calibration: from read_calibration.
+    """
+    languages = calibration["languages"] if calibration else {}
+    language = languages.get("ko" if regex.search(r"\p{Hangul}", text) else "en", languages.get(""))
     if language is None:
         return None
     return torch.tensor(language["a"] * cosine + language["b"]).sigmoid().item()

@@ -772,7 +772,6 @@ def write_hf(checkpoint, folder):
 
 def write_onnx(checkpoint, folder, half):
     """The two encoders as ONNX files, compared with torch, and example.py, which runs them."""
-    export.check_packages()
     write_tokenizer(checkpoint, folder)
     config = checkpoint.config
     write_json(folder / "preprocessor.json", {

@@ -12,8 +12,6 @@ From top to bottom: the encoders, ONNX files, the comparison with torch, example
 Not included: reading models and the other files of the folder (extras/convert.py).
 """
 
-import contextlib
-import importlib.util
 import logging
 import warnings
 
@@ -62,8 +60,7 @@ class TextEncoder(nn.Module):
 
 
 def example_inputs(model):
-    """An input of each encoder, and which of its sizes are free: {name: (encoder, input, sizes)}.
-    """
+    """{name: (encoder, an input, which sizes of the input are free)}."""
     size, L = model.config["image_resolution"], model.config["context_length"]
     batch, length = torch.export.Dim("N"), torch.export.Dim("L", max=L)
     # Sizes of the inputs are neither 1 nor the largest, which a trace would take for fixed.
@@ -75,31 +72,31 @@ def example_inputs(model):
 
 # ---- ONNX files ----
 
-def check_packages():
-    """Raise ImportError when a package that writes ONNX files is missing."""
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if missing:
-        raise ImportError("image.onnx, text.onnx: writing them needs packages: pip install "
-                          + " ".join(missing))
-
-
 def write_encoders(model, folder, half=False):
-    """Write image.onnx and text.onnx into a folder. All sizes of a batch are free.
+    """Write image.onnx and text.onnx into a folder.
 
-    half: store weights in float16, in files of half the size. They are computed in float32 all the
-    same. The weights of `model` become the rounded ones. Raises ValueError when a file would be too
-    large, or when a weight is too large for float16.
+    half: store weights in float16. The computation stays in float32. The weights of `model` are
+    rounded, too. Raises ImportError when a package is missing, ValueError when a file would be too
+    large, or a weight too large for float16.
     """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ImportError("writing ONNX files needs packages: pip install onnx onnxscript "
+                          "onnxruntime") from None
+    for name in ("onnxscript", "torch.onnx"):  # they warn of operators that nobody misses
+        logging.getLogger(name).setLevel(logging.ERROR)
     if half:
         round_weights(model)
     for name, (encoder, inputs, sizes) in example_inputs(model).items():
-        path, n_bytes = folder / f"{name}.onnx", 4 * kelip.count_parameters(encoder)
-        if n_bytes > MAX_BYTES << half:
+        path = folder / f"{name}.onnx"
+        n_bytes = (2 if half else 4) * kelip.count_parameters(encoder)
+        if n_bytes > MAX_BYTES:
             advice = "" if half else "; --half writes half of that"
-            raise ValueError(f"{path.name}: would have {n_bytes / (1 + half) / 1e9:.1f} GB, and an "
-                             f"ONNX file holds 2 GB{advice}")
-        # It prints what its optimizer skips.
-        with warnings.catch_warnings(), no_logging():
+            raise ValueError(f"{path.name}: would have {n_bytes / 1e9:.1f} GB, and an ONNX file "
+                             f"holds 2 GB{advice}")
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 encoder.eval(), (inputs,), dynamo=True, verbose=False, dynamic_shapes=(sizes,),
@@ -108,16 +105,6 @@ def write_encoders(model, folder, half=False):
         if half:
             store_in_float16(proto.graph)
         path.write_bytes(proto.SerializeToString())
-
-
-@contextlib.contextmanager
-def no_logging():
-    """Print no warnings of the module logging."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @torch.no_grad()
@@ -214,7 +201,6 @@ EXAMPLE = '''\
 pip install onnxruntime tokenizers numpy pillow
 """
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -232,24 +218,17 @@ image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).con
 w, h = (int(size * side / min(image.size)) for side in image.size)
 left, top = round((w - size) / 2), round((h - size) / 2)
 image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
-pixels = (np.asarray(image) / 255 - settings["mean"]) / settings["std"]  # [size, size, 3]
-pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)              # [1, 3, size, size]
+pixels = (np.asarray(image) / 255 - settings["mean"]) / settings["std"]
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # [1, 3, size, size]
 
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 tokenizer.enable_truncation(settings["context_length"])
 tokenizer.enable_padding()
 tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> is text
-tokens = np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)])  # [N, L]
+tokens = np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)])
 
 [image_vectors] = InferenceSession(folder / "image.onnx").run(None, {"pixels": pixels})
 [text_vectors] = InferenceSession(folder / "text.onnx").run(None, {"tokens": tokens})
-cosines = text_vectors @ image_vectors[0]                                # [N]
-
-# With calibration.json, p is the probability that a text describes the image.
-file = folder / "calibration.json"
-languages = json.loads(file.read_text())["languages"] if file.exists() else {}
-for text, cosine in zip(texts, cosines):
-    fit = languages.get("ko" if re.search("[ㄱ-ㅣ가-힣]", text) else "en")
-    p = f"  p {1 / (1 + np.exp(-fit['a'] * cosine - fit['b'])):6.1%}" if fit else ""
-    print(f"{cosine:6.3f}{p}  {text}")
+for text, cosine in zip(texts, text_vectors @ image_vectors[0]):
+    print(f"{cosine:6.3f}  {text}")
 '''

@@ -294,20 +294,18 @@ def show(folder, images, found, title, calibration=None):
     calibration: from calibrate.read_calibration, if `title` is the text that was searched for.
     """
     cards, lines = [], []
-    intro = f"The {len(found)} nearest of {len(images):,} images, by cosine."
-    is_calibrated = calibration and probability(calibration, title, 0) is not None
-    if is_calibrated:
-        intro += (" p: the probability that the words describe an image, if they describe 1 in "
-                  f"{1 / calibration['prior']:,.0f} images.")
     for rank, (score, i) in enumerate(found):
-        pair, p = images[i], ""
-        if is_calibrated:
-            p = f"  p {probability(calibration, title, score):6.1%}"
+        pair, p = images[i], probability(calibration, title, score)
+        value = f"{score:6.3f}" if p is None else f"{score:6.3f}  p {p:6.1%}"
         names = [pair.key, *itertools.chain(*pair.captions.values())]
         if rank < PRINTED:
-            lines.append(f"{score:6.3f}{p}  {one_line(', '.join(names))}")
+            lines.append(f"{value}  {one_line(', '.join(names))}")
         image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE)
-        cards.append(page.card(image, page.lines(f"{score:.3f}{p}", names)))
+        cards.append(page.card(image, page.lines(value.strip(), names)))
+    intro = f"The {len(found)} nearest of {len(images):,} images, by cosine."
+    if p is not None:
+        intro += (" p: the probability that the words describe an image, if they describe 1 in "
+                  f"{1 / calibration['prior']:,.0f} images.")
     page.write(folder / "search.html", title, intro, page.cards(cards))
     print(*lines, f"{folder}/search.html", sep="\n", flush=True)
 
