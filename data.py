@@ -47,6 +47,7 @@ from shards import (
     decode,
     expand_pattern,
     format_counts,
+    format_cut,
     index_shards,
     index_tar,
     is_language,
@@ -647,6 +648,7 @@ class Loader:
         indexed = sum(shard.count for shard in pairs.shards)  # whose captions languages counts
         self.captions_per_pair = max(1, round(sum(pairs.languages.values()) / max(1, indexed)))
         self.skipped, self.examples = collections.Counter(), {}
+        self.cut, self.longest = 0, ""  # captions that were cut, and the longest of them
         image_bytes = 3 * padded_size * padded_size
         self._may_cache = len(pairs) * image_bytes * max(1, workers) <= CACHE_BYTES
         self._cache = {}  # pair number -> what _prepare returns
@@ -659,9 +661,11 @@ class Loader:
         done = deaths = 0
         while done < self.steps:
             try:
-                for batch, skipped in self._batches(done):
+                for batch, skipped, cut in self._batches(done):
                     done += 1
                     deaths = 0
+                    self.cut += len(cut)
+                    self.longest = max([self.longest, *cut], key=len)
                     for reason, example in skipped:
                         self.skipped[reason] += 1
                         self.examples.setdefault(reason, example)
@@ -691,7 +695,10 @@ class Loader:
         return batches
 
     def make_batch(self, step):
-        """This process's part of one batch: (Batch, [(reason, example) of each skipped pair])."""
+        """This process's part of one batch.
+
+        Returns (Batch, [(reason, example) of each skipped pair], [captions that were cut]).
+        """
         n, size, C = self.local_batch_size, self.padded_size, self.captions_per_pair
         first = self.first + step * self.batch_size + self.rank * n
         sample_index = np.arange(first, first + n)
@@ -705,7 +712,7 @@ class Loader:
             tokens = self.tokenizer.encode([""], self.context_length).repeat(n, C, 1)
         fraction = random_fraction(self.seed, sample_index)
         numbers = self.order(first, min(n, max(0, self.end - first)))
-        skipped = []
+        skipped, cut = [], []
         for i, pair_number in enumerate(numbers.tolist()):
             try:
                 pixels, image_aspect, captions = self._prepare(pair_number)
@@ -722,21 +729,24 @@ class Loader:
                 # C of the languages: the one at `start`, and those after it, in a circle.
                 chosen = {(int(start) + c) % len(captions) for c in range(C)}
                 for c, position in enumerate(sorted(chosen)):
-                    language[i, c], choices = captions[position]
-                    tokens[i, c] = choices[int(choice * len(choices))]
+                    language[i, c], choices, cut_texts = captions[position]
+                    row = int(choice * len(choices))
+                    tokens[i, c] = choices[row]
+                    if row in cut_texts:
+                        cut.append(cut_texts[row])
         images, aspect, language, valid, sample_index = (
             torch.from_numpy(x) for x in (images, aspect, language, valid, sample_index))
         images = images.permute(0, 3, 1, 2)                                  # [n, 3, S, S]
         if self.tokenizer is None:
             language = None
-        return Batch(images, aspect, tokens, language, valid, sample_index), skipped
+        return Batch(images, aspect, tokens, language, valid, sample_index), skipped, cut
 
     def _prepare(self, number):
         """Read and decode a pair: (uint8 [h, w, 3], width / height, captions).
 
-        captions: for each language, (its index in self.languages, int64 [captions, L]). The index
-        is len(self.languages) for a language that the shards' index did not have. Raises
-        ValueError("reason: details").
+        captions: for each language, (its index in self.languages, int64 [captions, L], {row: text}
+        of captions that were cut). The index is len(self.languages) for a language that the shards'
+        index did not have. Raises ValueError("reason: details").
         """
         if number in self._cache:
             return self._cache[number]
@@ -746,9 +756,10 @@ class Loader:
             if not pair.captions:
                 raise ValueError(f"{pair.errors[0]}: pair {pair.key}")
             number_of = {language: i for i, language in enumerate(self.languages)}
-            captions = [(number_of.get(language, len(number_of)),
-                         self.tokenizer.encode(texts, self.context_length))
-                        for language, texts in sorted(pair.captions.items())]
+            for language, texts in sorted(pair.captions.items()):
+                tokens = self.tokenizer.encode(texts, self.context_length)
+                cut = getattr(self.tokenizer, "cut", {})  # other tokenizers may not have it
+                captions.append((number_of.get(language, len(number_of)), tokens, cut))
         try:
             image = decode(pair.image, min_side=self.padded_size)
         except ValueError as error:
@@ -760,12 +771,18 @@ class Loader:
         return prepared
 
     def report(self):
-        """A line on the pairs skipped so far: the count of each reason, and its first example."""
-        if not self.skipped:
-            return "no pair was skipped"
-        reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
-                            for reason, count in self.skipped.most_common())
-        return one_line(f"skipped {sum(self.skipped.values()):,} pairs: {reasons}")
+        """A line on the pairs skipped so far, and on the captions that were cut.
+
+        It has the count of each reason to skip, and its first example.
+        """
+        text = "no pair was skipped"
+        if self.skipped:
+            reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
+                                for reason, count in self.skipped.most_common())
+            text = f"skipped {sum(self.skipped.values()):,} pairs: {reasons}"
+        if self.cut:
+            text += f"; {format_cut(self.cut, self.longest)}"
+        return one_line(text)
 
 
 def _is_worker_death(error):

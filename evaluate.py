@@ -67,6 +67,7 @@ class Embedded:
         texts: {language: float32 [P, D]}, unit vectors of the captions.
         owner: {language: int64 [P]}, the image of each caption, below M; -1 for further candidates.
         repeated: {language: number of captions that are equal to an earlier one}.
+        cut: {language: captions that have more tokens than the model reads}.
         equal_to: {language: int64 [P]}, the first caption that is equal to each, for recall_at_k;
             None if strict, or if none is repeated.
 
@@ -99,8 +100,11 @@ class Embedded:
             first = _first_equal(texts)
             self.repeated[language] = int((first != torch.arange(len(texts))).sum())
             self.equal_to[language] = first if self.repeated[language] and not strict else None
-        self.texts = {language: embed_texts(model, tokenizer, texts, progress)
-                      for language, texts in self.captions.items()}
+        self.texts, self.cut = {}, {}
+        for language, texts in self.captions.items():
+            self.texts[language] = embed_texts(model, tokenizer, texts, progress)
+            # Tokenizers of other libraries do not have `cut`.
+            self.cut[language] = list(getattr(tokenizer, "cut", {}).values())
 
 
 def _first_equal(texts):
@@ -483,8 +487,12 @@ def report(folder, model, pairs, tokenizer, candidates=None, classes=None, progr
 
 
 def _notes_on_captions(embedded):
-    """A sentence for each language in which captions repeat."""
+    """A sentence for each language in which captions repeat, or are cut."""
     notes = []
+    for language, cut in sorted(embedded.cut.items()):
+        if cut:
+            notes.append(f"{_language_name(language)}: "
+                         f"{shards.format_cut(len(cut), max(cut, key=len))}")
     for language, repeated in sorted(embedded.repeated.items()):
         if repeated:
             rule = "only that of the image itself is right, as CLIP_benchmark counts"

@@ -821,6 +821,12 @@ def format_counts(counts):
     return ", ".join(f"{count:,} {name or 'unnamed'}" for name, count in sorted(counts.items()))
 
 
+def format_cut(count, longest):
+    """Say how many texts were cut, and which is the longest."""
+    return (f"{count:,} texts were cut, since they have more tokens than the model reads; the "
+            f"longest has {len(longest):,} characters: {longest[:60]}")
+
+
 # ---- decoding ----
 
 def decode(data, min_side=None):

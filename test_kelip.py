@@ -805,6 +805,21 @@ def test_encode_makes_padded_rows():
         tok.encode("a", context_length=1)
 
 
+def test_encode_says_which_texts_it_cuts():
+    pytest.importorskip("torch")
+    tok = trained()
+    text = "빨간 사과 red apple " * 3
+    length = len(tok.encode_ordinary(text)) + 2  # with start and end token
+    tok.encode(["a", text, "b", text + "!"], length)
+    assert tok.cut == {3: text + "!"}
+    tok.encode(["a", text], length - 1)
+    assert tok.cut == {1: text}
+    tok.encode(["a", "x" * 100_000])
+    assert tok.cut == {1: "x" * 100_000}
+    tok.encode([])
+    assert tok.cut == {}
+
+
 def test_save_load_pickle_and_workers(tmp_path):
     tok = trained()
     for other in (Tokenizer.load(saved(tok, tmp_path)), pickle.loads(pickle.dumps(tok)),
@@ -3524,6 +3539,24 @@ def test_images_fill_the_padded_square_in_their_longer_side(tmp_path):
     assert np.array_equal(data.resize_to_fit(image, 48), np.array(image))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_the_loader_counts_the_captions_that_it_cuts(tmp_path, monkeypatch, workers, cache_bytes):
+    """In every sample, whether pairs are kept or read again."""
+    monkeypatch.setattr(data, "CACHE_BYTES", cache_bytes)
+    texts = ["a red apple", "사과 " * 50 + "하나", "apple " * 30, "a cat"]
+    shards.write_shard(tmp_path / "x.tar", [
+        (f"{i}", {"png": image_bytes(kind="PNG"), "txt": text.encode()})
+        for i, text in enumerate(texts)])
+    pairs = data.Pairs(str(tmp_path / "x.tar"))
+    _, [loader] = load_batches(pairs, trained(), batch_size=2, steps=4, workers=workers)
+    assert loader.report() == (
+        "no pair was skipped; 4 texts were cut, since they have more tokens than the model reads; "
+        f"the longest has 179 characters: {'apple ' * 10}")
+    _, [loader] = load_batches(pairs, batch_size=2, steps=4)  # another tokenizer
+    assert loader.report() == "no pair was skipped"
+
+
 def test_a_bad_corpus_killed_and_resumed_gives_every_good_pair_once_an_epoch(tmp_path):
     keys, cut = write_bad_corpus(tmp_path / "x")
     pairs = data.Pairs(str(tmp_path / "x"))
@@ -4161,6 +4194,20 @@ def test_an_unwritable_folder_is_named_before_the_work(small_run, shapes, tmp_pa
     monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", read_only)
     with pytest.raises(OSError, match=r"clip: nothing can be written there \(Permission denied\);"):
         here(evaluate.main, *flags)
+
+
+def test_evaluation_counts_captions_that_are_cut(small_run, tmp_path):
+    def members(n, color, shape):
+        return {"txt": f"a {shape} {'red and blue ' * 10 * n}".encode()}
+    folder = write_benchmark(tmp_path / "set", "retrieval", members)
+    printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
+    note = re.search(r"captions: (\d+) texts were cut, .*; the longest has ([\d,]+) char", printed)
+    _, _, tokenizer = kelip.build_model(small_run)
+    texts = [f"a {list(SHAPES)[n % 4]} {'red and blue ' * 10 * n}".strip() for n in range(16)]
+    tokenizer.encode(texts, kelip.build_model(small_run)[0].config["context_length"])
+    assert int(note[1]) == len(tokenizer.cut) > 3
+    assert int(note[2].replace(",", "")) == max(map(len, texts))
+    assert note[0] in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
 def test_equal_captions_are_right_and_said(small_run, tmp_path):

@@ -376,10 +376,10 @@ class Tokenizer:
         """Encode a list of texts, or one: LongTensor [N, context_length].
 
         A row holds the start token, the text, the end token and padding. A text that is too long is
-        cut; the end token stays. Only the first 100 * context_length characters of a text are read,
-        after white space is collapsed, so that no text takes long. Normal text has at most a dozen
-        characters per token, so its rows do not change. Raises ValueError when the tokenizer has no
-        start or end token.
+        cut; the end token stays. `cut` then is {row: text} of the texts that were cut. Only the
+        first 100 * context_length characters of a text are read, after white space is collapsed, so
+        that no text takes long. Normal text has at most a dozen characters per token, so its rows
+        do not change. Raises ValueError when the tokenizer has no start or end token.
         """
         import torch
         if self.sot_id is None or self.eot_id is None:
@@ -390,6 +390,7 @@ class Tokenizer:
             raise ValueError(
                 f"context_length is {context_length}: the start and end token alone need 2")
         texts = [texts] if isinstance(texts, str) else list(texts)
+        self.cut = {}
         if not texts:
             return torch.empty(0, context_length, dtype=torch.long)
         # An array is filled ten times as fast as a tensor.
@@ -397,7 +398,10 @@ class Tokenizer:
         for i, text in enumerate(texts):
             if len(text) > 100 * context_length:
                 text = self._cut(text, 100 * context_length)
-            ids = self.encode_ordinary(text)[:context_length - 2]
+            ids = self.encode_ordinary(text)
+            if len(ids) > context_length - 2:
+                self.cut[i] = texts[i]
+                ids = ids[:context_length - 2]
             row = array("q", [self.sot_id, *ids, self.eot_id])
             start = i * context_length
             rows[start:start + len(row)] = row
