@@ -13,7 +13,8 @@ tokenizer   training on 3.5 million captions (98,000 entries,    tokenizers, tik
 train       the contrastive loss, training steps of ViT-B/32,    open_clip                   5
             Muon, stage 1, train_clip.py itself, two processes
 evaluate    embedding, also by ONNX files, retrieval among       open_clip,                 10
-            50,000 images, classification                        onnxruntime
+            50,000 images, search among 1,000,000,               onnxruntime
+            classification
 network     nothing: what 80 GPUs would send each other,         none                        0
             by arithmetic
 
@@ -1051,6 +1052,12 @@ def evaluate_rows(size):
     yield Row("recall at 1, 5, 10, memory", megabytes, "", None, "MB",
               f"{note}; all scores would be {4 * n_images ** 2 / 1e6:,.0f} MB")
 
+    n_vectors = int(1_000_000 * size)
+    seconds, megabytes = alone(search_of, n_vectors, threads=os.cpu_count())
+    note = f"{n_vectors:,} vectors of width 512, float16, in files that the system has in memory"
+    yield Row("search for the 40 nearest images", seconds, "", None, "s", note)
+    yield Row("search, anonymous memory", megabytes, "", None, "MB", note)
+
     vectors, scores = alone(classification_of, n_images, n_classes, threads=os.cpu_count())
     note = (f"{n_images:,} images, {n_classes:,} classes, 24 templates; to embed the images would "
             f"take {n_images / images_per_second:,.0f} s at the rate above")
@@ -1121,6 +1128,28 @@ def retrieval_of(count):
     before = peak_memory()
     seconds = seconds_of(evaluate.recall_at_k, images, texts, owner)
     return seconds, peak_memory() - before
+
+
+def search_of(count):
+    """(seconds of a query, megabytes of anonymous memory) among `count` vectors in a cache."""
+    import torch
+
+    import kelip
+    from extras import features, search
+    with tempfile.TemporaryDirectory() as folder:
+        cache = features.FeatureCache(folder, 512, is_unit=True)
+        for start in range(0, count, features.SAVE_VECTORS):
+            vectors = torch.randn(min(features.SAVE_VECTORS, count - start), 512)
+            for i, vector in enumerate(kelip.l2_normalize(vectors).numpy(), start):
+                cache.add(i, i, vector)
+        cache.save()
+        cache = features.FeatureCache(folder, 512, is_unit=True)
+        rows, [query] = cache.find(range(count)), kelip.l2_normalize(torch.randn(1, 512))
+
+        def find():
+            search.nearest(cache.cosines(query)[rows])
+        find()  # reads the files
+        return min(seconds_of(find) for _ in range(5)), memory_of_process("RssAnon")
 
 
 def classification_of(count, n_classes):

@@ -5,16 +5,19 @@
 
 A second call with the same images reads their vectors from the cache. It also does so after the
 first was interrupted, after images were moved, and for images that are now in another set. The
-folder may be deleted at any time. Vectors are float32, in whatever precision the model was trained.
+folder may be deleted at any time. Several processes may add vectors at the same time.
+
+Vectors of unit length are float16, others float32. Files are mapped into memory, where the system
+keeps as much of them as there is room for: a search of a million vectors needs little memory.
 
 From top to bottom: FeatureCache, which reads and writes the files; embed_images, which is
 evaluate.embed_images with a cache.
 
-Not included: sharing new vectors between processes that run at the same time, and removing vectors
-that are no longer used.
+Not included: removing vectors that are no longer used, and an approximate index.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -33,6 +36,7 @@ from tokenizer import atomic_write
 
 SAVE_VECTORS, SAVE_SECONDS = 4096, 60  # new vectors are written at least this often
 MAX_FILE = 256 << 20                   # bytes; larger files are ignored
+CHUNK = 1024                           # vectors to multiply at a time
 
 
 def digest(content):
@@ -43,85 +47,97 @@ def digest(content):
 # ---- the cache ----
 
 class FeatureCache:
-    """Vectors of images: cache[key] is float32 [D].
+    """Vectors of images, as rows of an array [rows, D] that only grows.
 
-    Every vector has two keys. The digest of the image's location finds it without reading the
-    image. The digest of the image's bytes finds it after the image was moved.
+    Every vector has two keys. The key of the image's location finds it without reading the image.
+    The key of the image's bytes finds it after the image was moved.
 
-    folder: has the vectors in files of numpy's format. Files that are damaged or have vectors of
-    another width or length are ignored: their vectors are computed again. width: D, by default that
-    of the first file. is_unit: whether vectors have unit length.
+    folder: has files of numpy's format, named after the digest of their rows. Files that are
+    damaged or have another width are ignored: their vectors are computed again. width: D. is_unit:
+    whether vectors have unit length.
     """
 
-    def __init__(self, folder, width=None, is_unit=False):
-        self.folder, self.vectors = Path(folder), {}
-        self.new_keys, self.saved_at = [], time.monotonic()
-        for path in sorted(self.folder.glob("*.npz")):
-            try:
-                keys, vectors = _read_vectors(path, width, is_unit)
-            except Exception:  # on damaged files numpy raises more than OSError
-                continue
-            width = vectors.shape[1]
-            for (location, content), vector in zip(keys, vectors):
-                self.vectors[location] = self.vectors[content] = vector
+    def __init__(self, folder, width, is_unit=False):
+        self.folder = Path(folder)
+        self.dtype = np.dtype([("location", np.int64), ("content", np.int64),
+                               ("vector", np.float16 if is_unit else np.float32, width)])
+        self.parts = []  # arrays of this type, the rows one after the other
+        self.new, self.saved_at = [], time.monotonic()  # records that are not in a file yet
+        for path in sorted(self.folder.glob("*.npy")):
+            with contextlib.suppress(Exception):  # on damaged files numpy raises more than OSError
+                self.parts.append(self._read(path))
 
-    def __contains__(self, key):
-        return key in self.vectors
+    def __len__(self):
+        return sum(map(len, self.parts))
 
-    def __getitem__(self, key):
-        return self.vectors[key]
+    def keys(self, name):
+        """The keys of all rows, "location" or "content": int64 [rows]."""
+        return np.concatenate([np.empty(0, np.int64), *(part[name] for part in self.parts)])
+
+    def find(self, locations):
+        """The row of each location, -1 if there is none: int64 [N]."""
+        row_of = dict(zip(self.keys("location").tolist(), range(len(self))))
+        return np.array([row_of.get(location, -1) for location in locations], np.int64)
+
+    def vectors(self, rows):
+        """The vectors of some rows, int64 [N]: float32 [N, D]."""
+        found = np.empty((len(rows), *self.dtype["vector"].shape), np.float32)
+        start = 0
+        for part in self.parts:
+            own = (start <= rows) & (rows < start + len(part))
+            found[own] = part["vector"][rows[own] - start]
+            start += len(part)
+        return found
+
+    def cosines(self, query):
+        """The dot product of every row with a query [D]: float32 [rows]."""
+        scores = torch.empty(len(self))
+        buffer = torch.empty(CHUNK, len(query))  # small enough for a processor's cache
+        start = 0
+        for part in self.parts:
+            for chunk in torch.from_numpy(part["vector"]).split(CHUNK):      # float16 [n, D]
+                end = start + len(chunk)
+                torch.mv(buffer[:len(chunk)].copy_(chunk), query, out=scores[start:end])
+                start = end
+        return scores
 
     def add(self, location, content, vector):
         """Add a vector, float32 [D], under both keys. Saves the new vectors from time to time."""
-        self.vectors[location] = self.vectors[content] = vector
-        self.new_keys.append((location, content))
+        self.new.append((location, content, vector))
         seconds = time.monotonic() - self.saved_at
-        if len(self.new_keys) == SAVE_VECTORS or seconds > SAVE_SECONDS:
+        if len(self.new) == SAVE_VECTORS or seconds > SAVE_SECONDS:
             self.save()
 
     def save(self):
-        """Write the new vectors to a file of their own, atomically.
+        """Write the new vectors to a file of their own, atomically. They become rows.
 
         If that fails, it warns once, and from then on vectors are in memory only.
         """
-        if self.folder and self.new_keys:
-            locations = [location for location, _ in self.new_keys]
-            path = self.folder / f"{digest(''.join(locations).encode())}.npz"
-            vectors = np.stack([self.vectors[location] for location in locations])
+        if self.new:
+            part = np.array(self.new, self.dtype)
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as file:
-                    np.savez(file, keys=np.array(self.new_keys), vectors=vectors)
+                if self.folder:
+                    path = self.folder / f"{digest(part.tobytes())}.npy"
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with atomic_write(path) as file:
+                        np.save(file, part)
+                    part = self._read(path)  # mapped, it needs no memory
             except OSError as error:
                 warnings.warn(f"{self.folder}: {error.strerror}: vectors are not cached there",
                               stacklevel=2)
                 self.folder = None
-        self.new_keys, self.saved_at = [], time.monotonic()
+            self.parts.append(part)
+        self.new, self.saved_at = [], time.monotonic()
 
-
-def _read_vectors(path, width, is_unit):
-    """The keys and vectors of a file of the cache: a list of N pairs, and float32 [N, D].
-
-    Raises ValueError, or an error of zipfile or numpy, when save() did not write it so.
-    """
-    if not path.is_file() or path.stat().st_size > MAX_FILE:  # reading a pipe would block
-        raise ValueError
-    if kelip.error_in_archive(path):
-        raise ValueError
-    with np.load(path) as file:  # refuses pickled objects
-        keys, vectors = file["keys"], file["vectors"]
-    n, width = len(keys), width or vectors.shape[-1]
-    if (keys.dtype.kind, keys.shape) != ("U", (n, 2)):
-        raise ValueError
-    if (vectors.dtype, vectors.shape) != (np.float32, (n, width)):
-        raise ValueError
-    with np.errstate(over="ignore", invalid="ignore"):
-        lengths = np.linalg.norm(vectors, axis=1)
-    # In bfloat16, unit vectors have length 1 within a percent. A comparison with NaN is false.
-    is_good = abs(lengths - 1) < 0.01 if is_unit else (lengths > 0) & (lengths < np.inf)
-    if not is_good.all():
-        raise ValueError
-    return keys.tolist(), vectors
+    def _read(self, path):
+        """Map a file. Raises ValueError, or an error of numpy, when save() did not write it."""
+        if not path.is_file() or path.stat().st_size > MAX_FILE:  # reading a pipe would block
+            raise ValueError
+        # "c" is copy-on-write, since torch wants arrays that it may write to.
+        part = np.load(path, mmap_mode="c")  # refuses pickled objects
+        if part.dtype != self.dtype or part.ndim != 1 or path.stem != digest(part.tobytes()):
+            raise ValueError
+        return part
 
 
 def model_digest(model, kind="unit"):
@@ -162,12 +178,19 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
     indices of pairs whose image decodes and has a finite vector; and skipped, a Counter of errors.
     When interrupted, it saves the vectors computed so far.
     """
+    rows, kept, skipped = update(model, pairs, cache, progress, encode)
+    return torch.from_numpy(cache.vectors(rows)), kept, skipped
+
+
+def update(model, pairs, cache, progress=True, encode=None):
+    """The same as embed_images, with the rows of the cache, int64 [M], in place of the vectors."""
     encode = encode or functools.partial(model.encode_image, l2norm=True)
     device = model.logit_scale.device
     locations = list(_locations(pairs))
-    missing = [i for i, location in enumerate(locations) if location not in cache]
+    missing = np.flatnonzero(cache.find(locations) < 0).tolist()
     skipped = collections.Counter(pairs.skipped)
-    dataset = _Preprocessed(pairs, model.config["image_resolution"], set(cache.vectors))
+    known = cache.keys("content")
+    dataset = _Preprocessed(pairs, model.config["image_resolution"], known)
     try:
         for batch in load_batches(dataset, missing, device, progress):
             images, keys = [], []
@@ -175,7 +198,8 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
                 if error:
                     skipped[error] += 1
                 elif image is None:
-                    cache.add(locations[i], content, cache[content])
+                    [vector] = cache.vectors(np.flatnonzero(known == content)[:1])
+                    cache.add(locations[i], content, vector)
                 else:
                     images.append(image)
                     keys.append((locations[i], content))
@@ -188,11 +212,14 @@ def embed_images(model, pairs, cache, progress=True, encode=None):
                         skipped["vector not finite"] += 1
     finally:
         cache.save()
-    kept = [i for i, location in enumerate(locations) if location in cache]
-    if not kept:
-        return torch.empty(0, 1), kept, skipped
-    vectors = np.stack([cache[locations[i]] for i in kept])
-    return torch.from_numpy(vectors), kept, skipped
+    rows = cache.find(locations)
+    kept = np.flatnonzero(rows >= 0)
+    return rows[kept], kept.tolist(), skipped
+
+
+def _key(content):
+    """63 bits of the SHA-256 of some bytes, which an int64 holds."""
+    return int(digest(content)[:16], 16) >> 1
 
 
 def _locations(pairs):
@@ -200,13 +227,13 @@ def _locations(pairs):
     for shard in pairs.shards:
         path = os.fsencode(f"{os.path.abspath(shard.path)} {shard.size} {shard.mtime}")
         for number in range(shard.count):
-            yield digest(path + f" {number}".encode())
+            yield _key(path + f" {number}".encode())
 
 
 class _Preprocessed:
-    """A dataset of (i, digest of the bytes, float32 [3, size, size], "").
+    """A dataset of (i, key of the bytes, float32 [3, size, size], "").
 
-    The image is None if its digest is in `known`. A bad image is (i, "", None, error).
+    The image is None if its key is in `known`. A bad image is (i, 0, None, error).
     """
 
     def __init__(self, pairs, size, known):
@@ -215,9 +242,9 @@ class _Preprocessed:
     def __getitem__(self, i):
         try:
             data = self.pairs[i].image
-            content = digest(data)
+            content = _key(data)
             if content in self.known:
                 return i, content, None, ""
             return i, content, self.preprocess(shards.decode(data)), ""
         except ValueError as error:
-            return i, "", None, str(error).partition(":")[0]
+            return i, 0, None, str(error).partition(":")[0]

@@ -5,12 +5,16 @@
     python -m extras.search runs/clip --images PHOTOS --like apple.png
     python -m extras.search runs/clip --images PHOTOS --like king.png --minus man --plus woman
     python -m extras.search runs/clip --images PHOTOS      # asks for words, again and again
+    python -m extras.search runs/clip --images PHOTOS --duplicates 0.95
 
 Prints the ten nearest images and writes a page, search.html, with forty. Vectors of images are
-cached (extras/features.py), so later searches start at once. After `python -m extras.calibrate`, a
-search by words shows p beside each cosine, the probability that the image matches.
+cached (extras/features.py), so later searches start at once. While it asks, images may be added to
+the folder or deleted. After `python -m extras.calibrate`, a search by words shows p beside each
+cosine, the probability that the image matches. --duplicates writes a page of images that are nearly
+the same, duplicates.html.
 
-From top to bottom: files in folders, a folder of images as a set, the query, the command.
+From top to bottom: files in folders, a folder of images as a set, the query, duplicates, the
+command.
 
 Not included: an approximate index. Searching a million images is one matrix product.
 """
@@ -31,10 +35,10 @@ import data
 import kelip
 import page
 import shards
-from command import ArgumentParser, one_line, run_command
-from evaluate import check_writable, embed_texts, folder_of
+from command import ArgumentParser, number, one_line, run_command
+from evaluate import CHUNK, check_writable, embed_texts, folder_of, with_progress
 from extras.calibrate import probability, read_calibration
-from extras.features import embed_images, open_cache
+from extras.features import open_cache, update
 from shards import IMAGE_SUFFIXES, Pair, Shard
 
 PRINTED, SHOWN = 10, 40  # results on the terminal and on the page
@@ -122,8 +126,10 @@ class ImageFolder:
 
     def __init__(self, root):
         self.shards, self.keys, self.skipped = [], [], {}
+        self._times = {}  # folder -> when a file was last added or removed
         root = str(root)
         for folder, files in walk_files(root):
+            self._times[folder] = os.stat(folder).st_mtime_ns
             for name in files:
                 if suffix_of(name) not in IMAGE_SUFFIXES:
                     continue
@@ -140,6 +146,10 @@ class ImageFolder:
 
     def __len__(self):
         return len(self.keys)
+
+    def has_changed(self):
+        """Whether files were added or removed since the folder was read."""
+        return any(os.stat(folder).st_mtime_ns != time for folder, time in self._times.items())
 
     def __getitem__(self, i):
         """Image i, as a Pair. Raises ValueError("reason: key") when it cannot be read."""
@@ -199,13 +209,51 @@ def _image_vector(model, path):
     return model.encode_image(image, l2norm=True)[0].float().cpu()
 
 
-def nearest(vectors, query, count=SHOWN):
-    """The images nearest to a query, nearest first: [(cosine, index)].
-
-    vectors [M, D] and query [D] are unit vectors.
-    """
-    scores, indices = (vectors @ query).topk(min(count, len(vectors)))
+def nearest(cosines, count=SHOWN):
+    """The images with the highest cosines, float32 [M], the highest first: [(cosine, index)]."""
+    scores, indices = cosines.topk(min(count, len(cosines)))  # it does not sort all
     return list(zip(scores.tolist(), indices.tolist()))
+
+
+# ---- duplicates ----
+
+def duplicates(vectors, threshold, progress=True):
+    """Groups of images that are nearly the same, the largest first: lists of indices.
+
+    vectors: [M, D], unit vectors. Each image joins the group of the first image with which its
+    cosine is `threshold` or more. Groups of one image are omitted.
+    """
+    groups, first_of_group = {}, []
+    for chunk in with_progress(vectors.split(CHUNK), len(vectors), "images", progress):  # [n, D]
+        start = len(first_of_group)
+        scores = chunk @ vectors[:start + len(chunk)].T                      # [n, start + n]
+        is_near = scores >= threshold - 1e-6  # equal vectors may have less than 1 by rounding
+        is_near[:, start:].fill_diagonal_(True)
+        for i, near in enumerate(is_near.byte().argmax(dim=1).tolist(), start):
+            first_of_group.append(first_of_group[near] if near < i else i)
+            groups.setdefault(first_of_group[i], []).append(i)
+    return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
+def show_duplicates(folder, images, vectors, threshold):
+    """Print the groups of duplicates, and write folder/duplicates.html."""
+    groups, parts = duplicates(vectors, threshold), []
+    for group in groups:
+        print(one_line(", ".join(images[i].key for i in group)))
+    for group in groups[:SHOWN]:
+        cards = []
+        for i in group[:PRINTED]:
+            cosine = vectors[group[0]] @ vectors[i]
+            image = page.image(shards.decode(images[i].image, 2 * SIDE), SIDE)
+            cards.append(page.card(image, page.lines(f"{cosine:.3f}", [images[i].key])))
+        parts += [page.heading(f"{len(group):,} images"), page.cards(cards)]
+    intro = (f"{len(groups):,} groups of images that are nearly the same: their cosine with the "
+             f"first of the group is {threshold:g} or more. At most {SHOWN} groups are shown, with "
+             f"at most {PRINTED} images of each.")
+    page.write(folder / "duplicates.html", "Duplicates", intro, *parts)
+    count = sum(map(len, groups))
+    print(f"{count:,} of {len(images):,} images are in {len(groups):,} groups of duplicates",
+          f"{folder}/duplicates.html", sep="\n")
 
 
 # ---- the command ----
@@ -218,6 +266,8 @@ def main(argv=None):
     minus = [text for text in args.minus if text.strip()]
     if minus and not plus and not args.like:
         raise ValueError("--minus alone: give words or --like IMAGE to subtract from")
+    if args.duplicates is not None and (plus or args.like):
+        raise ValueError("--duplicates: takes no words and no image: it compares all images")
     folder = Path(args.out or folder_of(args.model))
     if args.out or folder.is_dir():
         check_writable(folder)
@@ -225,9 +275,16 @@ def main(argv=None):
     pairs = ImageFolder(source) if holds_images(source) else data.Pairs(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
+    cache = open_cache(args.model, model)
+    if args.duplicates is not None:
+        images, rows = embed(model, pairs, cache)
+        vectors = kelip.l2_normalize(torch.from_numpy(cache.vectors(rows)))  # [M, D]
+        show_duplicates(folder, images, vectors, args.duplicates)
+        return
 
     # The query is fast, so its errors come first, before images are embedded.
-    if plus or minus or args.like:
+    texts = [*plus, *minus]
+    if texts or args.like:
         query = query_vector(model, tokenizer, plus, args.like, minus)
         terms = [args.like, *plus] if args.like else plus
         title = " + ".join(terms) + "".join(f" − {text}" for text in minus)
@@ -237,20 +294,32 @@ def main(argv=None):
     # Cosines with images, sums and differences are not those that were calibrated.
     is_text = not args.like and not minus and len(plus) <= 1
     calibration = read_calibration(folder_of(args.model), model) if is_text else None
-    vectors, kept, skipped = embed_images(model, pairs, open_cache(args.model, model))
+    images, rows = embed(model, pairs, cache)
+    asked = []
+    for title, query in queries:
+        if isinstance(pairs, ImageFolder) and pairs.has_changed():
+            pairs = ImageFolder(source)
+            images, rows = embed(model, pairs, cache)
+        show(folder, images, nearest(cache.cosines(query)[rows]), title, calibration)
+        asked.append(title)
+    if not asked:
+        raise ValueError("nothing to search for: give words, --like IMAGE, or one query per line "
+                         "on standard input")
+    tokenizer.encode(texts if texts or args.like else asked, model.config["context_length"])
+    if tokenizer.cut:
+        cut = tokenizer.cut.values()
+        print(one_line(shards.format_cut(len(cut), max(cut, key=len))))
+
+
+def embed(model, pairs, cache):
+    """The images that decode, and their rows in the cache. Prints what is skipped."""
+    rows, kept, skipped = update(model, pairs, cache)
     if not kept:
         raise ValueError(f"none of the {len(pairs):,} images decodes: "
                          f"{shards.format_counts(skipped)}")
     if skipped:
         print(f"skipped: {shards.format_counts(skipped)}")
-    images = torch.utils.data.Subset(pairs, kept)
-    asked = False
-    for title, query in queries:
-        show(folder, images, nearest(vectors, query), title, calibration)
-        asked = True
-    if not asked:
-        raise ValueError("nothing to search for: give words, --like IMAGE, or one query per line "
-                         "on standard input")
+    return torch.utils.data.Subset(pairs, kept), rows
 
 
 def parse_arguments(argv):
@@ -271,8 +340,11 @@ def parse_arguments(argv):
         help="add these words to the query; may be repeated")
     add("--minus", action="append", default=[], metavar="WORDS",
         help="subtract these words from the query; may be repeated")
+    add("--duplicates", type=number(float, 0, 1), metavar="COSINE",
+        help="find images whose cosine with each other is this or more, such as 0.95, and write "
+             "duplicates.html")
     add("--out", metavar="FOLDER",
-        help="where search.html is written (default: the model's folder)")
+        help="where the pages are written (default: the model's folder)")
     return parser.parse_intermixed_args(argv)  # WORDS may follow flags, as in the first example
 
 

@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -2034,7 +2035,7 @@ def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
         return model.encode_image(images, l2norm=True)
 
     def embed(pairs=pairs, cache=None):
-        cache = cache or features.FeatureCache(tmp_path)
+        cache = cache or features.FeatureCache(tmp_path, model.config["embed_dim"])
         return features.embed_images(model, pairs, cache, False, encode)
     monkeypatch.setattr(evaluate, "BATCH", 16)
     with pytest.raises(KeyboardInterrupt):
@@ -2052,14 +2053,12 @@ def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
     assert len(counts) == 5 and kept == [0, 1] and skipped == {"not an image": 1}
     torch.testing.assert_close(vectors, expected[[5, 3]])
 
-    for path in tmp_path.glob("*.npz"):
+    for path in tmp_path.glob("*.npy"):
         path.write_bytes(path.read_bytes()[:-100])
     embed()
     assert len(counts) == 9  # damaged files are replaced
-    (tmp_path / "empty.npz").write_bytes(b"")  # as after a power cut
-    embed()
-    assert len(counts) == 9
-    unwritable = features.FeatureCache(tmp_path / "empty.npz" / "deeper")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    unwritable = features.FeatureCache(tmp_path / "empty.npy" / "deeper", len(expected[0]))
     with pytest.warns(UserWarning, match="vectors are not cached there"):
         vectors, _, _ = embed(cache=unwritable)
     torch.testing.assert_close(vectors, expected)
@@ -2084,30 +2083,31 @@ def test_the_cache_of_a_read_only_model_is_in_the_home_folder(small_run, tmp_pat
     assert cache.folder.parent == tmp_path / ".cache" / "kelip" / "features"
 
 
-KEYS = np.array([[f"{i:032x}", f"{i + 100:032x}"] for i in range(5)])
-UNIT = np.eye(5, 8, dtype=np.float32)
+def save_rows(folder, rows):
+    """Save rows as FeatureCache does."""
+    np.save(folder / f"{features.digest(rows.tobytes())}.npy", rows)
 
 
-@pytest.mark.parametrize("change", [
-    lambda keys, vectors: (keys, vectors * np.nan), lambda keys, vectors: (keys, vectors * 0),
-    lambda keys, vectors: (keys, vectors * 2), lambda keys, vectors: (keys, vectors * 1e30),
-    lambda keys, vectors: (keys, np.where(vectors == 1, np.inf, vectors)),
-    lambda keys, vectors: (keys, vectors[:, :7]), lambda keys, vectors: (keys, vectors[:, :0]),
-    lambda keys, vectors: (keys, np.tile(vectors, 2)), lambda keys, vectors: (keys, vectors[0]),
-    lambda keys, vectors: (keys, vectors[..., None]), lambda keys, vectors: (keys, vectors[0, 0]),
-    lambda keys, vectors: (keys, vectors.astype(np.float64)),
-    lambda keys, vectors: (keys, vectors.astype(">f4")),
-    lambda keys, vectors: (keys, vectors.astype(object)), lambda keys, vectors: (keys, vectors[:4]),
-    lambda keys, vectors: (keys[:4], vectors), lambda keys, vectors: (keys[:, :1], vectors),
-    lambda keys, vectors: (keys[:, 0], vectors), lambda keys, vectors: (keys.astype("S"), vectors),
-    lambda keys, vectors: (np.zeros((5, 2)), vectors)])
-def test_vectors_of_another_form_are_not_taken_from_the_cache(tmp_path, change):
-    def saved(name, keys, vectors):
-        np.savez(tmp_path / name, keys=keys, vectors=vectors)
-        return len(features.FeatureCache(tmp_path, 8, is_unit=True).vectors)
-    assert saved("a.npz", KEYS, UNIT) == 10
-    assert saved("a.npz", *change(KEYS, UNIT)) == 0
-    assert saved("b.npz", KEYS, UNIT) == 10  # a good file is taken next to a bad one
+UNIT = np.eye(5, 8)
+
+
+def some_rows(vectors=UNIT, dtype="f2", key="i8"):
+    """Rows of a FeatureCache: locations 0 to 4, contents 100 to 104."""
+    rows = np.zeros(5, [("location", key), ("content", key), ("vector", dtype, vectors.shape[1:])])
+    rows["location"], rows["content"], rows["vector"] = range(5), range(100, 105), vectors
+    return rows
+
+
+@pytest.mark.parametrize("rows", [
+    some_rows(np.eye(5, 7)), some_rows(np.eye(5, 16)), some_rows(np.zeros((5, 0))),
+    some_rows(np.eye(5, 8)[..., None]), some_rows(np.ones(5)), some_rows(dtype="f4"),
+    some_rows(dtype=">f2"), some_rows(key="i4"), some_rows(key="u8"), some_rows()[None],
+    some_rows()[0], some_rows()["vector"], np.zeros(5)])
+def test_vectors_of_another_form_are_not_taken_from_the_cache(tmp_path, rows):
+    save_rows(tmp_path, rows)
+    assert len(features.FeatureCache(tmp_path, 8, is_unit=True)) == 0
+    save_rows(tmp_path, some_rows())  # a good file is taken next to a bad one
+    assert len(features.FeatureCache(tmp_path, 8, is_unit=True)) == 5
 
 
 @pytest.mark.slow
@@ -2120,11 +2120,8 @@ def test_damaged_caches_are_ignored(tmp_path):
 
 
 def check_damaged_caches(tmp_path, examples):
-    """Whatever happens to a cache's file, a key has its vector or none."""
-    cache = features.FeatureCache(tmp_path, 8, is_unit=True)
-    for (location, content), vector in zip(KEYS.tolist(), UNIT):
-        cache.add(location, content, vector)
-    cache.save()
+    """Whatever happens to a cache's file, a location has its vector or none."""
+    save_rows(tmp_path, some_rows())
     [path] = tmp_path.iterdir()
     whole = path.read_bytes()
 
@@ -2137,35 +2134,45 @@ def check_damaged_caches(tmp_path, examples):
             bad[start:start + len(new)] = new[:len(whole) - start]
         path.write_bytes(bad[:cut])
         found = features.FeatureCache(tmp_path, 8, is_unit=True)
-        if bad[:cut] == whole:
-            assert found.vectors.keys() == cache.vectors.keys()
-        for key, vector in found.vectors.items():
-            assert np.array_equal(vector, cache[key])
+        assert len(found) in ((5,) if bad[:cut] == whole else (0, 5))
+        rows = found.find(range(5))
+        assert rows.tolist() == ([*range(5)] if len(found) else [-1] * 5)
+        assert np.array_equal(found.vectors(rows[rows >= 0]), UNIT[:len(found)])
 
     check()
 
 
-def test_caches_that_would_fill_the_memory_are_ignored(tmp_path):
-    np.savez_compressed(tmp_path / "bomb.npz", keys=KEYS, vectors=np.ones((5, 1 << 22), "f4"))
-    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
-    np.savez(tmp_path / "sparse.npz", keys=KEYS, vectors=UNIT)
-    content = (tmp_path / "sparse.npz").read_bytes()
-    with open(tmp_path / "sparse.npz", "wb") as file:
-        file.seek(1 << 35)
-        file.write(content)  # a zip may follow other data
-    np.savez(tmp_path / "large", keys=KEYS, vectors=np.eye(5, 1 << 20, dtype="f4"))
-    repeat_entries(tmp_path / "large.npz", tmp_path / "overlaps.npz")
-    (tmp_path / "large.npz").unlink()
-    os.mkfifo(tmp_path / "pipe.npz")
-    (tmp_path / "folder.npz").mkdir()
-    os.symlink("/dev/zero", tmp_path / "device.npz")
+def test_files_that_are_no_caches_are_ignored(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}, "x"], dtype=object))
+    (tmp_path / "empty.npy").write_bytes(b"")  # as after a power cut
+    with open(tmp_path / "sparse.npy", "wb") as file:
+        np.save(file, some_rows())
+        file.truncate(1 << 35)
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "folder.npy").mkdir()
+    os.symlink("/dev/zero", tmp_path / "device.npy")
     tracemalloc.start()
     try:
-        assert not features.FeatureCache(tmp_path, 1 << 22).vectors
-        assert not features.FeatureCache(tmp_path, 8).vectors
-        assert tracemalloc.get_traced_memory()[1] < 10 << 20  # bytes at the peak
+        assert not len(features.FeatureCache(tmp_path, 8, is_unit=True))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # bytes at the peak
     finally:
         tracemalloc.stop()
+
+
+def test_two_writers_share_a_cache(tmp_path):
+    """Both have some images, and write at the same time. Neither loses a vector."""
+    vectors = np.eye(9, 16, dtype=np.float32)
+    writers = [features.FeatureCache(tmp_path, 16, is_unit=True) for _ in range(2)]
+    for i in range(6):
+        for writer, number in zip(writers, (i, i + 3)):
+            writer.add(number, 100 + number, vectors[number])
+    for writer in writers:
+        writer.save()
+    both = features.FeatureCache(tmp_path, 16, is_unit=True)
+    rows = both.find(range(10))
+    assert len(both) == 12 and rows[-1] == -1
+    assert np.array_equal(both.vectors(rows[:-1]), vectors)
+    assert both.cosines(torch.eye(16)[4])[rows[:-1]].tolist() == [0] * 4 + [1] + [0] * 4
 
 
 def test_images_without_a_finite_vector_are_skipped(small_run, shapes, tmp_path):
@@ -2176,23 +2183,24 @@ def test_images_without_a_finite_vector_are_skipped(small_run, shapes, tmp_path)
         vectors = model.encode_image(images, l2norm=True)
         vectors[3] = torch.nan
         return vectors
-    cache = features.FeatureCache(tmp_path, is_unit=True)
+    cache = features.FeatureCache(tmp_path, model.config["embed_dim"], is_unit=True)
     vectors, kept, skipped = features.embed_images(model, pairs, cache, False, encode)
     assert kept == [i for i in range(16) if i != 3] and vectors.isfinite().all()
     assert skipped == {"vector not finite": 1}
-    assert len(features.FeatureCache(tmp_path, is_unit=True).vectors) == 30
+    assert len(features.FeatureCache(tmp_path, model.config["embed_dim"], is_unit=True)) == 15
 
 
-def test_the_cache_of_a_model_has_its_width(small_run, shapes):
+def test_the_cache_of_a_model_has_its_width(small_run):
     """A file of another model's vectors, even if it is in the right folder, is ignored."""
     model, _, _ = kelip.build_model(small_run)
-    pairs = data.Pairs(str(shapes / "test-0.tar"))
-    for kind, width in (("unit", None), ("probe", 384)):
+    for kind, width, own in (("unit", None, model.config["embed_dim"]), ("probe", 384, 384)):
         cache = features.open_cache(small_run, model, kind, width)
-        for i, location in enumerate(features._locations(pairs)):
-            cache.add(location, f"{i:032x}", np.eye(16, 77, dtype=np.float32)[i])
-        cache.save()
-        assert not features.open_cache(small_run, model, kind, width).vectors
+        dtype = "f2" if kind == "unit" else "f4"
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        save_rows(cache.folder, some_rows(np.eye(5, 77), dtype))
+        assert len(features.open_cache(small_run, model, kind, width)) == 0
+        save_rows(cache.folder, some_rows(np.eye(5, own), dtype))
+        assert len(features.open_cache(small_run, model, kind, width)) == 5
         for path in cache.folder.iterdir():
             path.unlink()
 
@@ -2271,6 +2279,78 @@ def test_search_reads_queries_from_standard_input(small_run, tmp_path, monkeypat
     assert results() == expected
     with pytest.raises(ValueError, match="nothing to search for"):
         results()
+
+
+def test_a_folder_may_change_between_queries(small_run, tmp_path, monkeypatch):
+    """New images are found, deleted ones are not, and both without embedding the others again."""
+    photos = write_photos(tmp_path / "photos")
+    embedded, encode_image = [], kelip.KELIP.encode_image
+    monkeypatch.setattr(kelip.KELIP, "encode_image", lambda model, images, l2norm: (
+        embedded.append(len(images)) or encode_image(model, images, l2norm)))
+
+    def lines():
+        yield "red\n"
+        write_image(photos / "deep" / "new.jpg", "green", seed=50)
+        (photos / "red circle.jpg").unlink()
+        yield "red\n"
+        yield "red\n"
+    stdin = MagicMock()
+    stdin.isatty.return_value, stdin.__iter__.side_effect = False, lines
+    monkeypatch.setattr("sys.stdin", stdin)
+    here(search.main, small_run, "--images", photos, "--out", tmp_path / "page")
+    page = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    assert "deep/new.jpg" in page and "red circle.jpg" not in page and page.count("<img") == 16
+    assert embedded == [16, 1]
+
+
+def test_nearest_is_the_beginning_of_a_sort():
+    scores = torch.randn(1000)
+    values, indices = scores.sort(descending=True)
+    assert search.nearest(scores, 30) == list(zip(values.tolist()[:30], indices.tolist()[:30]))
+    assert len(search.nearest(scores[:7])) == 7
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.integers(1, 40))
+def test_duplicates_are_those_with_equal_vectors(numbers, chunk):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search, "CHUNK", chunk)
+        groups = search.duplicates(torch.eye(21)[numbers], 1.0, progress=False)
+    expected = [[i for i, n in enumerate(numbers) if n == number] for number in set(numbers)]
+    assert sorted(groups) == sorted(group for group in expected if len(group) > 1)
+    assert [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
+
+
+def test_duplicates_are_near_the_first_of_their_group():
+    angles = torch.tensor([0, 50, 10, 20, 53, 90]).deg2rad()
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    threshold = torch.tensor(11).deg2rad().cos().item()
+    assert search.duplicates(vectors, threshold, progress=False) == [[0, 2, 3], [1, 4]]
+
+
+def test_search_writes_a_page_of_duplicates(small_run, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    for i in range(2):
+        shutil.copy(photos / "red circle.jpg", photos / f"copy {i}.jpg")
+    flags = [small_run, "--images", photos, "--out", tmp_path / "page", "--duplicates"]
+    printed = here(search.main, *flags, "1").splitlines()
+    assert "copy 0.jpg, copy 1.jpg, red circle.jpg" in printed
+    assert printed[-1] == f"{tmp_path}/page/duplicates.html"
+    assert re.fullmatch(r"[\d]+ of 18 images are in \d groups of duplicates", printed[-2])
+    page = (tmp_path / "page" / "duplicates.html").read_text(encoding="utf-8")
+    assert "<h2>3 images</h2>" in page and page.count("<b>1.000</b>") >= 3
+    with pytest.raises(ValueError, match="--duplicates: takes no words"):
+        here(search.main, *flags, "0.9", "red")
+
+
+def test_search_counts_texts_that_are_cut(small_run, tmp_path):
+    flags = [small_run, "--images", write_photos(tmp_path / "photos"), "--out", tmp_path / "page"]
+    text = "red \x1b circle " * 100
+    printed = here(search.main, *flags, "red", "--plus", text, "--minus", text + "blue")
+    assert printed.splitlines()[-1] == (
+        "2 texts were cut, since they have more tokens than the model reads; the longest has 1,504 "
+        f"characters: {text[:60].replace(chr(27), chr(92) + 'x1b')}")
+    assert "were cut" not in here(search.main, *flags, "red")
 
 
 def test_search_explains_what_is_wrong_with_a_query(small_run, tmp_path):
