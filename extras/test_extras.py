@@ -2035,7 +2035,8 @@ def test_vectors_are_computed_once(small_run, shapes, tmp_path, monkeypatch):
         return model.encode_image(images, l2norm=True)
 
     def embed(pairs=pairs, cache=None):
-        cache = cache or features.FeatureCache(tmp_path, model.config["embed_dim"])
+        if cache is None:
+            cache = features.FeatureCache(tmp_path, model.config["embed_dim"])
         return features.embed_images(model, pairs, cache, False, encode)
     monkeypatch.setattr(evaluate, "BATCH", 16)
     with pytest.raises(KeyboardInterrupt):
@@ -2069,7 +2070,7 @@ def test_other_weights_have_another_cache(small_run):
     cache = features.open_cache(small_run, model)
     assert cache.folder.parent == small_run / "features"
     assert features.open_cache(small_run / "last.pt", model).folder == cache.folder
-    assert features.open_cache(small_run, model, "other").folder != cache.folder
+    assert features.open_cache(small_run, model, "other", 3).folder != cache.folder
     with torch.no_grad():
         model.visual.proj[0, 0] += 1
     assert features.open_cache(small_run, model).folder != cache.folder
@@ -2283,7 +2284,8 @@ def test_search_reads_queries_from_standard_input(small_run, tmp_path, monkeypat
 
 def test_a_folder_may_change_between_queries(small_run, tmp_path, monkeypatch):
     """New images are found, deleted ones are not, and both without embedding the others again."""
-    photos = write_photos(tmp_path / "photos")
+    run, photos = shutil.copytree(small_run, tmp_path / "run"), write_photos(tmp_path / "photos")
+    shutil.rmtree(run / "features", ignore_errors=True)
     embedded, encode_image = [], kelip.KELIP.encode_image
     monkeypatch.setattr(kelip.KELIP, "encode_image", lambda model, images, l2norm: (
         embedded.append(len(images)) or encode_image(model, images, l2norm)))
@@ -2297,8 +2299,8 @@ def test_a_folder_may_change_between_queries(small_run, tmp_path, monkeypatch):
     stdin = MagicMock()
     stdin.isatty.return_value, stdin.__iter__.side_effect = False, lines
     monkeypatch.setattr("sys.stdin", stdin)
-    here(search.main, small_run, "--images", photos, "--out", tmp_path / "page")
-    page = (tmp_path / "page" / "search.html").read_text(encoding="utf-8")
+    here(search.main, run, "--images", photos)
+    page = (run / "search.html").read_text(encoding="utf-8")
     assert "deep/new.jpg" in page and "red circle.jpg" not in page and page.count("<img") == 16
     assert embedded == [16, 1]
 
@@ -2348,7 +2350,7 @@ def test_search_counts_texts_that_are_cut(small_run, tmp_path):
     text = "red \x1b circle " * 100
     printed = here(search.main, *flags, "red", "--plus", text, "--minus", text + "blue")
     assert printed.splitlines()[-1] == (
-        "2 texts were cut, since they have more tokens than the model reads; the longest has 1,504 "
+        "2 texts were cut, since they have more tokens than the model reads; the longest has 1,304 "
         f"characters: {text[:60].replace(chr(27), chr(92) + 'x1b')}")
     assert "were cut" not in here(search.main, *flags, "red")
 
