@@ -56,7 +56,6 @@ from conftest import (
     log_of,
     make_pair,
     photograph,
-    repeat_entries,
     run,
     shape_image,
     small_model,
