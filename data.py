@@ -771,18 +771,20 @@ class Loader:
         return prepared
 
     def report(self):
-        """A line on the pairs skipped so far, and on the captions that were cut.
-
-        It has the count of each reason to skip, and its first example.
-        """
-        text = "no pair was skipped"
-        if self.skipped:
-            reasons = ", ".join(f"{count:,} {reason} (first: {self.examples[reason]})"
-                                for reason, count in self.skipped.most_common())
-            text = f"skipped {sum(self.skipped.values()):,} pairs: {reasons}"
+        """A line on the pairs skipped so far, and on the captions that were cut."""
+        text = format_skipped(self.skipped, self.examples)
         if self.cut:
             text += f"; {format_cut(self.cut, self.longest)}"
         return one_line(text)
+
+
+def format_skipped(skipped, examples):
+    """Say how many pairs were skipped for each reason, with the first example of each."""
+    if not skipped:
+        return "no pair was skipped"
+    reasons = ", ".join(f"{count:,} {reason} (first: {examples[reason]})"
+                        for reason, count in skipped.most_common())
+    return f"skipped {sum(skipped.values()):,} pairs: {reasons}"
 
 
 def _is_worker_death(error):

@@ -43,9 +43,9 @@ import data
 import evaluate
 import kelip
 import page
-from command import ArgumentParser, number, run_command
+from command import ArgumentParser, number, one_line, run_command
 from optimizer import make_optimizer
-from shards import CaptionRule, Pair, format_counts, is_language, read_captions
+from shards import CaptionRule, Pair, format_counts, format_cut, is_language, read_captions
 from tokenizer import check_is_file
 from train_clip import find_origin, open_tokenizer
 from trainer import (
@@ -247,7 +247,9 @@ class Texts:
                 f"{len(self.first_rows):,} distinct English texts, {self.held_out:,} of them held "
                 f"out\n{self.report()}")
 
-    report = data.Loader.report  # a line on what is skipped
+    def report(self):
+        """A line on the rows that are skipped."""
+        return one_line(data.format_skipped(self.skipped, self.examples))
 
 
 # ---- batches ----
@@ -256,10 +258,11 @@ class TextLoader(data.Loader):
     """data.Loader for Texts: the same order, ranks, workers and place to resume."""
 
     def make_batch(self, step):
-        """This process's part of one batch, n rows in C languages: ((tokens, valid, english), []).
+        """This process's part of one batch, n rows in C languages.
 
-        tokens: int64 [n, C, L]. valid: bool [n, C], whether the row has a text in the language.
-        english: int64 [n], the number of the English text. The list is of rows skipped now: none.
+        Returns ((tokens, valid, english), [], texts that were cut). tokens: int64 [n, C, L]. valid:
+        bool [n, C], whether the row has a text in the language. english: int64 [n], the number of
+        the English text. The second list is of rows that are skipped now: none.
         """
         n, C = self.local_batch_size, len(self.languages)
         numbers = self.order(self.first + step * self.batch_size + self.rank * n, n)
@@ -267,7 +270,8 @@ class TextLoader(data.Loader):
         texts = [row.get(language, "") for row in rows for language in self.languages]
         tokens = self.tokenizer.encode(texts, self.context_length)           # [n * C, L]
         valid = torch.tensor([[language in row for language in self.languages] for row in rows])
-        return (tokens.view(n, C, -1), valid, self.pairs.english[numbers]), []
+        cut = list(self.tokenizer.cut.values())
+        return (tokens.view(n, C, -1), valid, self.pairs.english[numbers]), [], cut
 
 
 # ---- the teacher's features ----
@@ -430,6 +434,8 @@ def train(args, run):
 
     if run.is_rank_zero:
         print(texts.report())
+        if loader.cut:
+            print(one_line(format_cut(loader.cut, loader.longest)))
         for language, result in recall.items():
             print(f"{language}: {100 * result['text_to_teacher']['R@1']:.1f} % of the held-out "
                   f"texts find the teacher's feature of their English text at first place, among "
