@@ -1,10 +1,11 @@
-"""Test the paper's ablation and its four findings at the scale of the demo.
+"""Test the paper's ablation, its four findings, and teaching by text, at the scale of the demo.
 
     python -m extras.findings ablation        do stage 1 and multi-crop help, most of all together?
     python -m extras.findings augmentation    does strong augmentation help or hurt?
     python -m extras.findings alignment       do the languages align through shared images?
     python -m extras.findings culture         do translations of a name find different images?
     python -m extras.findings analogy         does image - text + text find the analogous image?
+    python -m extras.findings teacher         can a CLIP be taught a second language by text alone?
     python -m extras.findings all
 
 A finding trains variants: runs of train_clip.py that differ in one thing, once per seed. Runs that
@@ -23,9 +24,10 @@ What would refute each claim, in short. The docstrings below say it in full.
     culture         two runs agree across languages as much as in one language, or the names on
                     which the languages disagree vary between seeds as much as noise does
     analogy         image alone, text alone or image + text finds the analogous image as often
+    teacher         Korean falls below 90 % of English, or English below 95 % of the teacher's
 
-From top to bottom: the variants, training them, numbers and verdicts, the five findings, the
-report, the command.
+From top to bottom: the variants, training them, numbers and verdicts, the findings, the report, the
+command.
 
 Not included: the paper's scale. The results hold for a model of 8.7M parameters on emoji.
 """
@@ -93,6 +95,7 @@ VARIANTS = {
     "augment": Variant((*MULTI_CROP, "--augment")),
     "shared": Variant(split=True),
     "apart": Variant(split=True),
+    "english": Variant(("--languages", "en")),
 }
 RUNS_PER_GPU = 6   # at the same time
 STAGE_1_STEPS = 2  # per step of stage 2: the ratio of the two scripts' --epochs
@@ -112,14 +115,19 @@ class TrainingRun(NamedTuple):
     seed: int
     steps: int
     step_flops: float          # of one step, forward and backward
-    script: str
+    module: str
     flags: tuple
-    stage_1: object = None     # the TrainingRun that it starts from
+    start: object = None       # the TrainingRun that it starts from
+
+    @property
+    def chain(self):
+        """The runs that must be trained in turn, this one last."""
+        return [*(self.start.chain if self.start else []), self]
 
     @property
     def total_flops(self):
-        """FLOPs of the run and of its stage 1."""
-        return self.steps * self.step_flops + (self.stage_1.total_flops if self.stage_1 else 0)
+        """FLOPs of the run and of those before it."""
+        return sum(run.steps * run.step_flops for run in self.chain)
 
 
 def make_run(study, name, seed, budget=None):
@@ -138,18 +146,19 @@ def make_run(study, name, seed, budget=None):
         mae = kelip.MAE(kelip.KELIP(**config).visual, mask_ratio)
         step_flops = FORWARD_AND_BACKWARD * args.batch_size * mae_flops(mae)
         stage_1 = TrainingRun("stage-1", seed, STAGE_1_STEPS * args.steps, step_flops,
-                              "train_mae.py", ("--data", *args.data))
+                              "train_mae", ("--data", *args.data))
         flags += ["--init", str(folder_of(study, stage_1) / "last.pt")]
     groups, _ = crop_settings(name)
     sizes = [size for number, size in groups for _ in range(number)]
-    captions = 1 if variant.split else len(LANGUAGES)  # of each pair, in a step
+    # The captions of each pair in a step.
+    captions = 1 if variant.split or "--languages" in variant.flags else len(LANGUAGES)
     pair_flops = image_flops(config, sizes) + captions * text_flops(config, study.caption_length)
     step_flops = FORWARD_AND_BACKWARD * args.batch_size * pair_flops
     steps = args.steps
     if budget:
         left = budget - (stage_1.total_flops if stage_1 else 0)
         steps = max(1, round(left / step_flops))
-    return TrainingRun(name, seed, steps, step_flops, "train_clip.py", tuple(flags), stage_1)
+    return TrainingRun(name, seed, steps, step_flops, "train_clip", tuple(flags), stage_1)
 
 
 def crop_settings(name):
@@ -171,11 +180,11 @@ def train_seeds(study, names):
 
 
 def train(study, runs):
-    """Train runs that are not finished, after the stage 1 that they start from.
+    """Train runs that are not finished, each after the run that it starts from.
 
     Raises ValueError when one fails.
     """
-    needed = dict.fromkeys(x for run in runs for x in (run.stage_1, run) if x)
+    needed = dict.fromkeys(needed for run in runs for needed in run.chain)
     unfinished = [run for run in needed if not is_finished(study, run)]
     # Runs with one thread each, at the same time, are faster than one run after the other. One run
     # of "tiny" keeps a GPU busy for a fraction of the time only.
@@ -191,7 +200,7 @@ def train(study, runs):
     try:
         while waiting or running:
             unavailable = [*waiting, *running.values()]
-            ready = [run for run in waiting if run.stage_1 not in unavailable]
+            ready = [run for run in waiting if run.start not in unavailable]
             for run in ready[:at_once - len(running)]:
                 waiting.remove(run)
                 running[launch(study, run, threads)] = run
@@ -215,24 +224,25 @@ def train(study, runs):
 
 def launch(study, run, threads):
     """Start or resume a run: a subprocess.Popen."""
-    script = Path(__file__).resolve().parents[1] / run.script
     folder = folder_of(study, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(script), *run.flags,
+    command = [sys.executable, "-m", run.module,
                "--out", str(folder), "--steps", str(run.steps), "--seed", str(run.seed),
-               "--batch-size", str(study.args.batch_size), "--save-every", "50", "--keep", "1"]
+               "--batch-size", str(study.args.batch_size), "--save-every", "50", "--keep", "1",
+               *run.flags]
     if (folder / "last.pt").exists():
         command.append("--resume")
     with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                 pass_fds=[study.lock.fileno()],  # held while the process lives
-                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads),
+                                     "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
 
 
 def is_finished(study, run):
-    """Whether a run was trained to its end and, in stage 2, was evaluated on --test."""
+    """Whether a run was trained to its end and, by train_clip.py, was evaluated on --test."""
     folder = folder_of(study, run)
-    if run.name != "stage-1" and not (folder / "evaluation.json").exists():
+    if run.module == "train_clip" and not (folder / "evaluation.json").exists():
         return False
     last = folder / "last.pt"
     return last.exists() and kelip.load_checkpoint(last)["step"] == run.steps
@@ -408,7 +418,7 @@ def ablation(study):
             run = runs[name][0]
             numbers[title][name] = {"steps": run.steps, "FLOPs": run.total_flops,
                                     "R@1": recall[name]}
-            steps = f"{run.stage_1.steps:,} + {run.steps:,}" if run.stage_1 else f"{run.steps:,}"
+            steps = " + ".join(f"{x.steps:,}" for x in run.chain)
             rows[f"{label}, {steps} steps, {run.total_flops / 1e12:,.1f} TFLOPs"] = recall[name]
         tables.append(compare(f"R@1 with {title}, %", RECALL_COLUMNS, rows, LABELS["clip"]))
         clip, mae, multi_crop, both = (recall[name][:, -1] for name in LABELS)
@@ -977,10 +987,170 @@ def _analogy_card(model, tokenizer, embedded, example):
     return page.card(page.image(shards.decode(pairs[example.a].image), 56), lists)
 
 
+# ---- teacher ----
+
+FRACTIONS = (10, 25, 50, 100)  # % of the names that the students learn from
+TEACH_BATCH = 256              # names in a step of a student
+TUNING = 4                     # the contrastive stage has this fraction of the teacher's steps
+KEEPS_KOREAN, KEEPS_ENGLISH = 0.9, 0.95
+
+
+def teacher(study):
+    """Can a CLIP be taught a second language by text alone?
+
+    Claim: A text encoder that learns from translations alone is as good in both languages as its
+    English teacher is in English.
+
+    Refuted if: R@1 in Korean is below 90 % of that in English, or R@1 in English is below 95 % of
+    the teacher's, or shuffled translations teach Korean too, each beyond its spread.
+
+    Runs: The teacher is CLIP with the English names alone. The student (extras/teach.py) learns
+    from the English and Korean names of the training images, without an image, for twice as many
+    steps of 256 names. It is then trained on images and names, with the image encoder frozen, for a
+    quarter of the steps. CLIP with both languages is trained for as many FLOPs as these three
+    together. Further students learn from a tenth, a quarter and half of the names.
+
+    Control: A student that learns from the same names, with each English name next to the Korean
+    name of another image.
+
+    Measure: R@1, the mean over both directions, in each language. Names of the other half are those
+    that the students of at most half of the names have not learned from.
+    """
+    folder = study.args.out / "data" / "names"
+    names = write_names(folder, study.pairs)
+    seeds = range(study.args.seeds)
+    runs = {}
+    for seed in seeds:
+        english = make_run(study, "english", seed)
+        taught = {f"{percent} %": make_student(study, english, f"{percent}", len(names))
+                  for percent in FRACTIONS}
+        student = taught["100 %"]
+        tuned = make_tuned(study, student)
+        of_seed = {"teacher": english, "student": student, "student, then images": tuned,
+                   "both languages from the start": make_run(study, "clip", seed,
+                                                             tuned.total_flops),
+                   "control: shuffled": make_student(study, english, "shuffled", len(names)),
+                   **taught}
+        for label, run in of_seed.items():
+            runs.setdefault(label, []).append(run)
+    train(study, [of_label[seed] for seed in seeds for of_label in runs.values()])
+
+    half = {english for english, _ in names if fraction_of(english) < 0.5}
+    measured = {run: measure_languages(study, run, half)
+                for run in dict.fromkeys(run for of_label in runs.values() for run in of_label)}
+    results = {label: [measured[run] for run in of_label] for label, of_label in runs.items()}
+    english = np.array([found["en"]["R@1"] for found in results["teacher"]])
+    rows, curve = [], []
+    for label, found in results.items():
+        kept = np.array([x["en"]["R@1"] for x in found]) / english
+        tflops = f"{runs[label][0].total_flops / 1e12:.1f}"
+        if not label.endswith("%"):
+            rows.append([label, *(show([x[language][key] for x in found]) for language in LANGUAGES
+                                  for key in ("R@1", "R@5", "R@10", "groups")),
+                         show(kept), tflops])
+        else:
+            curve.append([label, *(show([x[language][key] for x in found])
+                                   for language in LANGUAGES for key in ("R@1", "other half"))])
+    columns = [f"{evaluate.LANGUAGE_NAMES[language]} {key}" for language in LANGUAGES
+               for key in ("R@1", "R@5", "R@10", "groups")]
+    tables = [("Retrieval, classification of groups, and English R@1 as a fraction of the "
+               "teacher's, %", ["", *columns, "English kept", "TFLOPs"], rows),
+              ("Students of some of the names: R@1 of all names and of the other half, %",
+               ["", *(f"{evaluate.LANGUAGE_NAMES[language]}{half}" for language in LANGUAGES
+                      for half in ("", ", other half"))], curve)]
+
+    def differences(label, language, factor, other, other_language):
+        return [x[language]["R@1"] - factor * y[other_language]["R@1"]
+                for x, y in zip(results[label], results[other])]
+    verdicts = [
+        verdict(f"R@1 of the student: Korean - {KEEPS_KOREAN:.0%} of English, points",
+                differences("student", "ko", KEEPS_KOREAN, "student", "en")),
+        verdict(f"English R@1: student - {KEEPS_ENGLISH:.0%} of the teacher's, points",
+                differences("student", "en", KEEPS_ENGLISH, "teacher", "en")),
+        verdict("Korean R@1: student - student of shuffled translations, points",
+                differences("student", "ko", 1, "control: shuffled", "ko"))]
+    return Result({"names": len(names), "results": results}, tables, verdicts, [])
+
+
+def fraction_of(name):
+    """A number in [0, 1) that depends on a name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def write_names(folder, pairs):
+    """Write the tables of names that students learn from. Returns all (English, Korean) names.
+
+    FOLDER/10.tsv has the names whose fraction_of is below 10 %. So each table is a part of the next
+    one. In FOLDER/shuffled.tsv, each Korean name is that of another English one.
+    """
+    names = sorted({tuple(pair.captions[x][0] for x in LANGUAGES) for pair in pairs})
+    tables = {str(percent): [name for name in names if fraction_of(name[0]) < percent / 100]
+              for percent in FRACTIONS}
+    order = sorted(range(len(names)), key=lambda i: fraction_of(names[i][0]))
+    # Each name gets the translation of the next one in an order without meaning.
+    tables["shuffled"] = [(names[i][0], names[j][1])
+                          for i, j in zip(order, order[1:] + order[:1])]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        lines = ["\t".join(row) for row in (LANGUAGES, *rows)]
+        page.write_text(folder / f"{name}.tsv", "\n".join(lines) + "\n")
+    return names
+
+
+def make_student(study, english, table, n_names):
+    """The TrainingRun of a student of a teacher, which learns from a table of write_names."""
+    config = kelip.PRESETS["tiny"]
+    # No name may be in a batch twice, and teach.py holds out some of the smallest table.
+    batch_size = max(1, min(TEACH_BATCH, n_names * FRACTIONS[0] // 125))
+    pair_flops = len(LANGUAGES) * text_flops(config, study.caption_length)
+    flags = (str(folder_of(study, english) / "last.pt"),
+             "--text", str(study.args.out / "data" / "names" / f"{table}.tsv"),
+             "--tokenizer", str(study.args.out / "tokenizer.json"), "--evals", "0",
+             "--batch-size", str(batch_size))
+    return TrainingRun(f"student-{table}", english.seed, 2 * study.args.steps,
+                       FORWARD_AND_BACKWARD * batch_size * pair_flops, "extras.teach", flags,
+                       english)
+
+
+def make_tuned(study, student):
+    """The TrainingRun that continues a student on images and names, its image encoder frozen."""
+    args, config = study.args, kelip.PRESETS["tiny"]
+    texts = len(LANGUAGES) * text_flops(config, study.caption_length)
+    image = image_flops(config, [config["image_resolution"]])
+    step_flops = args.batch_size * (FORWARD_AND_BACKWARD * texts + image)
+    flags = ("--data", *args.data, "--test", *args.test, "--evals", "1", "--freeze", "image",
+             "--init", str(folder_of(study, student) / "last.pt"))
+    return TrainingRun("tuned", student.seed, max(1, args.steps // TUNING), step_flops,
+                       "train_clip", flags, student)
+
+
+def measure_languages(study, run, half):
+    """Retrieval and classification by a run: {language: {"R@1": ..., "groups": ...}}.
+
+    "other half" is R@1 of the test names whose English name is not in `half`.
+    """
+    model, tokenizer, embedded = embed(study, folder_of(study, run))
+    groups = evaluate.classify(model, None, tokenizer, classes.read_classes("emoji groups"),
+                               embedded=embedded)
+    names = [pair.captions["en"][0] for pair in embedded.pairs]
+    in_other_half = torch.tensor([name not in half for name in names])       # [M]
+    results = {}
+    for language in LANGUAGES:
+        owner = embedded.owner[language]
+        everything = recall_of_texts(embedded, language, owner >= 0)
+        other = recall_of_texts(embedded, language, in_other_half[owner])
+        results[language] = {
+            **{f"R@{k}": fmean(everything[x][f"R@{k}"] for x in evaluate.DIRECTIONS)
+               for k in evaluate.KS},
+            "groups": groups[language]["mean_per_class"],
+            "other half": fmean(other[x]["R@1"] for x in evaluate.DIRECTIONS)}
+    return results
+
+
 # ---- the report ----
 
 FINDINGS = {finding.__name__: finding
-            for finding in (ablation, augmentation, alignment, culture, analogy)}
+            for finding in (ablation, augmentation, alignment, culture, analogy, teacher)}
 
 
 def describe(name):

@@ -2962,15 +2962,16 @@ def test_a_failed_start_leaves_no_folder(small_run, tmp_path):
 
 def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path, monkeypatch):
     """A stopped ablation resumes at its step, trains nothing twice; analogy uses its runs."""
-    scripts = {"train_clip.py": train_clip.main, "train_mae.py": train_mae.main}
+    scripts = {"train_clip": train_clip.main, "train_mae": train_mae.main,
+               "extras.teach": teach.main}
     launch, started = findings.launch, []
 
     def launch_here(study, run, threads):
         folder = findings.folder_of(study, run)
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         started.append((folder.name, bool(resume)))
-        here(scripts[run.script], *run.flags, "--out", folder, "--steps", run.steps, "--seed",
-             run.seed, "--batch-size", study.args.batch_size, *resume)
+        here(scripts[run.module], "--out", folder, "--steps", run.steps, "--seed", run.seed,
+             "--batch-size", study.args.batch_size, *run.flags, *resume)
         return subprocess.Popen(["true"])
     monkeypatch.setattr(findings, "launch", launch_here)
     flags = ["--data", shapes / "train-*.tar", "--test", shapes / "test-*.tar", "--out", tmp_path,
@@ -3039,7 +3040,7 @@ def test_runs_of_the_same_flops(tmp_path):
     for name in findings.LABELS:
         run = findings.make_run(study, name, 0, budget)
         assert abs(run.total_flops - budget) <= run.step_flops / 2
-        assert (run.stage_1 is None) == (name in ("clip", "crops"))
+        assert (run.start is None) == (name in ("clip", "crops"))
     steps = findings.make_run(study, "crops", 0, budget).steps
     assert steps == round((400 * step + stage_1) / step)
 
@@ -3056,7 +3057,7 @@ def test_flags_of_runs(tmp_path):
         assert flags.data == ([f"{tmp_path}/data/{name}"] if split else ["a", "b"])
         stage_1 = f"{tmp_path}/runs/stage-1-800-seed3/last.pt"
         assert flags.init == (stage_1 if name in ("mae", "both") else None)
-    stage_1 = findings.make_run(study, "mae", 3).stage_1
+    stage_1 = findings.make_run(study, "mae", 3).start
     assert train_mae.parse_arguments(list(stage_1.flags)).data == ["a", "b"]
 
 
