@@ -221,7 +221,7 @@ def duplicates(vectors, threshold, progress=True):
     """Groups of images that are nearly the same, the largest first: lists of indices.
 
     vectors: [M, D], unit vectors. Each image joins the group of the first image with which its
-    cosine is `threshold` or more. Groups of one image are omitted.
+    cosine is `threshold` or more, so groups may be chains. Groups of one image are omitted.
     """
     groups, first_of_group = {}, []
     for chunk in with_progress(vectors.split(CHUNK), len(vectors), "images", progress):  # [n, D]
@@ -247,9 +247,9 @@ def show_duplicates(folder, images, vectors, threshold):
             image = page.image(shards.decode(images[i].image, 2 * SIDE), SIDE)
             cards.append(page.card(image, page.lines(f"{cosine:.3f}", [images[i].key])))
         parts += [page.heading(f"{len(group):,} images"), page.cards(cards)]
-    intro = (f"{len(groups):,} groups of images that are nearly the same: their cosine with the "
-             f"first of the group is {threshold:g} or more. At most {SHOWN} groups are shown, with "
-             f"at most {PRINTED} images of each.")
+    intro = (f"{len(groups):,} groups of images that are nearly the same: each has a cosine of "
+             f"{threshold:g} or more with another of its group. The number is the cosine with the "
+             f"first. At most {SHOWN} groups are shown, with at most {PRINTED} images of each.")
     page.write(folder / "duplicates.html", "Duplicates", intro, *parts)
     count = sum(map(len, groups))
     print(f"{count:,} of {len(images):,} images are in {len(groups):,} groups of duplicates",
@@ -267,7 +267,7 @@ def main(argv=None):
     if minus and not plus and not args.like:
         raise ValueError("--minus alone: give words or --like IMAGE to subtract from")
     if args.duplicates is not None and (plus or args.like):
-        raise ValueError("--duplicates: takes no words and no image: it compares all images")
+        raise ValueError("--duplicates compares all images: leave out words and --like")
     folder = Path(args.out or folder_of(args.model))
     if args.out or folder.is_dir():
         check_writable(folder)

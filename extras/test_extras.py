@@ -2322,7 +2322,7 @@ def test_duplicates_are_those_with_equal_vectors(numbers, chunk):
     assert [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
 
 
-def test_duplicates_are_near_the_first_of_their_group():
+def test_duplicates_form_chains():
     angles = torch.tensor([0, 50, 10, 20, 53, 90]).deg2rad()
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
     threshold = torch.tensor(11).deg2rad().cos().item()
@@ -2340,7 +2340,7 @@ def test_search_writes_a_page_of_duplicates(small_run, tmp_path):
     assert re.fullmatch(r"[\d]+ of 18 images are in \d groups of duplicates", printed[-2])
     page = (tmp_path / "page" / "duplicates.html").read_text(encoding="utf-8")
     assert "<h2>3 images</h2>" in page and page.count("<b>1.000</b>") >= 3
-    with pytest.raises(ValueError, match="--duplicates: takes no words"):
+    with pytest.raises(ValueError, match="--duplicates compares all images: leave out words"):
         here(search.main, *flags, "0.9", "red")
 
 
