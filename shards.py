@@ -823,8 +823,8 @@ def format_counts(counts):
 
 def format_cut(count, longest):
     """Say how many texts were cut, and which is the longest."""
-    return (f"{count:,} texts were cut, since they have more tokens than the model reads; the "
-            f"longest has {len(longest):,} characters: {longest[:60]}")
+    return (f"texts with more tokens than the model reads, which were cut: {count:,}; the longest "
+            f"has {len(longest):,} characters: {longest[:60]}")
 
 
 # ---- decoding ----

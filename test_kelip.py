@@ -3551,7 +3551,7 @@ def test_the_loader_counts_the_captions_that_it_cuts(tmp_path, monkeypatch, work
     pairs = data.Pairs(str(tmp_path / "x.tar"))
     _, [loader] = load_batches(pairs, trained(), batch_size=2, steps=4, workers=workers)
     assert loader.report() == (
-        "no pair was skipped; 4 texts were cut, since they have more tokens than the model reads; "
+        "no pair was skipped; texts with more tokens than the model reads, which were cut: 4; "
         f"the longest has 179 characters: {'apple ' * 10}")
     _, [loader] = load_batches(pairs, batch_size=2, steps=4)  # another tokenizer
     assert loader.report() == "no pair was skipped"
@@ -4201,7 +4201,7 @@ def test_evaluation_counts_captions_that_are_cut(small_run, tmp_path):
         return {"txt": f"a {shape} {'red and blue ' * 10 * n}".encode()}
     folder = write_benchmark(tmp_path / "set", "retrieval", members)
     printed = here(evaluate.main, small_run, "--test", folder, "--out", tmp_path / "out")
-    note = re.search(r"captions: (\d+) texts were cut, .*; the longest has ([\d,]+) char", printed)
+    note = re.search(r"captions: texts with .* cut: (\d+); the longest has ([\d,]+) char", printed)
     _, _, tokenizer = kelip.build_model(small_run)
     texts = [f"a {list(SHAPES)[n % 4]} {'red and blue ' * 10 * n}".strip() for n in range(16)]
     tokenizer.encode(texts, kelip.build_model(small_run)[0].config["context_length"])

@@ -196,7 +196,7 @@ def text_batches(tokenizer, context_length):
 # ---- example.py ----
 
 EXAMPLE = '''\
-"""Compare an image with texts: python example.py apple.png "a red apple" "빨간 사과"
+"""Compare an image with texts: python example.py apple.png "red apple" "빨간 사과"
 
 pip install onnxruntime tokenizers numpy pillow
 """

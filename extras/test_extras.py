@@ -2349,7 +2349,7 @@ def test_search_counts_texts_that_are_cut(small_run, tmp_path):
     text = "red \x1b circle " * 100
     printed = here(search.main, *flags, "red", "--plus", text, "--minus", text + "blue")
     assert printed.splitlines()[-1] == (
-        "2 texts were cut, since they have more tokens than the model reads; the longest has 1,304 "
+        "texts with more tokens than the model reads, which were cut: 2; the longest has 1,304 "
         f"characters: {text[:60].replace(chr(27), chr(92) + 'x1b')}")
     assert "were cut" not in here(search.main, *flags, "red")
 
