@@ -80,8 +80,9 @@ class Muon(torch.optim.AdamW):
 
     Cost: orthogonalize takes 20 r^2 c + 10 r^3 FLOPs for a matrix of r rows and c >= r columns, or
     of c rows and r columns. That is 2.0 TFLOPs per step for ViT-B/32 and 8.7 for ViT-L/14, whatever
-    the batch: 7 % and 2 % of a step of 1,024 pairs with one 224 crop. Every process computes the
-    entire update.
+    the batch: 7 % and 2 % of a step of 1,024 pairs with one 224 crop. Measured on two CPU cores
+    (`python -m extras.bench train`), an update of ViT-B/32 takes 4.7 s, and AdamW's 0.13 s, where a
+    step of 1,024 pairs takes 83 s. Every process computes the entire update.
     """
 
     def __init__(self, groups, dtype=None, **options):
