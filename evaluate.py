@@ -519,7 +519,7 @@ def _percent(fraction, digits=1):
     return f"{100 * fraction:.{digits}f}"
 
 
-def _tables(numbers):
+def report_tables(numbers):
     """The tables of a report: a list of (header, rows), in which all cells are text."""
     tables = []
     if numbers["retrieval"]:
@@ -562,7 +562,7 @@ def _language_name(language):
 
 def _print_report(numbers):
     """Print the tables with aligned columns."""
-    for header, rows in _tables(numbers):
+    for header, rows in report_tables(numbers):
         lines = [[one_line(first), *rest] for first, *rest in [header, *rows]]
         width = max(_terminal_width(first) for first, *_ in lines)
         for first, *rest in lines:
@@ -595,7 +595,7 @@ def _write_page(path, embedded, numbers):
         intro += f"; candidates: {', '.join(counts)}"
     intro = ". ".join([intro, *numbers["notes"]])
 
-    first, *others = (page.table(header, rows) for header, rows in _tables(numbers))
+    first, *others = (page.table(header, rows) for header, rows in report_tables(numbers))
     parts = [first]
     if embedded.texts:
         step = max(1, len(embedded.pairs) // 30)

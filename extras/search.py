@@ -178,16 +178,22 @@ def holds_images(source):
 
 # ---- the search ----
 
+def open_images(source):
+    """Open a folder of images, or shards: an ImageFolder or data.Pairs."""
+    source = on_disk(source)
+    return ImageFolder(source) if holds_images(source) else data.Pairs(source)
+
+
 def query_vector(model, tokenizer, plus=(), like=None, minus=()):
     """The unit vector of a query: [D].
 
-    It is the sum of the unit vectors of the texts `plus` and of the image at the path `like`, minus
-    those of the texts `minus`, scaled to unit length (KELIP's fourth finding). Raises OSError or
-    ValueError when the image cannot be read or the sum is zero.
+    It is the sum of the unit vectors of the texts `plus` and of the image vector `like`, minus
+    those of the texts `minus`, scaled to unit length (KELIP's fourth finding). Raises ValueError
+    when the sum is zero.
     """
     query = torch.zeros(model.config["embed_dim"])
-    if like:
-        query += _image_vector(model, like)
+    if like is not None:
+        query += like
     if plus:
         query += embed_texts(model, tokenizer, list(plus)).sum(dim=0)
     if minus:
@@ -198,13 +204,10 @@ def query_vector(model, tokenizer, plus=(), like=None, minus=()):
 
 
 @torch.no_grad()
-def _image_vector(model, path):
-    """The unit vector of an image file: float32 [D]."""
+def image_vector(model, path):
+    """The unit vector of an image file: float32 [D]. Raises ValueError if it cannot be read."""
     preprocess = kelip.preprocess(model.config["image_resolution"])
-    try:
-        image = preprocess(shards.decode(read_file(on_disk(path))))          # [3, size, size]
-    except ValueError as error:
-        raise ValueError(f"--like {path}: {error}") from None
+    image = preprocess(shards.decode(read_file(on_disk(path))))              # [3, size, size]
     image = image[None].to(model.logit_scale.device)
     return model.encode_image(image, l2norm=True)[0].float().cpu()
 
@@ -271,8 +274,7 @@ def main(argv=None):
     folder = Path(args.out or folder_of(args.model))
     if args.out or folder.is_dir():
         check_writable(folder)
-    source = on_disk(args.images)
-    pairs = ImageFolder(source) if holds_images(source) else data.Pairs(source)
+    pairs = open_images(args.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, tokenizer = kelip.build_model(args.model, device)
     cache = open_cache(args.model, model)
@@ -285,7 +287,11 @@ def main(argv=None):
     # The query is fast, so its errors come first, before images are embedded.
     texts = [*plus, *minus]
     if texts or args.like:
-        query = query_vector(model, tokenizer, plus, args.like, minus)
+        try:
+            like = image_vector(model, args.like) if args.like else None
+        except ValueError as error:
+            raise ValueError(f"--like {args.like}: {error}") from None
+        query = query_vector(model, tokenizer, plus, like, minus)
         terms = [args.like, *plus] if args.like else plus
         title = " + ".join(terms) + "".join(f" − {text}" for text in minus)
         queries = [(title, query)]
@@ -298,7 +304,7 @@ def main(argv=None):
     asked = []
     for title, query in queries:
         if isinstance(pairs, ImageFolder) and pairs.has_changed():
-            pairs = ImageFolder(source)
+            pairs = open_images(args.images)
             images, rows = embed(model, pairs, cache)
         show(folder, images, nearest(cache.cosines(query)[rows]), title, calibration)
         asked.append(title)

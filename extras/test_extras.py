@@ -2365,7 +2365,8 @@ def test_search_by_words_and_by_images(small_run, tmp_path):
     image = model.encode_image(preprocess(Image.open(like))[None], l2norm=True)[0]
     red, blue = model.encode_text(tokenizer.encode(["red", "blue"]), l2norm=True)
     by_hand = image - red + blue
-    query = search.query_vector(model, tokenizer, ["blue"], like, ["red"])
+    query = search.query_vector(model, tokenizer, ["blue"], image, ["red"])
+    torch.testing.assert_close(search.image_vector(model, like), image)
     torch.testing.assert_close(query, by_hand / by_hand.norm())
 
 
