@@ -51,7 +51,7 @@ TEXTS = {
     "en": {
         "name": "Name",
         "search": "Search",
-        "compare": "Two languages",
+        "compare": "Compare",
         "numbers": "Numbers",
         "about_name": "Which of these labels fits the image? Labels may be in both languages.",
         "about_search": "Words find images. With an image, its vector minus and plus those of "
@@ -99,12 +99,13 @@ TEXTS = {
     "ko": {
         "name": "이름",
         "search": "검색",
-        "compare": "두 언어",
+        "compare": "비교",
         "numbers": "수치",
         "about_name": "어느 라벨이 이미지에 맞을까요? 두 언어를 섞어 써도 됩니다.",
-        "about_search": "단어로 이미지를 찾습니다. 이미지를 넣으면 그 벡터에서 단어의 벡터를 빼고 더해 "
-                        "찾습니다.",
-        "about_compare": "같은 개념을 영어와 한국어로 찾으면 어떤 이미지가 가장 가깝고, 몇 장이 같을까요?",
+        "about_search": "단어로 이미지를 찾습니다. 이미지를 넣으면 그 벡터에서 단어의 벡터를 "
+                        "빼고 더해 찾습니다.",
+        "about_compare": "같은 개념을 영어와 한국어로 찾으면 어떤 이미지가 가장 가깝고, "
+                         "몇 장이 같을까요?",
         "image": "이미지",
         "labels": "라벨, 한 줄에 하나씩",
         "prompts": "프롬프트",
@@ -120,7 +121,8 @@ TEXTS = {
         "images": "{source}의 이미지 {count:,}장",
         "skipped": "건너뜀: {counts}",
         "nearest": "이미지 {count:,}장 중 코사인이 가장 높은 {shown}장.",
-        "about_p": "p: 단어가 이미지 {odds:,.0f}장 중 1장을 설명한다고 할 때, 이 이미지를 설명할 확률.",
+        "about_p": "p: 단어가 이미지 {odds:,.0f}장 중 1장을 설명한다고 할 때, 이 이미지를 "
+                   "설명할 확률.",
         "shared": "{shown}장 중 {shared}장이 두 목록에 모두 있습니다",
         "chance": "이미지 {count:,}장에서 무작위로 뽑은 두 목록은 {chance:.2f}장이 같습니다.",
         "model": "모델",
@@ -143,11 +145,13 @@ TEXTS = {
 }
 # What the tables and charts of evaluate.py say, which is English.
 KOREAN_TERMS = {
-    "retrieval, %": "검색, %", "image to text": "이미지로 텍스트", "text to image": "텍스트로 이미지",
-    "chance ": "우연 ", "confusions": "혼동", "% of the class": "클래스의 %", "images": "이미지",
-    "mean per class": "클래스 평균", "English": "영어", "Korean": "한국어", "prompts": "프롬프트",
-    "captions": "캡션", "steps": "스텝", "Training loss by language of the caption": "언어별 학습 손실",
-    "of held-out 이미지": "학습하지 않은 이미지"}
+    "Training loss by language of the caption": "캡션의 언어별 학습 손실",
+    "R@1, image to text, of held-out images, %": "학습하지 않은 이미지의 R@1, 이미지로 텍스트, %",
+    "retrieval, %": "검색, %", "image to text": "이미지로 텍스트",
+    "text to image": "텍스트로 이미지", "chance ": "우연 ", "mean per class": "클래스 평균",
+    "confusions": "혼동", ">images<": ">이미지<", "% of the class": "클래스의 %",
+    "English": "영어", "Korean": "한국어", " prompts": " 프롬프트", ">captions": ">캡션",
+    " steps": "스텝"}
 
 # Whatever the images are, each example starts from the image nearest to a text.
 NAME_EXAMPLES = [
@@ -317,16 +321,21 @@ class Demo:
 
 # ---- the page ----
 
-# The rules of page.py, for what has this class. It is in the colors of Gradio.
+# The rules of page.py, for what has this class.
 STYLE = f"""<style>
-.kelip {{ color-scheme: light; --ink: var(--body-text-color); --right: light-dark(#0a7d4b, #4cc38a);
-  --dim: var(--body-text-color-subdued); --line: var(--border-color-primary); {page.STYLE} }}
+.kelip {{ color-scheme: light; --ink: var(--body-text-color); --line: var(--border-color-primary);
+  --dim: light-dark(#6b6a65, #9b9a94); --right: light-dark(#0a7d4b, #4cc38a); {page.STYLE} }}
 .dark .kelip {{ color-scheme: dark }}
-.kelip .cards {{ gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)) }}
+.kelip h2 {{ font-weight: 600; margin: .5rem 0 0 }}
+.kelip .cards {{ gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
+  margin-top: .5rem }}
 .kelip .card {{ flex-direction: column; align-items: center; gap: .3rem; padding: .5rem .3rem;
   text-align: center; line-height: 1.3 }}
 .kelip .card ol {{ list-style: none; padding: 0; margin: 0; color: var(--dim) }}
-.kelip td + td {{ white-space: normal }}
+.kelip .right::after {{ content: "\\a0✓" }}
+.kelip td + td:last-child {{ white-space: normal }}
+.kelip td:nth-child(2):last-child, .kelip th:nth-child(2):last-child {{ text-align: left }}
+.gradio-container .tab-container button {{ padding: 0 .6rem }}
 body {{ word-break: keep-all; overflow-wrap: break-word }}
 </style>"""
 FONTS = ("system-ui", "Apple SD Gothic Neo", "Noto Sans KR", "Noto Sans CJK KR", "Malgun Gothic",
@@ -349,10 +358,12 @@ def build_page(demo, folder):
     """The page, a gradio.Blocks. folder: where the images of the examples are written."""
     gr = import_gradio()
     text = gr.I18n(**TEXTS)
+    progress_bar = gr.Progress(track_tqdm=True)
 
     def answer(compute):
         """An event's function: compute(*inputs, language), in the language of the browser."""
-        def handle(request: gr.Request, progress=gr.Progress(track_tqdm=True), *inputs):
+        # The progress bar of embedding shows on the page, as Gradio sees the argument's default.
+        def handle(request: gr.Request, progress=progress_bar, *inputs):
             languages = request.headers.get("accept-language", "")
             try:
                 return compute(*inputs, "ko" if languages.startswith("ko") else "en")
@@ -378,10 +389,14 @@ def build_page(demo, folder):
             shards.decode(demo.images[i].image, 512).save(path)
         return str(path)
 
-    def image_input(**options):
+    def image_input():
         # Without image_mode, the path is that of the uploaded file itself.
-        return gr.Image(label=str(text("image")), type="filepath", image_mode=None, height=220,
-                        sources=["upload", "clipboard"], buttons=[], **options)
+        return gr.Image(type="filepath", image_mode=None, show_label=False, height=220,
+                        sources=["upload", "clipboard"], buttons=[])
+
+    def output():
+        """A place for HTML, to be rendered below the examples."""
+        return gr.HTML(elem_classes="kelip", apply_default_css=False, render=False)
 
     with gr.Blocks(title="KELIP", analytics_enabled=False) as blocks:
         gr.Markdown("# KELIP")
@@ -410,25 +425,28 @@ def build_page(demo, folder):
                     minus = gr.Textbox(label=text("minus"))
                     go = gr.Button(text("go"), variant="primary")
                 image = image_input()
-            results = gr.HTML(elem_classes="kelip", apply_default_css=False)
+            results = output()
             examples = {title: [plus, like and example_image(like), subtracted]
                         for title, plus, like, subtracted in SEARCH_EXAMPLES}
             connect([go.click, words.submit, minus.submit], demo.search, [words, image, minus],
                     results, examples, "search")
+            results.render()
         with gr.Tab(text("compare")):
             gr.Markdown(text("about_compare"))
             with gr.Row():
                 english = gr.Textbox(label=text("english"))
                 korean = gr.Textbox(label=text("korean"))
             go = gr.Button(text("go"), variant="primary")
-            summary = gr.HTML(elem_classes="kelip", apply_default_css=False)
-            with gr.Row():
-                lists = [gr.HTML(elem_classes="kelip", apply_default_css=False), gr.HTML(elem_classes="kelip", apply_default_css=False)]
+            outputs = [output(), output(), output()]
             connect([go.click, english.submit, korean.submit], demo.compare, [english, korean],
-                    [summary, *lists],
-                    {" · ".join(pair): list(pair) for pair in COMPARE_EXAMPLES}, "compare")
+                    outputs, {" · ".join(pair): list(pair) for pair in COMPARE_EXAMPLES},
+                    "compare")
+            outputs[0].render()
+            with gr.Row():
+                outputs[1].render()
+                outputs[2].render()
         with gr.Tab(text("numbers")):
-            numbers = gr.HTML(elem_classes="kelip", apply_default_css=False)
+            numbers = output().render()
         blocks.load(answer(demo.status), None, status, api_name="status")
         blocks.load(answer(demo.numbers), None, numbers, api_name="numbers")
     return blocks
