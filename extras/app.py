@@ -38,8 +38,8 @@ from command import ArgumentParser, describe_error, number, one_line, run_comman
 from demo import DEMO
 from evaluate import curves, embed_texts, folder_of, report_tables, zero_shot_weights
 from extras import search
-from extras.calibrate import HANGUL, probability, read_calibration
-from extras.features import embed_images, open_cache
+from extras.calibrate import language_of, probability, read_calibration
+from extras.features import open_cache, update
 from tokenizer import read_json
 
 SHOWN, COMPARED = 24, 12  # results of a search, and of each language
@@ -185,19 +185,19 @@ class Demo:
         self._embed(pairs)
 
     def update(self):
-        """Embed what is new since the last time. Returns the images and their vectors [M, D]."""
+        """Embed what is new since the last time. Returns the images and their rows in the cache."""
         with self.lock:  # two people may ask at the same time
             pairs = search.open_images(self.source)
             if pairs.shards != self.shards:
                 self._embed(pairs)
-            return self.images, self.vectors
+            return self.images, self.rows
 
     def _embed(self, pairs):
-        vectors, kept, self.skipped = embed_images(self.model, pairs, self.cache)
+        rows, kept, self.skipped = update(self.model, pairs, self.cache)
         if not kept:
             raise ValueError(f"none of the {len(pairs):,} images decodes: "
                              f"{shards.format_counts(self.skipped)}")
-        self.images, self.vectors = torch.utils.data.Subset(pairs, kept), vectors
+        self.images, self.rows = torch.utils.data.Subset(pairs, kept), rows
         self.shards = pairs.shards
 
     def status(self, language):
@@ -227,7 +227,7 @@ class Demo:
         if prompts != "–":
             templates = read_classes(prompts)["templates"]
             weights = [zero_shot_weights(self.model, self.tokenizer, [label],
-                                         templates["ko" if HANGUL.search(label) else "en"])
+                                         templates[language_of(label)])
                        for label in labels]
             cosines = torch.cat(weights, dim=1).T @ image                    # [C]
         scale = self.model.logit_scale.detach().exp().cpu()
@@ -247,8 +247,8 @@ class Demo:
         like = self._image_vector(path, language) if path else None
         query = search.query_vector(self.model, self.tokenizer, [words] if words else [], like,
                                     [minus] if minus else [])
-        images, vectors = self.update()
-        found = search.nearest(vectors, query, SHOWN)
+        images, rows = self.update()
+        found = search.nearest(self.cache.cosines(query)[rows], SHOWN)
         terms = [texts["image"]] * bool(path) + [words] * bool(words)
         about = texts["nearest"].format(shown=len(found), count=len(images))
         # Cosines with images, sums and differences are not those that were calibrated.
@@ -263,8 +263,8 @@ class Demo:
         queries, texts = [english.strip(), korean.strip()], TEXTS[language]
         if not all(queries):
             raise ValueError(texts["no_pair"])
-        images, vectors = self.update()
-        found = [search.nearest(vectors, query, COMPARED)
+        images, rows = self.update()
+        found = [search.nearest(self.cache.cosines(query)[rows], COMPARED)
                  for query in embed_texts(self.model, self.tokenizer, queries)]
         shared = {i for _, i in found[0]} & {i for _, i in found[1]}
         shown, count = len(found[0]), len(images)
@@ -385,7 +385,7 @@ def build_page(demo, folder):
         path = Path(folder, f"{words}.png")
         if not path.exists():
             query = search.query_vector(demo.model, demo.tokenizer, [words])
-            (_, i), = search.nearest(demo.vectors, query, 1)
+            (_, i), = search.nearest(demo.cache.cosines(query)[demo.rows], 1)
             shards.decode(demo.images[i].image, 512).save(path)
         return str(path)
 

@@ -208,13 +208,18 @@ def read_calibration(folder, model):
     return content if is_of_model else None
 
 
+def language_of(text):
+    """"ko" for a text with Hangul, else "en"."""
+    return "ko" if regex.search(r"\p{Hangul}", text) else "en"
+
+
 def probability(calibration, text, cosine):
     """p(match) of a text and an image, or None if the language of the text is not calibrated.
 
     calibration: from read_calibration.
     """
     languages = calibration["languages"] if calibration else {}
-    language = languages.get("ko" if regex.search(r"\p{Hangul}", text) else "en", languages.get(""))
+    language = languages.get(language_of(text), languages.get(""))
     if language is None:
         return None
     return torch.tensor(language["a"] * cosine + language["b"]).sigmoid().item()
