@@ -327,7 +327,7 @@ STYLE = f"""<style>
   --dim: light-dark(#6b6a65, #9b9a94); --right: light-dark(#0a7d4b, #4cc38a); {page.STYLE} }}
 .dark .kelip {{ color-scheme: dark }}
 .kelip h2 {{ font-weight: 600; margin: .5rem 0 0 }}
-.kelip .cards {{ gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
+.kelip .cards {{ gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr));
   margin-top: .5rem }}
 .kelip .card {{ flex-direction: column; align-items: center; gap: .3rem; padding: .5rem .3rem;
   text-align: center; line-height: 1.3 }}

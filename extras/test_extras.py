@@ -1,11 +1,13 @@
 """Tests of extras: python -m pytest extras/test_extras.py."""
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -64,6 +66,7 @@ from conftest import (
     write_bad_corpus,
 )
 from extras import (
+    app,
     bench,
     bench_gpu,
     calibrate,
@@ -2701,6 +2704,202 @@ def test_calibrate_needs_pairs(small_run, shapes, tmp_path):
     with pytest.raises(ValueError, match="run: its vectors of images or texts are not finite"):
         here(calibrate.main, folder, "--test", shapes / "train-*.tar")
     assert not list(folder.glob("calibration*"))
+
+
+# ---- app.py ----
+
+@contextlib.contextmanager
+def browser(folder, language):
+    """Headless Chromium: a function that calls a method of its DevTools protocol, and events."""
+    program = shutil.which("chromium") or pytest.skip("chromium is not installed")
+    commands, to_chromium = os.pipe()
+    from_chromium, answers = os.pipe()
+
+    def connect():  # Chromium reads commands from descriptor 3 and writes to 4
+        for number, own in ((3, os.dup(commands)), (4, os.dup(answers))):
+            os.dup2(own, number)
+
+    process = subprocess.Popen(
+        [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+         f"--user-data-dir={folder}", f"--accept-lang={language}",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(commands)
+    os.close(answers)
+    reader, numbers, events = os.fdopen(from_chromium, "rb"), itertools.count(1), []
+
+    def receive():
+        return json.loads(b"".join(iter(lambda: reader.read(1), b"\0")))
+
+    def call(method, **parameters):
+        number = next(numbers)
+        command = {"id": number, "method": method, "params": parameters}
+        if sessions:
+            command["sessionId"] = sessions[0]
+        os.write(to_chromium, json.dumps(command).encode() + b"\0")
+        while (message := receive()).get("id") != number:
+            events.append(message)
+        return message["result"]
+
+    sessions = []
+    try:
+        target = call("Target.createTarget", url="about:blank")["targetId"]
+        sessions.append(call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        yield call, events
+    finally:
+        process.kill()
+        process.wait()
+        os.close(to_chromium)
+        reader.close()
+
+
+@pytest.fixture
+def demo(small_run, tmp_path, monkeypatch):
+    """A Demo that searches a folder of photos, and that folder."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    photos = write_photos(tmp_path / "photos")
+    return app.Demo(str(small_run), str(photos)), photos
+
+
+def test_the_demo_computes_what_it_shows(demo, small_run):
+    demo, photos = demo
+    path, labels = str(photos / "deep" / "red square.jpg"), ["a red square", "빨간색 네모"]
+    model, preprocess, tokenizer = kelip.build_model(small_run)
+    with torch.no_grad():
+        logits, _ = model(preprocess(Image.open(path))[None], tokenizer.encode(labels))
+    found, p = demo.name_image(path, "a red square\n\n 빨간색 네모 \na red square", "–", "en")
+    assert p is None and list(found) == labels
+    assert list(found.values()) == pytest.approx(logits[0].softmax(dim=0).tolist(), abs=1e-5)
+
+    with_prompts, _ = demo.name_image(path, "\n".join(labels), "emoji groups", "en")
+    templates = classes.read_classes("emoji groups")["templates"]
+    weights = torch.cat([evaluate.zero_shot_weights(model, tokenizer, [label], templates[language])
+                         for label, language in zip(labels, ("en", "ko"))], dim=1)
+    image = search.image_vector(model, path)
+    expected = (model.logit_scale.exp() * (image @ weights)).softmax(dim=0).tolist()
+    assert list(with_prompts.values()) == pytest.approx(expected, abs=1e-5)
+
+    assert demo.status("ko") == f"{photos}의 이미지 16장; 건너뜀: 1 not an image"
+    first = demo.search("", path, "", "en").partition("<b lang")[0]
+    assert "The 16 nearest of 16 images" in first and 'alt="deep/red square.jpg"' in first
+    assert "Image + blue − &lt;red&gt;" in demo.search("blue", path, "<red>", "en")
+    summary, english, korean = demo.compare("red", "red", "en")
+    assert "12 of 12 images are in both lists" in summary and english == korean
+    assert english.count('class="right"') == 12
+    assert "would share 9.00" in summary  # 12 * 12 / 16
+    assert "Parameters" in demo.numbers("en") and "매개변수" in demo.numbers("ko")
+    for answer, *inputs in ((demo.name_image, path, " ", "–"), (demo.search, " ", "", ""),
+                            (demo.compare, "red", "")):
+        with pytest.raises(ValueError, match="입력하"):
+            answer(*inputs, "ko")
+    with pytest.raises(ValueError, match="The image cannot be read .not an image"):
+        demo.search("", str(photos / "broken.png"), "", "en")
+
+
+def test_the_demo_shows_p_where_a_run_is_calibrated(demo):
+    demo, photos = demo
+    demo.calibration = {"prior": 0.01, "languages": {"en": {"a": 0.0, "b": 0.0}}}
+    path = str(photos / "deep" / "red square.jpg")
+    assert demo.name_image(path, "red", "–", "en")[1] == {"red": 0.5}
+    assert "p 50 %" in demo.search("red", "", "", "en")
+    assert "1 in 100 images" in demo.search("red", "", "", "en")
+    for query in (("red", path, ""), ("red", "", "blue"), ("빨간", "", "")):
+        assert "p 50 %" not in demo.search(*query, "en")
+
+
+def test_images_are_embedded_as_the_folder_grows(demo, monkeypatch):
+    demo, photos = demo
+    embedded = []
+    encode = demo.model.encode_image
+    monkeypatch.setattr(demo.model, "encode_image",
+                        lambda x, **options: embedded.append(len(x)) or encode(x, **options))
+    demo.search("red", "", "", "en")
+    assert embedded == []
+    write_image(photos / "new.jpg", "blue", "cross", 99)
+    assert "17 images" in demo.search("red", "", "", "en") and embedded == [1]
+    (photos / "new.jpg").unlink()
+    assert "16 images" in demo.search("red", "", "", "en") and embedded == [1]
+
+
+def test_the_page_answers_clients(demo, monkeypatch):
+    pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    demo, photos = demo
+    path = client.handle_file(str(photos / "deep" / "red square.jpg"))
+    with app.serve(demo) as url:
+        assert url.startswith("http://127.0.0.1:")
+        with contextlib.redirect_stdout(io.StringIO()):
+            page = client.Client(url)
+            korean = client.Client(url, headers={"accept-language": "ko-KR,ko;q=0.9"})
+        assert page.predict(api_name="/status").startswith("16 images of ")
+        softmax, _ = page.predict(path, "red square\n빨간색 네모", "–", api_name="/name")
+        assert {found["label"] for found in softmax["confidences"]} == {"red square", "빨간색 네모"}
+        assert "16 nearest of 16" in page.predict("빨간", None, "", api_name="/search")
+        assert "Image + blue − red" in page.predict("blue", path, "red", api_name="/search")
+        assert len(page.predict("red", "빨간", api_name="/compare")) == 3
+        assert "매개변수" in korean.predict(api_name="/numbers")
+        with pytest.raises(Exception, match="단어를 입력하거나"):
+            korean.predict("", None, "", api_name="/search")
+
+
+def test_the_page_loads_nothing_from_other_hosts(demo, tmp_path):
+    pytest.importorskip("gradio")
+    with app.serve(demo[0]) as url, browser(tmp_path / "profile", "ko-KR") as (call, events):
+        call("Network.enable")
+        call("Page.navigate", url=url)
+        text = call("Runtime.evaluate", awaitPromise=True, expression="""(async () => {
+            const shown = (selector) => [...document.querySelectorAll(selector)].filter(
+                (element) => element.offsetParent)
+            const wait = async (isDone) => { while (!isDone()) await new Promise(
+                (resolve) => setTimeout(resolve, 50)) }
+            let text = ""
+            for (const tab of [0, 1, 2, 3]) {
+                await wait(() => shown("[role=tab]").length == 4)
+                shown("[role=tab]")[tab].click()
+                const isOpen = () => shown("[role=tab]")[tab].ariaSelected == "true"
+                await wait(isOpen)
+                if (tab < 3) {
+                    await wait(() => shown(".gallery-item").length)
+                    shown(".gallery-item")[0].click()
+                }
+                await wait(() => shown(".output-class, .confidence-set, .card, td").length)
+                text += document.body.innerText
+            }
+            return text
+        })()""")["result"]["value"]
+    assert "이미지 16장 중 코사인이 가장 높은 16장" in text
+    assert "장이 두 목록에 모두 있습니다" in text and "매개변수" in text
+    assert "i18n" not in text and "[object" not in text
+    requests = [event["params"]["request"]["url"] for event in events
+                if event.get("method") == "Network.requestWillBeSent"]
+    assert len(requests) > 20
+    assert {other for other in requests if not other.startswith((url, "data:", "blob:"))} == set()
+
+
+def test_ctrl_c_ends_the_page_in_one_line(small_run, tmp_path):
+    pytest.importorskip("gradio")
+    photos = write_photos(tmp_path / "photos")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extras.app", small_run, "--images", photos], cwd=tmp_path,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline() == f"16 images of {photos}; skipped: 1 not an image\n"
+    assert process.stdout.readline().startswith("open http://127.0.0.1:")
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (0, "ended\n"), errors
+    assert "Traceback" not in errors
+
+
+def test_the_page_says_what_it_needs(small_run, tmp_path, monkeypatch, capsys):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version",
+                        lambda name: "5.50.0" if name == "gradio" else version(name))
+    with pytest.raises(ImportError, match="^the demo page needs .*: pip install 'gradio>=6'$"):
+        app.main([str(small_run), "--images", str(tmp_path)])
+    with pytest.raises(OSError, match="--host 192.0.2.1 --port 80: cannot be listened on: "), \
+            app.serve(None, "192.0.2.1", 80):
+        pass
 
 
 # ---- probe.py ----
