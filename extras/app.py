@@ -157,7 +157,7 @@ KOREAN_TERMS = {
 NAME_EXAMPLES = [
     ("red apple", "red apple\n빨간 사과\ngreen apple\n토마토\nsoccer ball", "–"),
     ("강아지 얼굴", "강아지 얼굴\n고양이 얼굴\nlion\nfox", "–"),
-    ("soccer ball", "ball\n동물\n음식\nflower", "emoji groups")]
+    ("soccer ball", "soccer ball\n농구공\n야구공\ntennis", "emoji groups")]
 SEARCH_EXAMPLES = [
     ("rainbow", "rainbow", None, ""), ("웃는 고양이", "웃는 고양이", None, ""),
     ("red apple − 빨간 + 초록", "초록", "red apple", "빨간"),
@@ -211,8 +211,8 @@ class Demo:
     def name_image(self, path, labels, prompts, language):
         """The probabilities of labels, one a line, for an image: {label: softmax}, {label: p}.
 
-        prompts: a set of prompts.json, or "–". p is that of the label itself, without prompts, and
-        None if it was not calibrated.
+        prompts: a set of prompts.json, or "–". p is that of the label itself, without prompts, for
+        labels in a language that was calibrated. Without calibration it is None.
         """
         labels = list(dict.fromkeys(line.strip() for line in labels.splitlines() if line.strip()))
         if not path or not labels:
@@ -222,8 +222,9 @@ class Demo:
         cosines = vectors @ image                                            # [C]
         p = None
         if self.calibration:
-            p = {label: probability(self.calibration, label, cosine) or 0
+            p = {label: probability(self.calibration, label, cosine)
                  for label, cosine in zip(labels, cosines.tolist())}
+            p = {label: value for label, value in p.items() if value is not None}
         if prompts != "–":
             templates = read_classes(prompts)["templates"]
             weights = [zero_shot_weights(self.model, self.tokenizer, [label],
@@ -281,7 +282,7 @@ class Demo:
             pair, score = images[i], f"{cosine:.3f}"
             p = probability(calibration, text, cosine) if calibration else None
             if p is not None:
-                score += f" · p {100 * p:.0f} %"
+                score += f" p\u00a0{100 * p:.0f}\u00a0%"
             captions = list(itertools.chain(*pair.captions.values())) or [pair.key]
             names = [(caption, n == 0 and i in marked) for n, caption in enumerate(captions[:2])]
             image = page.image(shards.decode(pair.image, 2 * SIDE), SIDE, pair.key)

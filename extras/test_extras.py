@@ -2800,11 +2800,11 @@ def test_the_demo_shows_p_where_a_run_is_calibrated(demo):
     demo, photos = demo
     demo.calibration = {"prior": 0.01, "languages": {"en": {"a": 0.0, "b": 0.0}}}
     path = str(photos / "deep" / "red square.jpg")
-    assert demo.name_image(path, "red", "–", "en")[1] == {"red": 0.5}
-    assert "p 50 %" in demo.search("red", "", "", "en")
+    assert demo.name_image(path, "red\n빨간", "–", "en")[1] == {"red": 0.5}
+    assert "p\u00a050\u00a0%" in demo.search("red", "", "", "en")
     assert "1 in 100 images" in demo.search("red", "", "", "en")
     for query in (("red", path, ""), ("red", "", "blue"), ("빨간", "", "")):
-        assert "p 50 %" not in demo.search(*query, "en")
+        assert "p\u00a050\u00a0%" not in demo.search(*query, "en")
 
 
 def test_images_are_embedded_as_the_folder_grows(demo, monkeypatch):
