@@ -31,7 +31,6 @@ from tokenizer import not_utf8, read_file, read_json
 # For class names on disk without templates.
 DEFAULT_TEMPLATES = {"en": ["a photo of a {}."], "ko": ["{} 사진"]}
 
-PROMPTS = Path(__file__).with_name("prompts.json")
 MAX_NAME = 1000  # characters of a class name or of a template
 PLACE = re.compile(r"\{c?\}")  # of the name in a template
 CODE_POINTS = re.compile("[0-9A-F]{1,6}(-[0-9A-F]{1,6})?")
@@ -113,12 +112,13 @@ def read_classes(name):
 
     Raises ValueError when there is no such set, or when it does not have this form.
     """
-    sets = read_json(PROMPTS)
+    path = Path(__file__).with_name("prompts.json")
+    sets = read_json(path)
     if name not in sets:
         raise ValueError(f"--classes {name}: prompts.json has {one_line(', '.join(sets))}")
     error = _error_in_set(sets[name])
     if error:
-        raise ValueError(f"{PROMPTS}: {name}: {error}")
+        raise ValueError(f"{path}: {name}: {error}")
     keys = ("classnames", "templates", "codepoints")
     return {"name": name, **{key: sets[name][key] for key in keys if key in sets[name]}}
 

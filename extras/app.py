@@ -33,7 +33,7 @@ import torch
 import kelip
 import page
 import shards
-from classes import PROMPTS, read_classes
+from classes import read_classes
 from command import ArgumentParser, describe_error, number, one_line, run_command
 from demo import DEMO
 from evaluate import curves, embed_texts, folder_of, report_tables, zero_shot_weights
@@ -360,6 +360,7 @@ def build_page(demo, folder):
     gr = import_gradio()
     text = gr.I18n(**TEXTS)
     progress_bar = gr.Progress(track_tqdm=True)
+    sets = read_json(Path(__file__).parents[1] / "prompts.json")
 
     def answer(compute):
         """An event's function: compute(*inputs, language), in the language of the browser."""
@@ -391,9 +392,11 @@ def build_page(demo, folder):
         return str(path)
 
     def image_input():
-        # Without image_mode, the path is that of the uploaded file itself.
-        return gr.Image(type="filepath", image_mode=None, show_label=False, height=220,
-                        sources=["upload", "clipboard"], buttons=[])
+        image = gr.Image(type="filepath", show_label=False, height=220, buttons=[],
+                         sources=["upload", "clipboard"])
+        # The path of the uploaded file itself. Gradio would open it, and fail if it is damaged.
+        image.preprocess = lambda file: file and file.path
+        return image
 
     def output():
         """A place for HTML, to be rendered below the examples."""
@@ -408,7 +411,7 @@ def build_page(demo, folder):
                 with gr.Column():
                     image = image_input()
                     labels = gr.Textbox(label=text("labels"), lines=5)
-                    prompts = gr.Dropdown(["–", *read_json(PROMPTS)], value="–",
+                    prompts = gr.Dropdown(["–", *sets], value="–",
                                           label=text("prompts"), info=text("about_prompts"))
                     go = gr.Button(text("go"), variant="primary")
                 with gr.Column():

@@ -2840,6 +2840,9 @@ def test_the_page_answers_clients(demo, monkeypatch):
         assert "매개변수" in korean.predict(api_name="/numbers")
         with pytest.raises(Exception, match="단어를 입력하거나"):
             korean.predict("", None, "", api_name="/search")
+        with pytest.raises(Exception, match="The image cannot be read .not an image"):
+            page.predict(client.handle_file(str(photos / "broken.png")), "red", "–",
+                         api_name="/name")
 
 
 def test_the_page_loads_nothing_from_other_hosts(demo, tmp_path):
