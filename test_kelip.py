@@ -1378,7 +1378,10 @@ def test_run_command_lets_other_errors_through(tmp_path):
     ("SIGTERM", None, -signal.SIGTERM, ""),
 ])
 def test_run_command_on_signals(tmp_path, name, on_interrupt, code, message):
-    done = run_script(f"os.kill(os.getpid(), signal.{name})", tmp_path, "script.py", on_interrupt)
+    # A shell starts processes in the background with SIGINT ignored.
+    body = ("signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"os.kill(os.getpid(), signal.{name})")
+    done = run_script(body, tmp_path, "script.py", on_interrupt)
     assert (done.returncode, done.stderr) == (code, message)
 
 
