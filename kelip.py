@@ -54,7 +54,7 @@ def _preset(patch, resolution, vision, text, embed_dim, vocab_size=98_304, conte
         transformer_layers=text_layers)
 
 
-# ViT-B/32 is the paper's model. "tiny" trains on a laptop, on images of 72 pixels. The others are
+# ViT-B/32 is the paper's model. "tiny" trains on a laptop, on the demo's emoji. The others are
 # CLIP's usual sizes. vocab_size is the paper's "about 98K"; train_clip.py uses its tokenizer's.
 PRESETS = {
     "tiny": _preset(16, 48, vision=(320, 4), text=(384, 1), embed_dim=256, vocab_size=4_096),

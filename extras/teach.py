@@ -67,6 +67,7 @@ FEATURES = "teacher.npy"  # in the run's folder, while it runs
 def parse_arguments(argv=None):
     """The command line."""
     parser = ArgumentParser(
+        prog="python -m extras.teach",
         description=__doc__.partition("\nFrom top")[0],
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html. kelip.build_model(FOLDER) loads the model.",
