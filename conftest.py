@@ -1,7 +1,8 @@
 """What several tests share: small models, made-up images and pairs, and runs on them.
 
 `shapes` is a set of colored shapes with captions in two languages. `one_run` is a short run on it,
-`small_run` an untrained one. Nothing is downloaded.
+`small_run` an untrained one. Nothing is downloaded. A test with the fixture `device` runs on the
+CPU, and on a GPU where there is one: `pytest -m gpu`.
 """
 
 import os
@@ -35,6 +36,36 @@ from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 
+# ---- devices ----
+
+HAS_GPU = torch.cuda.is_available()
+DEVICES = ["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * HAS_GPU]
+
+
+def pytest_configure(config):
+    """Without a GPU, `pytest -m gpu` is an error, and not a run of no tests."""
+    if config.option.markexpr == "gpu" and not HAS_GPU:
+        raise pytest.UsageError("pytest -m gpu: torch finds no GPU, so there is nothing to run")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The device of a test. TF32 is off, whose results differ from float32's."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False  # until a Run sets it
+    yield torch.device(request.param)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def other_tests_see_no_gpu(request, monkeypatch):
+    """Only tests that are marked gpu find the GPU, in this process and in those that they start."""
+    if HAS_GPU and not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 # ---- models ----
 
 SMALL = dict(embed_dim=48, image_resolution=56, vision_layers=2, vision_width=128,
@@ -46,14 +77,14 @@ TINY = dict(kelip.PRESETS["tiny"], embed_dim=64, vision_width=128, transformer_w
             transformer_heads=2)
 
 
-def small_model(seed=0, dtype=torch.float64, **changes):
+def small_model(seed=0, dtype=torch.float64, device="cpu", **changes):
     """A KELIP of the SMALL configuration, with random weights."""
     torch.manual_seed(seed)
     model = kelip.KELIP(**{**SMALL, **changes}).to(dtype)
     # Biases start at zero and LayerNorms at one, where a test could not see whether they are used.
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    return model
+    return model.to(device)
 
 
 def some_tokens(lengths, L=20, end=299):

@@ -457,18 +457,16 @@ def plain_block(weights, prefix, x, heads, causal):
 def plain_loss(images, texts, scale):
     """The formula in contrastive_loss's docstring."""
     logits = scale * images @ texts.T
-    labels = torch.arange(len(logits))
+    labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def unit_vectors(*shape):
-    """Random float64 vectors of unit length that want a gradient."""
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1).requires_grad_()
-
-
-def scalar(value):
-    """A float64 scalar that wants a gradient."""
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+def loss_inputs(device, image_shape, text_shape, scale):
+    """Random float64 features of unit length and a scale, all of which want gradients."""
+    images, texts = (F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+                     for shape in (image_shape, text_shape))
+    scale = torch.tensor(scale, dtype=torch.float64)
+    return [x.to(device).requires_grad_() for x in (images, texts, scale)]
 
 
 def assert_same_gradients(loss, other_loss, inputs, **tolerance):
@@ -1548,7 +1546,7 @@ def test_the_padded_square_gives_every_crop_enough_pixels(text):
 
 
 @pytest.mark.parametrize("width, height", [(512, 384), (900, 1200), (300, 200)])
-def test_crops_are_as_good_as_pillows_of_the_original_image(width, height):
+def test_crops_are_as_good_as_pillows_of_the_original_image(width, height, device):
     spec = [(2, 224), (6, 96)]
     S = crops.padded_size(spec)
     mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (crops.MEAN, crops.STD))
@@ -1559,34 +1557,35 @@ def test_crops_are_as_good_as_pillows_of_the_original_image(width, height):
         images = torch.zeros(4, 3, S, S, dtype=torch.uint8)
         images[:, :, :pixels.shape[0], :pixels.shape[1]] = pixels.permute(2, 0, 1)
         aspect, sample_index = torch.full((4,), width / height), torch.arange(4) + 9 * seed
-        views = crops.multi_crop(images, spec, 3, sample_index, aspect)
+        views = crops.multi_crop(images.to(device), spec, 3, sample_index, aspect)
         assert [tuple(view.shape) for view in views] == (
             [(4, 3, 224, 224)] * 2 + [(4, 3, 96, 96)] * 6)
         errors = {224: [], 96: []}
         for crop, view in enumerate(views):
             scale, size = (0.4, 1.0) if crop < 2 else (0.05, 0.4), view.shape[-1]
             boxes = crops.crop_boxes(3, sample_index, crop, S, aspect, scale)
-            for one, box in zip(view * std + mean, boxes.tolist()):
+            for one, box in zip(view.cpu() * std + mean, boxes.tolist()):
                 expected = pillow_crop(original, box, S, size)
                 errors[size].append(np.abs(one.permute(1, 2, 0).numpy() - expected).mean())
         assert max(np.mean(e) for e in errors.values()) < 2
 
 
-def test_resampling_in_a_batch_gives_the_same_crops():
+def test_resampling_in_a_batch_gives_the_same_crops(device):
     images = photographs(6, 200)
+    on_device = images.to(device)
     for size, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4)), (32, (0.05, 1.0))):
         boxes = [crops.crop_boxes(1, torch.arange(6), 0, 200, None, scale)]
         [a] = crops.resample_each(images, boxes, [size])
-        [b] = crops.resample_batch(images, boxes, [size])
-        difference = (a - b).abs() * torch.tensor(crops.STD).view(3, 1, 1) * 255
+        [b] = crops.resample_batch(on_device, boxes, [size])
+        difference = (a - b.cpu()).abs() * torch.tensor(crops.STD).view(3, 1, 1) * 255
         assert difference.max() < 1.01 and difference.mean() < 1e-4
-        [parts] = crops.resample_batch(images, boxes, [size], chunk=4)
+        [parts] = crops.resample_batch(on_device, boxes, [size], chunk=4)
         assert torch.equal(parts, b)
     sizes = [64, 24, 64]
     boxes = [crops.crop_boxes(1, torch.arange(6), crop, 200) for crop in range(3)]
-    together = crops.resample_batch(images, boxes, sizes, chunk=4)
+    together = crops.resample_batch(on_device, boxes, sizes, chunk=4)
     for view, box, size in zip(together, boxes, sizes):
-        assert torch.equal(view, crops.resample_batch(images, [box], [size])[0])
+        assert torch.equal(view, crops.resample_batch(on_device, [box], [size])[0])
 
 
 def test_weights_of_crops_are_two_parts_that_matrix_units_hold_exactly():
@@ -1599,8 +1598,8 @@ def test_weights_of_crops_are_two_parts_that_matrix_units_hold_exactly():
         assert (parts[1] != 0).any()  # 8 digits alone would not do
 
 
-def test_crops_depend_on_seed_and_sample_index_alone():
-    images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8)
+def test_crops_depend_on_seed_and_sample_index_alone(device):
+    images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, device=device)
     aspect, sample_index = torch.linspace(0.3, 3, 8), torch.arange(8) * 10**10
 
     def views_of(a, b, seed=4):
@@ -1641,8 +1640,8 @@ def test_boxes_have_the_areas_and_shapes_they_should():
             assert (x + w / 2 - image_w / 2).abs().max() <= 1  # no try fits: the largest, centred
 
 
-def test_flips_are_mirror_images_of_half_the_crops():
-    images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8)
+def test_flips_are_mirror_images_of_half_the_crops(device):
+    images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, device=device)
     plain, flipped = (crops.multi_crop(images, [(1, 16)], 0, torch.arange(200), flip=flip)[0]
                       for flip in (False, True))
     mirrored = 0
@@ -1654,8 +1653,8 @@ def test_flips_are_mirror_images_of_half_the_crops():
     assert 70 < mirrored < 130
 
 
-def test_distortion_does_what_simclr_says():
-    x = photographs(300, 64).float() / 255
+def test_distortion_does_what_simclr_says(device):
+    x = photographs(300, 64).to(device).float() / 255
     y = crops.distort(x.clone(), 0, torch.arange(300), 0)
     gray = ((y[:, 0] - y[:, 1]).abs().amax((1, 2)) < 1e-5).float().mean()
     assert 0 <= y.min() and y.max() <= 1 and 0.12 < gray < 0.28
@@ -1666,14 +1665,15 @@ def test_distortion_does_what_simclr_says():
     assert 0.3 < (sharpness(y) < 0.8 * sharpness(x)).float().mean() < 0.6
 
 
-def test_blur_is_gaussian():
-    flat = torch.full((2, 3, 20, 20), 0.4)
-    assert torch.allclose(crops.blur(flat, torch.tensor([0.1, 2.0])), flat, atol=1e-6)
-    step = torch.zeros(1, 3, 40, 40)
+def test_blur_is_gaussian(device):
+    flat = torch.full((2, 3, 20, 20), 0.4, device=device)
+    sigma = torch.tensor([0.1, 2.0], device=device)
+    assert torch.allclose(crops.blur(flat, sigma), flat, atol=1e-6)
+    step = torch.zeros(1, 3, 40, 40, device=device)
     step[..., 20:] = 1
     kernel = torch.exp(-(torch.arange(-2, 3) ** 2) / (2 * 1.5**2))
     expected = torch.cumsum(kernel / kernel.sum(), 0)[:-1]
-    blurred = crops.blur(step, torch.tensor([1.5]))
+    blurred = crops.blur(step, torch.tensor([1.5], device=device)).cpu()
     assert torch.allclose(blurred[0, 0, 9, 18:22], expected, atol=1e-6)
 
 
@@ -1804,11 +1804,10 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
 # ---- kelip.py: the encoders ----
 
 @torch.no_grad()
-def test_image_encoder_equals_a_plain_one():
-    model = small_model()
-    w = model.state_dict()
+def test_image_encoder_equals_a_plain_one(device):
+    model, w = small_model(device=device), small_model().state_dict()
     images = torch.randn(3, 3, 56, 56, dtype=torch.float64)
-    for image, feature in zip(images, model.encode_image(images)):
+    for image, feature in zip(images, model.encode_image(images.to(device)).cpu()):
         patches = F.conv2d(image[None], w["visual.conv1.weight"], stride=8)  # [1, W, 7, 7]
         patches = patches[0].flatten(1).T                                    # [49, W]
         x = torch.cat([w["visual.class_embedding"][None], patches])
@@ -1822,12 +1821,11 @@ def test_image_encoder_equals_a_plain_one():
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [[3, 20, 7, 11], [20, 20], [2], [5] * 40])
-def test_text_encoder_equals_a_plain_one(lengths):
+def test_text_encoder_equals_a_plain_one(lengths, device):
     """The plain one sees the padding, too."""
-    model = small_model()
-    w = model.state_dict()
+    model, w = small_model(device=device), small_model().state_dict()
     tokens = some_tokens(lengths)
-    for row, n, feature in zip(tokens, lengths, model.encode_text(tokens)):
+    for row, n, feature in zip(tokens, lengths, model.encode_text(tokens).cpu()):
         x = w["token_embedding.weight"][row] + w["positional_embedding"]
         for i in range(3):
             x = plain_block(w, f"transformer.resblocks.{i}", x, heads=4, causal=True)
@@ -1835,9 +1833,9 @@ def test_text_encoder_equals_a_plain_one(lengths):
         torch.testing.assert_close(feature, expected)
 
 
-def test_logits_are_scaled_cosines_and_gradients_reach_every_parameter():
-    model = small_model()
-    images = torch.randn(3, 3, 56, 56, dtype=torch.float64)
+def test_logits_are_scaled_cosines_and_gradients_reach_every_parameter(device):
+    model = small_model(device=device)
+    images = torch.randn(3, 3, 56, 56, dtype=torch.float64, device=device)
     tokens = some_tokens([4, 9, 6, 5])
     per_image, per_text = model(images, tokens)
     image_features, text_features = model.encode_image(images), model.encode_text(tokens)
@@ -1845,7 +1843,7 @@ def test_logits_are_scaled_cosines_and_gradients_reach_every_parameter():
     torch.testing.assert_close(per_image, model.logit_scale.exp() * cosine)
     torch.testing.assert_close(per_text, per_image.T)
     lengths = model.encode_text(tokens, l2norm=True).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
     kelip.contrastive_loss(model.encode_image(images, l2norm=True),
                            model.encode_text(tokens[:3], l2norm=True),
@@ -1981,10 +1979,10 @@ def test_an_exported_image_encoder_takes_any_batch_size(tmp_path, how):
 
 # ---- kelip.py: the masked autoencoder ----
 
-def test_mae_masks_three_quarters_and_its_loss_counts_masked_patches_alone():
-    mae = kelip.MAE(small_model().visual).double()
-    images = torch.randn(4, 3, 56, 56, dtype=torch.float64)
-    noise = torch.rand(4, 49, dtype=torch.float64)
+def test_mae_masks_three_quarters_and_its_loss_counts_masked_patches_alone(device):
+    mae = kelip.MAE(small_model().visual).to(device, torch.float64)
+    images = torch.randn(4, 3, 56, 56, dtype=torch.float64, device=device)
+    noise = torch.rand(4, 49, dtype=torch.float64, device=device)
     loss, prediction, mask = mae(images, noise)
     assert prediction.shape == (4, 49, 192)
     assert mask.sum(1).tolist() == [37] * 4  # 49 - round(49 / 4)
@@ -1997,15 +1995,15 @@ def test_mae_masks_three_quarters_and_its_loss_counts_masked_patches_alone():
     errors = (prediction - target).pow(2).mean(-1)                           # [4, 49]
     torch.testing.assert_close(loss, errors[mask == 1].mean())
 
-    valid = torch.tensor([True, False, True, True])
+    valid = torch.tensor([True, False, True, True], device=device)
     without = mae(images[valid], noise[valid])[0]
     torch.testing.assert_close(mae(images, noise, valid)[0], without)
 
 
-def test_the_mae_encoder_sees_visible_patches_alone():
-    mae = kelip.MAE(small_model().visual).double()
-    images = torch.randn(4, 3, 56, 56, dtype=torch.float64)
-    noise = torch.rand(4, 49, dtype=torch.float64)
+def test_the_mae_encoder_sees_visible_patches_alone(device):
+    mae = kelip.MAE(small_model().visual).to(device, torch.float64)
+    images = torch.randn(4, 3, 56, 56, dtype=torch.float64, device=device)
+    noise = torch.rand(4, 49, dtype=torch.float64, device=device)
     _, prediction, mask = mae(images, noise)
     patches = mae.visual.patchify(images)
     torch.testing.assert_close(mae.visual.unpatchify(patches), images)
@@ -2018,20 +2016,23 @@ def test_the_mae_encoder_sees_visible_patches_alone():
     assert (different - prediction).abs().max() > 1e-3
 
 
-def test_mae_trains_the_whole_encoder_except_proj():
-    mae = kelip.MAE(small_model().visual).double()
-    mae(torch.randn(2, 3, 56, 56, dtype=torch.float64))[0].backward()
+def test_mae_trains_the_whole_encoder_except_proj(device):
+    mae = kelip.MAE(small_model().visual).to(device, torch.float64)
+    images = torch.randn(2, 3, 56, 56, dtype=torch.float64, device=device)
+    mae(images)[0].backward()
     untrained = [name for name, p in mae.named_parameters()
                  if p.grad is None or not p.grad.abs().sum() > 0]
     assert untrained == ["visual.proj"]
 
 
-def test_gradients_are_the_same_each_time_on_several_threads():
+def test_gradients_are_the_same_each_time_on_several_threads(device):
     """Captions and images share positions, whose gradients are sums over all of them."""
-    model = small_model(dtype=torch.float32, transformer_layers=1, vision_layers=1)
-    mae = kelip.MAE(model.visual)
+    model = small_model(dtype=torch.float32, device=device, transformer_layers=1,
+                        vision_layers=1)
+    mae = kelip.MAE(model.visual).to(device)
     tokens = some_tokens([6 + i % 14 for i in range(1024)])
-    images, noise = torch.randn(128, 3, 56, 56), torch.rand(128, 49)
+    images = torch.randn(128, 3, 56, 56, device=device)
+    noise = torch.rand(128, 49, device=device)
 
     def gradients():
         model.zero_grad()
@@ -2059,9 +2060,10 @@ def test_a_mask_ratio_masks_some_patches_and_leaves_some(ratio):
         assert mask.sum() == n_masked
 
 
-def test_the_mae_of_invalid_images_alone_has_loss_and_gradients_of_zero():
-    mae = kelip.MAE(small_model().visual).double()
-    loss = mae(torch.zeros(2, 3, 56, 56, dtype=torch.float64), valid=torch.zeros(2).bool())[0]
+def test_the_mae_of_invalid_images_alone_has_loss_and_gradients_of_zero(device):
+    mae = kelip.MAE(small_model().visual).to(device, torch.float64)
+    images = torch.zeros(2, 3, 56, 56, dtype=torch.float64, device=device)
+    loss = mae(images, valid=torch.zeros(2, device=device).bool())[0]
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in mae.parameters() if p.requires_grad)
@@ -2070,19 +2072,19 @@ def test_the_mae_of_invalid_images_alone_has_loss_and_gradients_of_zero():
 # ---- kelip.py: the contrastive loss ----
 
 @pytest.mark.parametrize("N, chunk", [(1, 512), (7, 3), (64, 64), (130, 16)])
-def test_contrastive_loss_equals_the_formula_in_float64(N, chunk):
+def test_contrastive_loss_equals_the_formula_in_float64(N, chunk, device):
     torch.manual_seed(N)
-    inputs = unit_vectors(N, 24), unit_vectors(N, 24), scalar(30.0)
+    inputs = loss_inputs(device, (N, 24), (N, 24), 30.0)
     ours = kelip.contrastive_loss(*inputs, chunk=chunk)
     plain = plain_loss(*inputs)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     assert_same_gradients(3 * ours, 3 * plain, inputs, rtol=1e-10, atol=1e-13)
 
 
-def test_contrastive_loss_ignores_invalid_pairs():
+def test_contrastive_loss_ignores_invalid_pairs(device):
     torch.manual_seed(0)
-    images, texts, scale = inputs = unit_vectors(20, 24), unit_vectors(20, 24), scalar(10.0)
-    valid = torch.rand(20) < 0.7
+    images, texts, scale = inputs = loss_inputs(device, (20, 24), (20, 24), 10.0)
+    valid = torch.rand(20).to(device) < 0.7
     assert 0 < valid.sum() < 20
     ours, per_pair_loss = kelip.contrastive_loss(*inputs, valid=valid, per_pair=True, chunk=6)
     plain = plain_loss(images[valid], texts[valid], scale)
@@ -2092,10 +2094,10 @@ def test_contrastive_loss_ignores_invalid_pairs():
     assert_same_gradients(ours, plain, inputs)
 
 
-def test_contrastive_loss_of_crops_is_the_mean_over_crops():
+def test_contrastive_loss_of_crops_is_the_mean_over_crops(device):
     torch.manual_seed(0)
-    images, texts, scale = inputs = unit_vectors(3, 20, 24), unit_vectors(20, 24), scalar(10.0)
-    valid = torch.arange(20) % 7 > 0
+    images, texts, scale = inputs = loss_inputs(device, (3, 20, 24), (20, 24), 10.0)
+    valid = torch.arange(20, device=device) % 7 > 0
     ours, per_pair_loss = kelip.contrastive_loss(*inputs, valid=valid, per_pair=True, chunk=6)
     plain = sum(plain_loss(crop[valid], texts[valid], scale) for crop in images) / 3
     torch.testing.assert_close(ours, plain)
@@ -2104,19 +2106,20 @@ def test_contrastive_loss_of_crops_is_the_mean_over_crops():
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (3, 6, 24)])
-def test_invalid_pairs_alone_have_a_loss_and_gradients_of_zero(shape):
-    images, texts, scale = inputs = unit_vectors(*shape), unit_vectors(6, 24), scalar(10.0)
+def test_invalid_pairs_alone_have_a_loss_and_gradients_of_zero(shape, device):
+    inputs = loss_inputs(device, shape, (6, 24), 10.0)
     loss, per_pair_loss = kelip.contrastive_loss(
-        *inputs, valid=torch.zeros(6).bool(), per_pair=True, chunk=4)
+        *inputs, valid=torch.zeros(6, device=device).bool(), per_pair=True, chunk=4)
     loss.backward()
     assert loss == 0 and (per_pair_loss == 0).all()
     assert all((x.grad == 0).all() for x in inputs)
 
 
-def test_contrastive_loss_of_captions_is_the_mean_over_captions():
+def test_contrastive_loss_of_captions_is_the_mean_over_captions(device):
     torch.manual_seed(0)
-    images, texts, scale = inputs = unit_vectors(20, 24), unit_vectors(2, 20, 24), scalar(10.0)
-    valid = torch.stack([torch.arange(20) % 7 > 0, torch.arange(20) % 2 > 0])  # 17 and 10
+    images, texts, scale = inputs = loss_inputs(device, (20, 24), (2, 20, 24), 10.0)
+    row = torch.arange(20, device=device)
+    valid = torch.stack([row % 7 > 0, row % 2 > 0])  # 17 and 10
     ours, per_pair_loss = kelip.contrastive_loss(*inputs, valid=valid, per_pair=True, chunk=6)
     first, second = (plain_loss(images[some], of_set[some], scale)
                      for of_set, some in zip(texts, valid))
@@ -2175,15 +2178,16 @@ def test_invalid_pairs_count_on_no_rank(tmp_path):
     assert one["loss"] > 0.1 and one["visual.proj"].norm() > 1e-3
 
 
-def test_micro_batches_without_a_valid_pair_have_gradients_of_zero():
-    model, batch = small_model(), argparse.Namespace(tokens=some_tokens([5, 7, 3, 9, 4])[:, None])
-    images = torch.randn(5, 3, 56, 56, dtype=torch.float64)
+def test_micro_batches_without_a_valid_pair_have_gradients_of_zero(device):
+    model = small_model(device=device)
+    batch = argparse.Namespace(tokens=some_tokens([5, 7, 3, 9, 4])[:, None])
+    images = torch.randn(5, 3, 56, 56, dtype=torch.float64, device=device)
     one_process = argparse.Namespace(
         group=None, args=argparse.Namespace(compile=False), autocast=contextlib.nullcontext,
         backward=lambda loss: loss.backward())
     loss, _ = train_clip.backward_in_micro_batches(
         one_process, train_clip.Encoders(model), lambda batch, rows: [images[rows]], batch,
-        torch.zeros(1, 5).bool(), 2)
+        torch.zeros(1, 5, device=device).bool(), 2)
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
@@ -4533,9 +4537,9 @@ def test_muon_takes_the_matrices_of_the_blocks():
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 96, 24), (2, 24, 96)])
-def test_orthogonalize_replaces_singular_values_by_about_one(shape):
+def test_orthogonalize_replaces_singular_values_by_about_one(shape, device):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64).to(device)
     U, S, Vh = torch.linalg.svd(x, full_matrices=False)
     U, V = U[..., S[0] > 1e-3 * S[0].max()], Vh[..., S[0] > 1e-3 * S[0].max(), :].mT
     found = U.mT @ orthogonalize(1000 * x) @ V                               # diagonal
@@ -4547,9 +4551,9 @@ def test_orthogonalize_replaces_singular_values_by_about_one(shape):
     torch.testing.assert_close(half.double(), orthogonalize(x), rtol=0, atol=0.05)
 
 
-def test_muon_is_momentum_made_orthogonal_and_adamw_for_the_rest():
+def test_muon_is_momentum_made_orthogonal_and_adamw_for_the_rest(device):
     torch.manual_seed(0)
-    ours, other = small_model(), small_model()
+    ours, other = small_model(device=device), small_model(device=device)
     options = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     optimizer = make_optimizer(ours, name="muon", **options)
     adamw = make_optimizer(other, **options)
@@ -4571,15 +4575,15 @@ def test_muon_is_momentum_made_orthogonal_and_adamw_for_the_rest():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_muon_skips_a_step_whose_gradients_are_not_finite(bad):
-    model = small_model()
+def test_muon_skips_a_step_whose_gradients_are_not_finite(bad, device):
+    model = small_model(device=device)
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.98), 1e-6, 0.2, name="muon")
 
     def step(value, found_inf):
         for p in model.parameters():
             p.grad = torch.full_like(p, value)
         model.transformer.resblocks[0].mlp.c_fc.weight.grad[0, 0] = 3
-        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
         optimizer.step()
 
     step(1.0, 0.0)
@@ -4674,21 +4678,22 @@ def train_linear(run, module, values, skipped=()):
             return "skipped: not an image"
 
     batches = Batches(values)
+    module.to(run.device)
     optimizer = make_optimizer(module, 0.1, (0.9, 0.95), 1e-8, 0.0)
     with run:
         run.start(module, optimizer, [None], {}, padded_size=24)
         for step, batch in run.steps(batches):
             batches.skipped["not an image"] += step in skipped
-            loss = module(torch.full((1, 3), batch)).sum()
+            loss = module(torch.full((1, 3), batch, device=run.device)).sum()
             run.backward(loss)
-            per_value = torch.tensor([1.0, 5.0, float("nan")])
-            where = torch.tensor([True, step == 1, False])
+            per_value = torch.tensor([1.0, 5.0, float("nan")], device=run.device)
+            where = torch.tensor([True, step == 1, False], device=run.device)
             run.log(step, loss, run.optimizer_step(), chosen=(per_value, where))
             run.save_if_due(step)
 
 
-def test_non_finite_gradients_skip_the_step(make_run):
-    module = torch.nn.Linear(3, 1)
+def test_non_finite_gradients_skip_the_step(make_run, device):
+    module = torch.nn.Linear(3, 1).to(device)
     before = module.weight.detach().clone()
     for steps, values in ((12, [float("nan")] * 12), (3, [float("inf")] * 3)):
         with pytest.raises(ValueError, match=r"not finite in the last \d+ step\(s\): start ag"):
@@ -4702,7 +4707,7 @@ def test_non_finite_gradients_skip_the_step(make_run):
     assert (run.folder / "last.pt").exists()
 
 
-def test_a_run_that_ends_with_skipped_steps_or_weights_that_are_not_finite_fails(make_run):
+def test_a_run_that_ends_with_skipped_steps_or_weights_that_are_not_finite_fails(make_run, device):
     """The last checkpoint, of step 10, stays as it was."""
     for ending, error in ((float("nan"), "the loss or the gradients were not finite in the last 2"),
                           (1.0, "the weights are not finite after step 12: start from the last")):
@@ -4721,7 +4726,7 @@ def test_a_run_that_ends_with_skipped_steps_or_weights_that_are_not_finite_fails
         shutil.rmtree(run.folder)
 
 
-def test_the_log_averages_values_where_they_count(make_run):
+def test_the_log_averages_values_where_they_count(make_run, device):
     """Its lines depend on the steps alone, however long they take."""
     run = make_run(steps=23)
     train_linear(run, torch.nn.Linear(3, 1), [1.0] * 23)
@@ -4760,11 +4765,11 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_and_loss_compute_the_same():
-    plain = small_model(vision_layers=2, transformer_layers=2)
-    compiled = small_model(vision_layers=2, transformer_layers=2)
+def test_compiled_blocks_and_loss_compute_the_same(device):
+    plain = small_model(device=device, vision_layers=2, transformer_layers=2)
+    compiled = small_model(device=device, vision_layers=2, transformer_layers=2)
     trainer.compile_blocks(compiled)
-    images = torch.randn(3, 3, 56, 56, dtype=torch.float64)
+    images = torch.randn(3, 3, 56, 56, dtype=torch.float64, device=device)
     tokens = some_tokens([5, 9, 3])
     for model in (plain, compiled):
         image_features, text_features, scale = train_clip.Encoders(model)([images], tokens[:, None])
@@ -4783,7 +4788,7 @@ def test_compiled_blocks_and_loss_compute_the_same():
     pytest.param(train_clip, ["--batch-size", "64", "--crops", "1x64+2x32"],
                  marks=pytest.mark.slow),
 ])
-def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flags, steps):
+def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, device, script, flags, steps):
     """A run, and one that resumes it after half of the steps: threads must not race in sums."""
     if script is train_clip:
         flags = [*flags, "--tokenizer", shapes / "tokenizer.json"]
@@ -4809,7 +4814,7 @@ def test_runs_on_two_threads_are_equal_bit_by_bit(shapes, tmp_path, script, flag
 
 # ---- train_mae.py ----
 
-def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path):
+def test_stage_1_draws_reconstructions_and_starts_stage_2(shapes, tmp_path, device):
     mae = tmp_path / "mae"
     here(train_mae.main, "--data", shapes / "train-*.tar", "--out", mae, *TRAIN)
     assert Image.open(mae / "reconstructions.png").size == (3 * 96, 8 * 96)
@@ -4929,7 +4934,7 @@ def test_a_new_run_does_not_mix_with_checkpoints_of_an_older_one(make_run):
         "last.pt", "config.json", "metrics.jsonl", ".last.pt.mine"}
 
 
-def test_the_precision_of_a_resumed_run_may_change_and_is_said(make_run, capsys):
+def test_the_precision_of_a_resumed_run_may_change_and_is_said(make_run, device, capsys):
     module = torch.nn.Linear(3, 1)
     run = make_run(steps=12, save_every=10, precision="auto")
     assert run.args.precision in ("fp32", "bf16")
@@ -5216,7 +5221,7 @@ def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, optimiz
 
 @pytest.mark.parametrize("optimizer", [
     "muon", pytest.param("adamw", marks=pytest.mark.slow)])
-def test_half_precisions_are_close_to_float32(shapes, tmp_path, optimizer):
+def test_half_precisions_are_close_to_float32(shapes, tmp_path, device, optimizer):
     losses = {}
     for precision in ("fp32", "bf16", "fp16"):
         out = tmp_path / precision
