@@ -70,7 +70,9 @@ def multi_crop(images, crops, seed, sample_index, aspect=None, scale=(0.4, 1.0),
         crops: groups of (number, side in pixels), as parse_crops returns them.
         seed, sample_index: an int and int64 [N]. The random numbers depend only on them and on the
             crop.
-        aspect: float [N], width / height of each image. None means square images.
+        aspect: float [N], width / height of each image. None means square images. Keep it and
+            sample_index on the CPU: the boxes are computed there, and copying them back would wait
+            for the GPU.
         scale: the range of the fraction of the image's area that a crop of the first group covers.
         low_scale: the same for the other groups.
         flip: mirror half of the crops.

@@ -48,6 +48,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import classes
 import crops
@@ -95,7 +97,7 @@ from conftest import (
     write_pairs,
     write_tar,
 )
-from folder import check_free_space
+from folder import Log, check_free_space
 from optimizer import Muon, learning_rate, load_optimizer, make_optimizer, orthogonalize
 from tokenizer import Tokenizer
 
@@ -4778,6 +4780,75 @@ def test_compiled_blocks_and_loss_compute_the_same(device):
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     agree({name: p.grad for name, p in plain.named_parameters()},
           {name: p.grad for name, p in compiled.named_parameters()}, 1e-5)
+
+
+class NoWaits(TorchDispatchMode):
+    """Meta tensors stand for those of a GPU. What would wait for the GPU raises an error.
+
+    Meta tensors have no values, so PyTorch itself raises where one is read: .item(), .cpu(), `if`,
+    nonzero, boolean indices. This mode adds copies to the GPU without non_blocking, and operations
+    on tensors of both devices. It is on from the first step.
+    """
+
+    is_on = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_copy = function is torch.ops.aten._to_copy.default
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        devices = {x.device.type for x in tensors if is_copy or x.ndim}  # a CPU's scalar may join
+        if is_copy and kwargs.get("device"):
+            devices.add(kwargs["device"].type)
+        if self.is_on and len(devices) > 1:
+            assert is_copy and kwargs.get("non_blocking"), f"{function} waits for the GPU"
+        return function(*args, **kwargs)
+
+
+def train_on_meta(monkeypatch):
+    """Let a Run use the device meta, which has neither autocast nor a list of fused optimizers."""
+    monkeypatch.setattr(trainer, "_join_processes", lambda: (0, 1, torch.device("meta"), None))
+    monkeypatch.setattr(trainer.Run, "autocast", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"],
+                        "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    # On a GPU, torch.tensor(values, device=...) is a copy. On meta, it would be none.
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, device="cpu", **options:
+                        tensor(*args, **options).to(device))
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_mae, ["--optimizer", "adamw"]),
+    (train_clip, ["--crops", "1x64+2x32", "--augment"]),
+    (train_clip, ["--crops", "1x64+1x32", "--micro-batch", "20", "--precision", "fp16"])])
+def test_no_step_waits_for_the_gpu(shapes, tmp_path, device, monkeypatch, script, flags):
+    """From the crops to the optimizer and the log. On a CPU, the device meta stands for a GPU.
+
+    Three things may wait, and do not happen here: lines of the log, checkpoints, evaluations.
+    """
+    monkeypatch.setattr(Log, "is_due", lambda log, step: False)
+    monkeypatch.setattr(trainer.Run, "_save", lambda run, step: None)
+    monkeypatch.setattr(train_mae, "RECONSTRUCTIONS", 0)
+    mode, begin = NoWaits(), Log.begin
+
+    def begin_without_waits(log, loader):
+        begin(log, loader)
+        mode.is_on = True
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(Log, "begin", begin_without_waits)
+    if script is train_clip:
+        flags = [*flags, "--tokenizer", shapes / "tokenizer.json"]
+    if device.type == "cpu":
+        train_on_meta(monkeypatch)
+    try:
+        with mode if device.type == "cpu" else contextlib.nullcontext():
+            here(script.main, "--data", shapes / "train-*.tar", "--out", tmp_path / "run", *TRAIN,
+                 "--steps", "2", *flags, tiny=dict(TINY, vision_layers=2))
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert mode.is_on and (tmp_path / "run" / "config.json").exists()  # written after a step
 
 
 @pytest.mark.parametrize("steps", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -409,10 +409,9 @@ def train(args, run):
     def make_views(batch, rows=slice(None)):
         """Crops of some rows of a batch, normalized: a list of K tensors [n, 3, size, size]."""
         images = batch.images[rows].to(run.device, non_blocking=True)
-        aspect = batch.aspect[rows].to(run.device, non_blocking=True)
         return crops.multi_crop(
-            images, crop_groups, args.seed, batch.sample_index[rows], aspect, scale=args.scale,
-            low_scale=args.low_scale, augment=args.augment)
+            images, crop_groups, args.seed, batch.sample_index[rows], batch.aspect[rows],
+            scale=args.scale, low_scale=args.low_scale, augment=args.augment)
 
     embedded = None  # the test pairs' features at the last evaluation
 

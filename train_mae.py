@@ -82,9 +82,8 @@ def prepare(batch, args, mae, device):
     the sample index alone.
     """
     images = batch.images.to(device, non_blocking=True)
-    aspect = batch.aspect.to(device, non_blocking=True)
-    [images] = crops.multi_crop(images, [(1, args.size)], args.seed, batch.sample_index, aspect,
-                                scale=args.scale, flip=True)
+    [images] = crops.multi_crop(images, [(1, args.size)], args.seed, batch.sample_index,
+                                batch.aspect, scale=args.scale, flip=True)
     n_patches = len(mae.decoder_positions) - 1  # without the class token
     noise = crops.uniform(args.seed, batch.sample_index, crop=0, purpose=crops.MASK,
                           draws=n_patches).float()
