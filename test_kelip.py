@@ -4766,6 +4766,32 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
         trainer._join_processes()
 
 
+@pytest.mark.parametrize("flags, precision, line", [
+    ({"fpu", "amx_bf16", "avx512_bf16"}, "auto", "bf16 (the CPU has AMX)"),
+    ({"fpu", "avx512_bf16"}, "auto", "bf16 (the CPU has AVX-512 bfloat16)"),
+    ({"fpu", "avx512f"}, "auto", "fp32 (the CPU has neither AMX nor AVX-512 bfloat16)"),
+    (set(), "auto", "fp32 (the CPU has neither AMX nor AVX-512 bfloat16)"),
+    ({"fpu"}, "bf16", "bf16 (from --precision)")])
+def test_a_run_says_its_device_and_why_it_has_its_precision(make_run, monkeypatch, capsys, flags,
+                                                            precision, line):
+    monkeypatch.setattr(trainer, "_cpu_flags", lambda: flags)
+    run = make_run(precision=precision)
+    run.total_steps, run.config = 3, {"pairs": 2}
+    run.announce("a model")
+    threads = torch.get_num_threads()
+    assert capsys.readouterr().out == (
+        "a model; 3 steps of 1 of 2 pairs, 1.5 epochs\n"
+        f"device: 1 x CPU, {threads} thread{'s' * (threads > 1)}; precision: {line}\n")
+    assert run.dtype == (torch.bfloat16 if line.startswith("bf16") else None)
+
+
+@pytest.mark.parametrize("capability, expected", [
+    ((9, 0), ("bf16", "compute capability 9.0")), ((7, 5), ("fp32", "compute capability 7.5"))])
+def test_the_precision_of_a_gpu_is_that_of_its_generation(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert trainer.choose_precision("auto", torch.device("cuda", 0)) == expected
+
+
 @pytest.mark.slow
 def test_compiled_blocks_and_loss_compute_the_same(device):
     plain = small_model(device=device, vision_layers=2, transformer_layers=2)
@@ -5574,7 +5600,7 @@ def test_two_nodes_find_each_other_through_c10d(one_run, shapes, tmp_path):
              for _ in range(2)]
     texts = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
-    assert sum("2 x cpu" in text for text in texts) == 1  # rank zero alone prints
+    assert sum("2 x CPU" in text for text in texts) == 1  # rank zero alone prints
     assert_same_weights(one_run, tmp_path / "run")
 
 

@@ -153,7 +153,7 @@ class Run:
         self.rank, self.world_size, self.device, self.group = _join_processes()
         self.is_rank_zero = self.rank == 0
         self.folder = Path(args.out)
-        args.precision = choose_precision(args.precision, self.device)
+        args.precision, self._precision_reason = choose_precision(args.precision, self.device)
         # The dtype of autocast, None for none.
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
         self.has_begun = False  # whether a step is done
@@ -357,14 +357,14 @@ class Run:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def announce(self, what):
-        """Print what the run trains, and for how long. what: the model, as text."""
+        """Print what the run trains, for how long, and on what. what: the model, as text."""
         if self.is_rank_zero:
             args = self.args
-            dtype = str(self.dtype or weight_dtype(args.precision)).removeprefix("torch.")
             epochs = self.total_steps * args.batch_size / self.config["pairs"]
             print(one_line(f"{what}; {self.total_steps:,} steps of {args.batch_size} of "
-                           f"{self.config['pairs']:,} pairs, {epochs:.1f} epochs; "
-                           f"{self.world_size} x {self.device.type}, {dtype}"), flush=True)
+                           f"{self.config['pairs']:,} pairs, {epochs:.1f} epochs"))
+            print(f"device: {self.world_size} x {_device_name(self.device)}; precision: "
+                  f"{args.precision} ({self._precision_reason})", flush=True)
 
     # -- the loop --
 
@@ -720,18 +720,21 @@ class _StopSignal:
 # ---- precision and compilation ----
 
 def choose_precision(name, device):
-    """The precision for 'auto', 'fp64', 'fp32', 'bf16' or 'fp16': itself, if it is not 'auto'.
+    """The precision for 'auto', 'fp64', 'fp32', 'bf16' or 'fp16', and why, as text.
 
     'auto' is bfloat16 where matrix units support it: GPUs since Ampere, and CPUs with AMX or
     AVX-512's bfloat16 instructions.
     """
-    if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            fast = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
-        name = "bf16" if fast else "fp32"
-    return name
+    if name != "auto":
+        return name, "from --precision"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp32", f"compute capability {major}.{minor}"
+    flags = _cpu_flags()
+    for flag, feature in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 bfloat16")):
+        if flag in flags:
+            return "bf16", f"the CPU has {feature}"
+    return "fp32", "the CPU has neither AMX nor AVX-512 bfloat16"
 
 
 def weight_dtype(precision):
@@ -749,6 +752,14 @@ def compile_blocks(module):
         if isinstance(block, Block):
             block.compile(dynamic=True)
             block.forward_one = torch.compile(block.forward_one, dynamic=True)
+
+
+def _device_name(device):
+    """The name of a GPU, or the threads of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _cpu_flags():
