@@ -14,6 +14,7 @@ loader    decoding with 8 and 16 processes, and train_clip.py from JPEG shards
 mae       training steps of stage 1
 profile   the parts of a step: matrix products, attention, loss, copies, gaps
 waits     calls in a step that wait for the GPU: there should be none
+deterministic  steps under torch.use_deterministic_algorithms, in turns with the same without it
 demo      train_clip.py on the demo's pairs (--demo), and its time to 40 % R@1
 more      training steps in float16; ViT-L/14 in turns with open_clip's, which compiles for minutes
 
@@ -393,18 +394,22 @@ def loader_rows(device, sizes):
 
 # ---- mae ----
 
+def mae_step(device, sizes, compiled):
+    """A training step of stage 1, and its model."""
+    torch.compiler.reset()
+    with device:
+        mae = kelip.MAE(kelip.KELIP(**sizes.mae.config).visual)
+        images = torch.randn(sizes.mae.batch, 3, 224, 224)
+    if compiled:
+        trainer.compile_blocks(mae)
+    # The loss is the first of three results.
+    return bench.training_step(mae, device, lambda: mae(images)[:1], lambda loss: loss), mae
+
+
 def mae_rows(device, sizes):
     """Training steps of stage 1: three quarters of the patches are masked."""
     for compiled in (True, False):
-        torch.compiler.reset()
-        with device:
-            mae = kelip.MAE(kelip.KELIP(**sizes.mae.config).visual)
-            images = torch.randn(sizes.mae.batch, 3, 224, 224)
-        if compiled:
-            trainer.compile_blocks(mae)
-        # The loss is the first of three results.
-        step = bench.training_step(mae, device, lambda mae=mae, images=images: mae(images)[:1],
-                                   lambda loss: loss)
+        step, mae = mae_step(device, sizes, compiled)
         [seconds] = median_seconds(device, step)
         rate = sizes.mae.batch / seconds
         flops = bench.FORWARD_AND_BACKWARD * bench.mae_flops(mae)
@@ -502,6 +507,39 @@ def waits_rows(device, sizes):
                  note=", ".join(sorted(set(places))))
 
 
+# ---- deterministic ----
+
+def deterministically(step):
+    """Take a step under torch.use_deterministic_algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def deterministic_rows(device, sizes):
+    """Eager steps of both stages.
+
+    Stage 2 has one crop. With crops of another size it raises an error, because the gradient of
+    interpolated positions has no deterministic form.
+    """
+    name, model = sizes.first
+    step, _ = mae_step(device, sizes, compiled=False)
+    yield deterministic_row(device, "stage 1, ViT-B/16", step, sizes.mae.batch)
+    views, tokens = random_inputs(device, model.batch, "1x224")
+    step, _ = our_step(device, model.config, views, tokens, compiled=False)
+    yield deterministic_row(device, f"{name}, 1x224", step, model.batch)
+
+
+def deterministic_row(device, what, step, batch):
+    """Images per second of a step that is deterministic, and of the same step that need not be."""
+    times = median_seconds(device, partial(deterministically, step), step)
+    ours, peer = (batch / seconds for seconds in times)
+    return Result(f"{what}, bfloat16, eager", ours, "images/s", peer="not deterministic",
+                  peer_value=peer, note=f"batch {batch}")
+
+
 # ---- demo ----
 
 def demo_rows(device, sizes, folder):
@@ -565,7 +603,7 @@ def as_webp(png):
 
 ROWS = {"limits": limits_rows, "crops": crops_rows, "loss": loss_rows, "train": train_rows,
         "loader": loader_rows, "mae": mae_rows, "profile": profile_rows, "waits": waits_rows,
-        "demo": demo_rows, "more": more_rows}
+        "deterministic": deterministic_rows, "demo": demo_rows, "more": more_rows}
 
 
 def measure(rows, minutes, write):
@@ -632,6 +670,8 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.toy:
         raise ValueError("python -m extras.bench gpu: torch finds no GPU; --toy tries the command "
                          "on a CPU")
+    # The row `deterministic` needs it, before the first matrix product. It is an H100's default.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with tempfile.TemporaryDirectory() as folder:  # a Run changes torch's settings for training
         run_args = train_clip.parse_arguments(["--out", f"{folder}/run"])
         device = trainer.Run(run_args, stage="clip").device

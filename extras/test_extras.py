@@ -3617,16 +3617,20 @@ def test_network_traffic_by_arithmetic(capsys):
 # ---- bench_gpu.py ----
 
 def test_the_command_for_gpus_measures_toy_sizes_on_a_cpu(tmp_path, capsys):
-    rows = ["limits", "waits"]
+    rows = ["limits", "waits", "deterministic"]
     bench.main(["gpu", "--toy", "--out", str(tmp_path / "gpu.md"), "--rows", *rows])
     printed = capsys.readouterr().out
     assert "| waits | a step with 1x224+1x96, --augment, eager | 0 | calls |" in printed
     assert printed.endswith("Look at first:\n- nothing: all goals are met\n")
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert table.startswith("CPU, toy sizes, torch") and table.strip() in printed
-    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert [r["row"] for r in written["results"]] == ["limits"] * 3 + ["waits"]
-    assert all(r["value"] > 0 for r in written["results"][:3])
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["results"]
+    assert [r["row"] for r in written] == ["limits"] * 3 + ["waits"] + ["deterministic"] * 2
+    assert all(r["value"] > 0 for r in written if r["row"] != "waits")
+    assert [r["what"] for r in written[-2:]] == [
+        "stage 1, ViT-B/16, bfloat16, eager", "toy, 1x224, bfloat16, eager"]
+    assert all(r["peer_value"] > 0 for r in written[-2:])
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_row_that_fails_or_comes_too_late_is_a_line_of_the_table(capsys):
