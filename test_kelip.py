@@ -5316,6 +5316,28 @@ def test_steps_do_not_depend_on_how_the_batch_is_split(shapes, tmp_path, optimiz
     assert (trained["visual.proj"] - start["visual.proj"]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("script, flags", [
+    (train_mae, []), (train_clip, ["--crops", "1x64+2x32", "--micro-batch", "20"])])
+def test_a_group_of_one_process_trains_as_a_process_without(shapes, tmp_path, device, monkeypatch,
+                                                            script, flags):
+    """Every call between processes is made: by NCCL on a GPU, and by Gloo on a CPU."""
+    join, backend = trainer._join_processes, "nccl" if device.type == "cuda" else "gloo"
+
+    def join_group():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return *join()[:3], dist.group.WORLD
+
+    if script is train_clip:
+        flags = [*flags, "--tokenizer", shapes / "tokenizer.json"]
+    for name in ("alone", "group"):
+        if name == "group":
+            monkeypatch.setattr(trainer, "_join_processes", join_group)
+        here(script.main, "--data", shapes / "train-*.tar", "--out", tmp_path / name, *TRAIN,
+             "--steps", "2", "--precision", "fp64", *flags, tiny=dict(TINY, vision_layers=2))
+        assert not dist.is_initialized()  # the run has left its group
+    agree(weights_of(tmp_path / "alone"), weights_of(tmp_path / "group"), 1e-9)
+
+
 @pytest.mark.parametrize("optimizer", [
     "muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_half_precisions_are_close_to_float32(shapes, tmp_path, device, optimizer):
