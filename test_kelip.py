@@ -4813,7 +4813,8 @@ class NoWaits(TorchDispatchMode):
 
     Meta tensors have no values, so PyTorch itself raises where one is read: .item(), .cpu(), `if`,
     nonzero, boolean indices. This mode adds copies to the GPU without non_blocking, and operations
-    on tensors of both devices. It is on from the first step.
+    on tensors of both devices. It is on from the first step. (PyTorch's fake tensors of the device
+    cuda do not help: without a GPU, their backward pass raises an error or aborts.)
     """
 
     is_on = False
