@@ -25,6 +25,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but an error is one line, without the usage. Subparsers inherit this.
 
     An argument without a `type` must not be empty: in `--init "$RUN"`, the variable may be unset.
+    With fromfile_prefix_chars="@", @FILE stands for the lines of a text file, each an argument;
+    empty lines and those that begin with # are ignored.
     """
 
     def __init__(self, *args, **options):
@@ -36,8 +38,23 @@ class ArgumentParser(argparse.ArgumentParser):
         action.type = str  # its values are all that follows, which the subparser checks
         return action
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        try:
+            return super().parse_known_args(args, namespace)
+        except UnicodeError:
+            lists = [arg for arg in args if arg.startswith("@")]
+            self.error(f"{' '.join(lists)}: not a text file in UTF-8")
+
+    def convert_arg_line_to_args(self, line):
+        """The arguments in a line of @FILE: one or none."""
+        line.encode()  # raises UnicodeError where Python 3.12 escaped bytes that are not UTF-8
+        line = line.strip()
+        return [line] if line and not line.startswith("#") else []
+
     def error(self, message):
         wait_for_rank_zero()
+        message = message.partition("[Errno ")[2].partition("] ")[2] or message  # of @FILE
         self.exit(2, f"{self.prog}: {one_line(message)}; see --help\n")
 
 

@@ -828,7 +828,7 @@ def main(argv=None):
         description="Pack the demo's pairs, index shards, or print the captions in shards.\n\n"
                     + "\n".join(__doc__.splitlines()[2:5]),
         epilog="To make shards from images, or to check shards: python -m extras.pack --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     emoji = commands.add_parser(
         "emoji", help="pack the demo's pairs",
@@ -850,7 +850,8 @@ def main(argv=None):
     for command in (index, captions):
         command.add_argument("sources", nargs="+", metavar="SHARDS",
                              help="tars, folders, globs or brace ranges; ::WEIGHT, ::LANGUAGE and "
-                                  "the other options of docs/data.md may follow each")
+                                  "the other options of docs/data.md may follow each; @LIST is "
+                                  "a text file of these, one a line")
         command.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(),
                              metavar="N",
                              help="processes that index shards (default: the number of cores)")

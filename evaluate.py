@@ -694,12 +694,14 @@ def _is_number(value):
 def main(argv=None):
     """Evaluate a model on a set."""
     parser = ArgumentParser(description=__doc__.partition("\nFrom top")[0],
+                            fromfile_prefix_chars="@",
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="the folder of a run or of released weights")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",
         help="shards with captions or classes, or a folder in CLIP_benchmark's layout; a final "
-             "::ko marks Korean captions (default: the demo's, data/emoji/test-*.tar)")
+             "::ko marks Korean captions; @LIST is a text file of sets, one a line (default: the "
+             "demo's, data/emoji/test-*.tar)")
     add("--holdout", type=number(float, above=0, high=0.99), metavar="FRACTION",
         help="of --test, evaluate on the pairs that train_clip.py --holdout FRACTION holds out")
     add("--candidates", metavar="FILE",

@@ -1345,6 +1345,25 @@ def test_errors_of_flags_are_one_line(capsys):
         assert (caught.value.code, capsys.readouterr().err) == (2, expected)
 
 
+@pytest.mark.parametrize("content, message", [
+    (None, "script.py: No such file or directory: 'list.txt'; see --help\n"),
+    (b"\x80abc", "script.py: @list.txt: not a text file in UTF-8; see --help\n"),
+    (b" \n# a.tar\n", "script.py: argument --data: expected at least one argument; see --help\n")])
+def test_a_list_stands_for_its_lines(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    parser = ArgumentParser(prog="script.py", fromfile_prefix_chars="@")
+    parser.add_argument("--data", nargs="+")
+    Path("list.txt").write_text("# two\n\n  a b.tar::2::ko \r\n사과/{0..9}.tar", encoding="utf-8")
+    found = parser.parse_args(["--data", "x.tar", "@list.txt", "y.tar"])
+    assert found.data == ["x.tar", "a b.tar::2::ko", "사과/{0..9}.tar", "y.tar"]
+    Path("list.txt").unlink()
+    if content:
+        Path("list.txt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data", "@list.txt"])
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize("error", ["OSError", "ValueError", "ImportError"])
 @pytest.mark.parametrize("file, name", [("script.py", "script.py"), ("extras/x.py", "extras.x")])
 def test_run_command_prints_errors_in_one_line(tmp_path, error, file, name):

@@ -69,7 +69,7 @@ def parse_arguments(argv=None):
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html; with test pairs also best.pt, the weights with the highest mean\n"
                "R@1. kelip.build_model(FOLDER) loads last.pt.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/clip", batch_size=512, epochs=10,
                   lr=f"{LR['adamw']:g}, with muon {LR['muon']:g}; {FINE_TUNING_LR:g} to fine-tune "
                      "the complete model of --init")

@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
         epilog="The run's folder then holds last.pt for `train_clip.py --init`, config.json,\n"
                "metrics.jsonl and reconstructions.png: images, what the encoder saw of them, and\n"
                "what the decoder predicted.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out="runs/mae", lr="0.001", batch_size=512, epochs=20)
     parser.set_defaults(lr=1e-3)
     add = parser.add_argument

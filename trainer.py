@@ -77,8 +77,8 @@ def add_arguments(parser, out, lr, batch_size, epochs):
     add("--data", nargs="+", default=[f"{demo.DEMO}/train-*.tar"], metavar="SHARDS",
         help="training pairs: tar files, folders, globs or brace ranges; optionally ::WEIGHT and "
              "::LANGUAGE (of captions that name none) after each, as in 'ko-*.tar::2::ko'; "
-             "docs/data.md has more options (default: the demo's pairs, which are packed on first "
-             "use)")
+             "@LIST is a text file of these, one a line; docs/data.md has more options (default: "
+             "the demo's pairs, which are packed on first use)")
     add("--model", metavar="PRESET",
         help="a preset of kelip.py: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/14 (default: tiny)")
     add("--out", default=out, metavar="FOLDER", help=f"folder of the run (default: {out})")

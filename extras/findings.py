@@ -1259,7 +1259,7 @@ def parse_arguments(argv=None):
         description=__doc__.partition("\nWhat would refute each claim")[0],
         epilog="\n\n".join(f"{name}:\n{textwrap.indent(inspect.getdoc(finding), '    ')}"
                            for name, finding in FINDINGS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("finding", metavar="NAME", choices=[*FINDINGS, "all"],
         help=f"{', '.join(FINDINGS)}, or all of them")

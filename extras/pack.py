@@ -556,7 +556,7 @@ def main(argv=None):
     """Read the command line, then pack or check."""
     parser = ArgumentParser(
         prog="python -m extras.pack", description=__doc__.split("\n\nFrom top")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser(
         "images", help="make shards from folders and tables",
@@ -590,7 +590,8 @@ def main(argv=None):
         description="Read and decode all pairs, and report what a run would skip. The exit status "
                     "is 1 if it would skip anything.")
     checks.add_argument("shards", nargs="+", metavar="SHARDS",
-                        help="tars, folders, globs or brace ranges, with options as in --data")
+                        help="tars, folders, globs or brace ranges, with options as in --data, or "
+                             "@LIST, a text file of these")
     for command in (images, classes, openmoji, checks):
         command.add_argument("--workers", type=number(int, 0, 512), default=os.cpu_count(),
                              metavar="N", help="processes (default: the number of cores)")

@@ -148,7 +148,7 @@ def main(argv=None):
     """Read the command line, probe the encoder and an untrained one, print a table."""
     parser = ArgumentParser(
         prog="python -m extras.probe", description=__doc__.partition("\nFrom top")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL",
         help="a run of train_mae.py or train_clip.py, or a folder of released weights")

@@ -71,7 +71,7 @@ def parse_arguments(argv=None):
         description=__doc__.partition("\nFrom top")[0],
         epilog="The run's folder then holds last.pt, tokenizer.json, config.json, metrics.jsonl\n"
                "and index.html. kelip.build_model(FOLDER) loads the model.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter,
         conflict_handler="resolve")  # of --data, which is here another name of --text
     add = parser.add_argument
     add("teacher", metavar="TEACHER",
