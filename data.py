@@ -300,6 +300,10 @@ class Pairs:
             if source.weight != 1:
                 line += f" at weight {source.weight:g}"
             lines.append(line)
+        if len(self.sources) > OPEN_SHARDS:
+            lines.append(f"{len(self.sources):,} sources are read at the same time, which is slow: "
+                         "name shards of one kind together, as in 'pairs/*.tar' or "
+                         "'pairs/{0001,0003}.tar'")
         lines.append(f"captions: {format_counts(self.languages) or 'none'}")
         unread = {name: count for name, count in self.fields.items() if name.endswith(".txt")}
         if unread:
@@ -645,7 +649,8 @@ class Loader:
             self.end = first + steps * batch_size
         named = {language for source in pairs.sources for language, _ in source.rule.fields}
         self.languages = sorted({*pairs.languages, *named})
-        indexed = sum(shard.count for shard in pairs.shards)  # whose captions languages counts
+        # Pairs whose captions languages counts: not those of shards that are missing.
+        indexed = sum(shard.count for shard in pairs.shards if shard.rows_file)
         self.captions_per_pair = max(1, round(sum(pairs.languages.values()) / max(1, indexed)))
         self.skipped, self.examples = collections.Counter(), {}
         self.cut, self.longest = 0, ""  # captions that were cut, and the longest of them
@@ -687,7 +692,8 @@ class Loader:
         # would draw from torch's global one.
         batches = iter(torch.utils.data.DataLoader(
             range(first_step, self.steps), batch_size=None, collate_fn=self.make_batch,
-            num_workers=self.workers, pin_memory=self.pin_memory, generator=torch.Generator()))
+            num_workers=self.workers, pin_memory=self.pin_memory, generator=torch.Generator(),
+            worker_init_fn=_exit_on_sigterm))
         if self.workers and threading.current_thread() is threading.main_thread():
             # torch's handler would raise in the middle of a training step. Without it, next()
             # still notices that a worker died.
@@ -785,6 +791,14 @@ def format_skipped(skipped, examples):
     reasons = ", ".join(f"{count:,} {reason} (first: {examples[reason]})"
                         for reason, count in skipped.most_common())
     return f"skipped {sum(skipped.values()):,} pairs: {reasons}"
+
+
+def _exit_on_sigterm(worker):
+    """Let a worker that is ended by SIGTERM delete its temporary folder, which has a socket.
+
+    torch's own handler would end it at once. torchrun, and a process that fails, send this signal.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
 
 
 def _is_worker_death(error):

@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import unicodedata
 import urllib.parse
@@ -3069,6 +3070,14 @@ def test_patterns_expand_and_sources_say_what_is_missing(tmp_path):
         data.Pairs(f"{tmp_path}/s00.tar")
 
 
+def test_many_sources_are_said_to_be_slow(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "OPEN_SHARDS", 2)
+    folder = write_some_shards(tmp_path, [1] * 3)
+    line = "3 sources are read at the same time, which is slow: name shards of one kind together"
+    pairs = data.Pairs([f"{folder}/s0{i}.tar" for i in range(3)])
+    assert line in pairs.describe() and line not in data.Pairs(folder).describe()
+
+
 def test_images_and_tables_in_place_of_shards_name_the_packing_command(tmp_path):
     photos, classes = tmp_path / "photos", tmp_path / "classes"
     (classes / "cat").mkdir(parents=True)
@@ -3627,6 +3636,16 @@ def test_a_bad_corpus_killed_and_resumed_gives_every_good_pair_once_an_epoch(tmp
     assert skipped["shard missing"] > 40 and skipped["shard changed"] > 40
 
 
+def test_shards_that_are_missing_change_no_number_of_captions(tmp_path):
+    """Each image of the others is still contrasted with two captions when a run resumes."""
+    folder = write_some_shards(tmp_path, [5, 5, 5])
+    state = data.Pairs(folder).state()
+    os.remove(f"{folder}/s01.tar")
+    pairs = data.Pairs(folder, state)
+    assert pairs.skipped == {"shard missing": 5}
+    assert data.Loader(pairs, Letters(), 3, 24).captions_per_pair == 2
+
+
 def test_pairs_of_shards_that_vanish_or_change_while_open_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_BYTES", 0)
     monkeypatch.setattr(data, "OPEN_SHARDS", 1)  # so that every shard is opened again
@@ -3647,6 +3666,28 @@ def test_pairs_of_shards_that_vanish_or_change_while_open_are_skipped(tmp_path, 
     Path(folder, "s02.tar").write_bytes(content)
     with pytest.raises(ValueError, match="shard changed"):
         pairs[80]
+
+
+def test_workers_that_are_terminated_delete_their_temporary_folders(tmp_path, monkeypatch, capfd):
+    """torchrun sends SIGTERM to the workers of a rank, too. Their sockets are in these folders."""
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.3,))  # seconds until torch looks for dead workers
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    pairs = data.Pairs(write_some_shards(tmp_path, [60]))
+    before = set(multiprocessing.active_children())
+    result = []
+    for batch in data.Loader(pairs, Letters(), 4, 24, workers=2, steps=30):
+        result.append(batch)
+        if len(result) == 5:
+            assert len(os.listdir(tmp_path / "t")) == 2
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+    assert equal(result, list(data.Loader(pairs, Letters(), 4, 24, steps=30)))
+    assert "starting new workers" in capfd.readouterr().err
+    gc.collect()
+    assert os.listdir(tmp_path / "t") == []
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch, capfd):
@@ -5600,6 +5641,29 @@ def test_torchrun_restarts_a_run_that_lost_a_process(shapes, tmp_path):
     assert 0 < killed_at < 6 and step_of(out / "last.pt") == 6
 
 
+def train_from_own_list(rank, port, shapes, out, message):
+    """One of two processes of a run. Each has a list of shards of its own, OUT-RANK.txt."""
+    refusal = pytest.raises(ValueError, match=message) if message else contextlib.nullcontext()
+    with refusal:
+        clip_on_rank(rank, port, 2, *clip_flags(
+            shapes, out, "--data", f"@{out}-{rank}.txt", "--steps", "1"))
+
+
+@pytest.mark.parametrize("lines, message", [
+    ("{other}/train-0.tar\n{other}/train-1.tar", None),
+    ("{other}/train-1.tar\n{other}/train-0.tar",
+     "^--data: 1 of 2 processes have other shards than rank zero: name the same shards, in the s"),
+    ("{other}/train-0.tar", "^--data: 1 of 2 processes have other shards than rank zero")])
+def test_lists_of_nodes_name_the_same_shards(shapes, tmp_path, lines, message):
+    """In folders of their own, or the run ends on all ranks before it trains."""
+    for name in ("train-0.tar", "train-1.tar"):
+        shutil.copy(shapes / name, tmp_path)
+    Path(tmp_path, "run-0.txt").write_text(f"{shapes}/train-0.tar\n{shapes}/train-1.tar")
+    Path(tmp_path, "run-1.txt").write_text(lines.format(other=tmp_path))
+    on_ranks(train_from_own_list, 2, shapes, tmp_path / "run", message)
+    assert (tmp_path / "run" / "last.pt").exists() == (message is None)
+
+
 def test_a_rank_that_fails_ends_the_run_with_its_error(shapes, tmp_path):
     """Rank one alone cannot read its half of a batch. The run must not hang."""
     script = tmp_path / "train_clip.py"
@@ -5644,6 +5708,141 @@ def test_two_nodes_find_each_other_through_c10d(one_run, shapes, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert sum("2 x CPU" in text for text in texts) == 1  # rank zero alone prints
     assert_same_weights(one_run, tmp_path / "run")
+
+
+# Runs train_clip.py with TINY. Each rank writes a line for each of its batches into the folder
+# RECORDS, before the step: the step, the sample indices, and digests of the images.
+RECORD_SCRIPT = f"""
+import hashlib, json, os, sys
+sys.path.insert(0, {str(HERE)!r})
+import command, kelip, train_clip, trainer
+
+kelip.PRESETS["tiny"] = {TINY}
+steps = trainer.Run.steps
+
+def record_steps(run, loader):
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with open(f"{{os.environ['RECORDS']}}-{{restart}}-{{run.rank}}.jsonl", "a") as file:
+        for step, batch in steps(run, loader):
+            assert batch.valid.all()
+            images = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in batch.images]
+            file.write(json.dumps([step, batch.sample_index.tolist(), images]) + "\\n")
+            file.flush()
+            yield step, batch
+
+trainer.Run.steps = record_steps
+command.run_command(train_clip.main, output="log")
+"""
+
+
+def read_records(path):
+    """The lines of RECORD_SCRIPT's files that match a path. The last one may be cut."""
+    lines = [line for file in sorted(path.parent.glob(path.name))
+             for line in file.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in lines]
+
+
+def processes_with(name, value):
+    """The numbers of the processes that were started with this environment variable."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{name}={value}".encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_survives_many_kills_on_eight_four_and_two_processes(tmp_path):
+    """A rank is killed every 40 of 200 steps. Every pair is in every epoch once nevertheless.
+
+    Those are the steps that the last checkpoint descends from; steps after a checkpoint that the
+    next attempt repeats do not count. The weights are those of an uninterrupted run in one process.
+    """
+    PAIRS, BATCH, STEPS, EPOCHS = 1600, 32, 200, 4
+    rng, folder, out = random.Random(0), tmp_path / "records", tmp_path / "run"
+    for i, seeds in enumerate((range(30), range(30, 45), range(45, 100))):
+        write_pairs(tmp_path / f"{i}.tar", seeds)
+    texts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+    Tokenizer.train(texts, 400, progress=False).save(tmp_path / "tokenizer.json")
+    (tmp_path / "record.py").write_text(RECORD_SCRIPT)
+    folder.mkdir()
+    (tmp_path / "t").mkdir()
+    flags = ["--data", f"{tmp_path}/?.tar", "--tokenizer", tmp_path / "tokenizer.json",
+             "--crops", "1x32", "--batch-size", BATCH, "--steps", STEPS, "--warmup", "5",
+             "--precision", "fp64", "--save-every", "15"]
+    here(train_clip.main, *flags, "--workers", "0", "--out", tmp_path / "one")
+
+    shared_before, own = set(os.listdir("/dev/shm")), set()
+    # Processes, --max-restarts, and the steps at which a rank is killed. The last kill that
+    # torchrun does not answer with a restart ends it.
+    for ranks, restarts, kills in ((8, 2, (40, 80, 120)), (4, 0, (160,)), (2, 0, ())):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "t"),
+                       "RECORDS": f"{folder}/{ranks}"}
+        with open(tmp_path / f"{ranks}.log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *TORCHRUN, f"--nproc-per-node={ranks}",
+                 f"--max-restarts={restarts}", "--log-dir", tmp_path / "logs",
+                 tmp_path / "record.py", *map(str, flags),
+                 "--workers", "3", "--out", out, *["--resume"] * (ranks < 8)],
+                cwd=tmp_path, stdout=log, stderr=log, env=environment)
+        try:
+            for attempt, step in enumerate(kills):
+                records = folder / f"{ranks}-{attempt}-*.jsonl"
+                while process.poll() is None and step not in {x[0] for x in read_records(records)}:
+                    time.sleep(0.1)
+                assert process.poll() is None, (tmp_path / f"{ranks}.log").read_text()
+                own |= processes_with("RECORDS", f"{folder}/{ranks}")
+                children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                          text=True).stdout.split()
+                assert len(children) == ranks
+                os.kill(int(rng.choice(children)), signal.SIGKILL)
+            process.wait(timeout=240)
+        finally:
+            process.kill()  # its ranks end with it
+        assert (process.returncode == 0) == (ranks == 2), (tmp_path / f"{ranks}.log").read_text()
+        end = time.monotonic() + 20  # workers of a killed rank look for it every five seconds
+        while processes_with("RECORDS", f"{folder}/{ranks}") and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not processes_with("RECORDS", f"{folder}/{ranks}")
+    shared = {name for name in set(os.listdir("/dev/shm")) - shared_before
+              if name.split("_")[1:2] and name.split("_")[1] in map(str, own)}
+    assert not shared and not os.listdir(tmp_path / "t") and not list(out.glob(".*"))
+
+    # Each attempt begins after the checkpoint of the one before, whose later steps do not count.
+    attempts = [read_records(folder / f"{name}-*.jsonl")
+                for name in ("8-0", "8-1", "8-2", "4-0", "2-0")]
+    starts = [min(step for step, *_ in lines) for lines in attempts] + [STEPS + 1]
+    assert starts[0] == 1 and starts == sorted(set(starts))
+    repeated = sum(max(step for step, *_ in lines) + 1 - start
+                   for lines, start in zip(attempts, starts[1:]) if start <= STEPS)
+    batches = {step: ([], []) for step in range(1, STEPS + 1)}
+    for lines, start, end in zip(attempts, starts, starts[1:]):
+        for step, sample_index, images in lines:
+            if start <= step < end:
+                batches[step][0].extend(sample_index)
+                batches[step][1].extend(images)
+    for step, (sample_index, _) in batches.items():
+        first = (step - 1) * BATCH
+        assert sorted(sample_index) == list(range(first, first + BATCH))
+    seen = [image for _, images in batches.values() for image in images]
+    pairs, state = data.Pairs(f"{tmp_path}/?.tar"), kelip.load_checkpoint(out / "last.pt")
+    size, every_image = state["config"]["padded_size"], set()
+    for pair in pairs:
+        pixels = data.resize_to_fit(shards.decode(pair.image, min_side=size), size)
+        square = np.zeros((size, size, 3), np.uint8)
+        square[:pixels.shape[0], :pixels.shape[1]] = pixels
+        every_image.add(hashlib.sha256(square.transpose(2, 0, 1).tobytes()).hexdigest())
+    assert len(pairs) == len(every_image) == PAIRS and len(seen) == EPOCHS * PAIRS
+    for epoch in range(EPOCHS):
+        assert set(seen[epoch * PAIRS:(epoch + 1) * PAIRS]) == every_image
+
+    one, run = weights_of(tmp_path / "one"), weights_of(out)
+    assert state["step"] == STEPS
+    difference = max((run[name] - value).abs().max().item() for name, value in one.items())
+    print(f"attempts began at steps {starts[:-1]}, {repeated} steps were repeated; the weights "
+          f"differ by at most {difference:.1e}")
+    assert difference <= 1e-9
 
 
 @pytest.mark.slow

@@ -234,7 +234,8 @@ class Run:
         from and these options.
 
         Prints a description. Raises ValueError when a resumed run's shards have changed or most of
-        them are missing. Pairs in missing shards are skipped.
+        them are missing, or the processes have different shards. Pairs in missing shards are
+        skipped.
         """
         args, checkpoint = self.args, self.checkpoint
         with self.rank_zero_first():
@@ -244,6 +245,13 @@ class Run:
             pairs = pairs_class(args.data, checkpoint and checkpoint["data"], **options)
         if checkpoint:
             _check_shards(pairs)
+        # Each rank takes its part of every batch, in an order that follows from the shards.
+        differs = self.broadcast(pairs.state()) != pairs.state()
+        count = int(self.sum_over_ranks(torch.tensor(differs, dtype=torch.int, device=self.device)))
+        if count:
+            raise ValueError(f"--data: {count} of {self.world_size} processes have other shards "
+                             "than rank zero: name the same shards, in the same order, on every "
+                             "node")
         if self.is_rank_zero:
             print(pairs.describe(), flush=True)
         return pairs
