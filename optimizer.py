@@ -17,23 +17,27 @@ import math
 import torch
 
 
-def make_optimizer(module, lr, betas, eps, weight_decay, name="adamw", dtype=None):
+def make_optimizer(module, lr, betas, eps, weight_decay, name="adamw", dtype=None, lr_factors=None):
     """AdamW for the trainable parameters of a module, or, if name is "muon", Muon with AdamW.
 
     Weight decay is on matrices only: not on biases, LayerNorms, the class embedding, logit_scale.
-    dtype: that of Muon's matrix products (default: that of the weights).
+    dtype: that of Muon's matrix products (default: that of the weights). lr_factors: {name of a
+    parameter: its learning rate as a multiple of lr}, 1 for those that it does not have.
     """
-    trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-    muon = [p for key, p in trained if name == "muon" and is_muon_matrix(key, p)]
-    rest = [p for key, p in trained if name != "muon" or not is_muon_matrix(key, p)]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "lr_factor": 1},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_factor": 1},
-        {"params": muon, "weight_decay": weight_decay, "lr_factor": MUON_LR_FACTOR},
-    ]
-    groups = [{**group, "muon": group["params"] is muon} for group in groups if group["params"]]
+    parameters = {}  # by what differs between groups
+    for key, p in module.named_parameters():
+        if p.requires_grad:
+            is_muon = name == "muon" and is_muon_matrix(key, p)
+            lr_factor = (lr_factors or {}).get(key, 1) * (MUON_LR_FACTOR if is_muon else 1)
+            parameters.setdefault((is_muon, p.ndim < 2, lr_factor), []).append(p)
+    groups = []
+    # Sorted, since checkpoints have the state of the parameters in this order.
+    for (is_muon, is_vector, lr_factor), params in sorted(parameters.items()):
+        groups.append({"params": params, "weight_decay": 0.0 if is_vector else weight_decay,
+                       "lr_factor": lr_factor, "muon": is_muon})
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
-    return Muon(groups, dtype, **options) if muon else torch.optim.AdamW(groups, **options)
+    uses_muon = any(group["muon"] for group in groups)
+    return Muon(groups, dtype, **options) if uses_muon else torch.optim.AdamW(groups, **options)
 
 
 def is_muon_matrix(key, parameter):

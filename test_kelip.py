@@ -5251,6 +5251,24 @@ def test_fine_tuning_starts_from_the_model_as_it_is(one_run, shapes, tmp_path):
     assert changed and all(key.startswith(("visual.", "logit_scale")) for key in changed)
 
 
+def test_encoders_may_have_another_learning_rate(one_run, shapes, tmp_path):
+    """A factor of 0 trains the projections alone. Another one scales the first update of Adam and
+    Muon, which does not depend on the size of the gradients.
+    """
+    flags = ["--init", one_run, "--steps", "1", "--lr", "1e-3", "--weight-decay", "0"]
+    before, moved = weights_of(one_run), {}
+    for name, factor in (("none", "0"), ("tenth", "0.1"), ("all", "1")):
+        clip_here(shapes, tmp_path / name, *flags, "--encoder-lr-factor", factor)
+        after = weights_of(tmp_path / name)
+        moved[name] = {key: (after[key] - before[key]).norm().item() for key in before}
+        assert log_of(tmp_path / name)[0]["lr"] == 1e-3
+    projections = {"visual.proj", "text_projection", "logit_scale"}
+    assert {key for key, distance in moved["none"].items() if distance} == projections
+    for key in before:
+        factor = 1 if key in projections else 0.1
+        assert moved["tenth"][key] == pytest.approx(factor * moved["all"][key], rel=0.02), key
+
+
 def test_stage_1_brings_no_projection_to_freeze(small_run, shapes, tmp_path):
     mae = small_run.parent / "mae"
     for flags in (["--freeze", "text"], ["--new-text"]):
@@ -5259,7 +5277,7 @@ def test_stage_1_brings_no_projection_to_freeze(small_run, shapes, tmp_path):
     args = train_clip.parse_arguments(["--init", str(mae), "--freeze", "image"])
     origin = train_clip.find_origin(args, None)
     model = small_model()
-    train_clip.freeze(model, "image", origin)
+    train_clip.freeze(model, "image", origin, {name: 1 for name, _ in model.named_parameters()})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if name.startswith("visual.")} == {"visual.proj"}
 
@@ -5875,6 +5893,7 @@ def test_the_paper_s_model_trains(shapes, tmp_path):
     (["--holdout", "0.1", "--test", "test-0.tar"], "--holdout 0.1: --test names the test pairs"),
     (["--freeze", "image"], "--freeze image: needs --init"),
     (["--new-text"], "--new-text: needs --init"),
+    (["--encoder-lr-factor", "0"], "--encoder-lr-factor: needs --init"),
 ])
 def test_a_bad_flag_is_one_line(shapes, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(shapes)

@@ -58,6 +58,7 @@ DEMO_TEST = f"{demo.DEMO}/test-*.tar"
 DEMO_CLASSES = "skin tone"  # the classes of prompts.json for the demo's zero-shot classification
 LR = {"adamw": 4e-4, "muon": 8e-4}  # the default for random weights
 FINE_TUNING_LR = 4e-5               # and for trained ones
+PROJECTIONS = ("visual.proj", "text_projection", "logit_scale")  # all that is in no encoder
 MAX_PAIRS_TO_READ = 5_000_000  # before the first step, which more would delay by hours
 MANY_DUPLICATES = 0.05  # among the captions of a batch, which is said
 
@@ -87,6 +88,9 @@ def parse_arguments(argv=None):
              "weights, with --tokenizer or one trained on the captions")
     add("--freeze", choices=["image", "text"],
         help="do not train this encoder. Needs --init")
+    add("--encoder-lr-factor", type=number(float, 0, 1000), metavar="X",
+        help="learning rate of the encoders without their projections, as a multiple of --lr; 0 "
+             "trains the projections alone. Needs --init (default: 1)")
     add("--crops", metavar="SPEC",
         help="crops per image, NUMBERxPIXELS joined by + (default: 1x48 for tiny, else 2x224+6x96; "
              "sizes are multiples of the model's patch, so ViT-L/14 has 6x98)")
@@ -116,9 +120,11 @@ def parse_arguments(argv=None):
     if args.batch_size < 2:
         raise ValueError("--batch-size 1: a pair learns from the others of its batch, so it needs "
                          "at least 2")
-    if (args.freeze or args.new_text) and not args.init and not args.resume:
-        flag = f"--freeze {args.freeze}" if args.freeze else "--new-text"
-        raise ValueError(f"{flag}: needs --init, since without it all weights are random")
+    needs_init = {f"--freeze {args.freeze}": args.freeze, "--new-text": args.new_text,
+                  "--encoder-lr-factor": args.encoder_lr_factor is not None}
+    for flag, is_given in needs_init.items():
+        if is_given and not args.init and not args.resume:
+            raise ValueError(f"{flag}: needs --init, since without it all weights are random")
     if args.scale:
         check_scale("--scale", args.scale)
     check_scale("--low-scale", args.low_scale)
@@ -191,8 +197,10 @@ def _preset_of(config):
     return None
 
 
-def freeze(model, encoder, origin):
-    """Exclude an encoder from training: "image", "text" or None."""
+def freeze(model, encoder, origin, lr_factors):
+    """Exclude parameters from training: those of an encoder, "image", "text" or None, and those
+    whose learning rate is 0.
+    """
     if encoder == "image":
         model.visual.requires_grad_(False)
         # Stage 1 leaves the projection random, so it must be trained.
@@ -200,6 +208,9 @@ def freeze(model, encoder, origin):
     elif encoder == "text":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+    for name, parameter in model.named_parameters():
+        if lr_factors[name] == 0:
+            parameter.requires_grad_(False)
 
 
 def open_tokenizer(args, run, pairs, origin):
@@ -387,14 +398,18 @@ def train(args, run):
         loaded = kelip.init_from(model, origin.init, args.new_text)
         if run.is_rank_zero:
             print(f"starts from {loaded}; --lr {args.lr:g}")
-    freeze(model, args.freeze, origin)
+    factor = 1 if args.encoder_lr_factor is None else args.encoder_lr_factor
+    lr_factors = {name: 1 if name in PROJECTIONS else factor
+                  for name, _ in model.named_parameters()}
+    freeze(model, args.freeze, origin, lr_factors)
     model.to(run.device, weight_dtype(args.precision))
     if args.compile:
         compile_blocks(model)
 
     # Betas and epsilon are those of CLIP's ViTs (arXiv 2103.00020, appendix F).
     optimizer = make_optimizer(model, args.lr, betas=(0.9, 0.98), eps=1e-6,
-                               weight_decay=args.weight_decay, name=args.optimizer, dtype=run.dtype)
+                               weight_decay=args.weight_decay, name=args.optimizer, dtype=run.dtype,
+                               lr_factors=lr_factors)
     # The loader pads images to squares that are large enough for all crops.
     padded_size = crops.padded_size(crop_groups, args.scale, args.low_scale)
     # Fixes the number of steps, or restores the checkpoint.

@@ -447,7 +447,8 @@ class Run:
         if not self.has_begun:
             self._write_settings()
         if log.is_due(step) or self._stop_signal.agreed:
-            log.write(step, self.optimizer.param_groups[0]["lr"])
+            group = self.optimizer.param_groups[0]
+            log.write(step, group["lr"] / group["lr_factor"])
             log.check(step)
 
     def _write_settings(self):

@@ -1194,12 +1194,12 @@ def report(args, name, result):
     page.write(args.out / f"{name}.html", text["Question"], intro, *parts)
 
     for table in result.tables:
-        _print_table(*table)
+        print_table(*table)
     print("", *lines, f"{args.out}/{name}.json, {args.out}/{name}.html", sep="\n")
     return lines
 
 
-def _print_table(title, header, rows):
+def print_table(title, header, rows):
     """Print a table, its columns aligned."""
     print(f"\n{title}")
     widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -1210,25 +1210,35 @@ def _print_table(title, header, rows):
 
 # ---- the command ----
 
-def open_study(args):
-    """Open --out, read the training pairs, and train the tokenizer of all runs: a Study."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = open(args.out / ".lock", "w")
+def lock_folder(folder):
+    """Make the folder, and keep other processes out of it while the returned file is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{args.out}: in use by another findings, or by a run that it started: "
+        raise ValueError(f"{folder}: in use by another such command, or by a run that it started: "
                          "wait until it ends, or name another --out") from None
-    settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size,
-                "stage_1_steps": STAGE_1_STEPS,
-                "variants": {name: list(variant.flags) for name, variant in VARIANTS.items()}}
-    path = args.out / "settings.json"
+    return lock
+
+
+def check_settings(folder, settings):
+    """Raise ValueError unless the runs in a folder began with these settings, {name: value}."""
+    path = folder / "settings.json"
     begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     for key, value in settings.items():
         if begun.get(key) != value:
-            raise ValueError(f"{args.out}: {key} was {begun.get(key)} and is now {value}: set it "
+            raise ValueError(f"{folder}: {key} was {begun.get(key)} and is now {value}: set it "
                              "back, or name another --out")
 
+
+def open_study(args):
+    """Open --out, read the training pairs, and train the tokenizer of all runs: a Study."""
+    lock = lock_folder(args.out)
+    settings = {"data": args.data, "test": args.test, "batch_size": args.batch_size,
+                "stage_1_steps": STAGE_1_STEPS,
+                "variants": {name: list(variant.flags) for name, variant in VARIANTS.items()}}
+    check_settings(args.out, settings)
     uses_demo = any(source.startswith(demo.DEMO) for source in args.data)
     if uses_demo and not os.path.exists(demo.DEMO):
         demo.pack_emoji(demo.DEMO)
@@ -1240,7 +1250,7 @@ def open_study(args):
         if not pair.captions.keys() >= set(LANGUAGES):
             raise ValueError(f"--data, --test: {pair.key} does not have a name in both languages "
                              "(KEY.en.txt, KEY.ko.txt), which the findings need")
-    page.write_text(path, json.dumps(settings, indent=1))
+    page.write_text(args.out / "settings.json", json.dumps(settings, indent=1))
 
     texts = [text for pair in pairs for own in pair.captions.values() for text in own]
     path = args.out / "tokenizer.json"

@@ -52,6 +52,7 @@ from conftest import (
     SHAPES,
     TINY,
     TRAIN,
+    clip_here,
     digests,
     encoded,
     here,
@@ -63,6 +64,7 @@ from conftest import (
     shape_image,
     small_model,
     some_tokens,
+    weights_of,
     write_bad_corpus,
 )
 from extras import (
@@ -73,6 +75,7 @@ from extras import (
     convert,
     features,
     findings,
+    finetune,
     pack,
     probe,
     search,
@@ -1156,6 +1159,21 @@ def test_weights_in_several_files_are_read(tmp_path):
     torch.save([3], folder / files[0])
     index.write_text(json.dumps({"weight_map": {"a": files[0]}}))
     refused(f"{files[0]}: holds .*list, where", folder)
+
+
+@pytest.mark.parametrize("to", ["kelip", "hf", "open_clip"])
+def test_fine_tuning_from_an_export_equals_that_from_the_run(small_run, shapes, tmp_path, to):
+    if to != "kelip":
+        pytest.importorskip("safetensors")
+    convert.write(convert.read(small_run), tmp_path / to, to)
+    if to != "kelip":  # back again
+        convert.write(convert.read(tmp_path / to), tmp_path / "kelip")
+    for name, init in (("run", small_run), ("export", tmp_path / "kelip")):
+        clip_here(shapes, tmp_path / name, "--init", init, "--crops", "1x64+2x32")
+    expected, found = weights_of(tmp_path / "run"), weights_of(tmp_path / "export")
+    before = weights_of(small_run)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) and not torch.equal(before[key], value), key
 
 
 def test_exported_files_have_the_mode_that_the_umask_asks_for(tmp_path):
@@ -3261,22 +3279,71 @@ def test_a_failed_start_leaves_no_folder(small_run, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+# ---- finetune.py ----
+
+def test_ways_to_fine_tune_are_compared(small_run, shapes, tmp_path, started):
+    flags = [small_run, "--data", shapes / "train-*.tar", "--test", shapes / "test-*.tar", "--old",
+             shapes / "train-0.tar", "--sizes", "8", "--lr", "1e-3", "1e-4", "--epochs", "0.2",
+             "--seeds", "1", "--out", tmp_path]
+    printed = here(finetune.main, *flags)
+    assert len(started) == 2 * (2 + 4)
+    assert "8 pairs, 1 steps: R@1, %" in printed and "128 pairs, 1 steps: R@1, %" in printed
+    numbers = json.loads((tmp_path / "finetune.json").read_text(encoding="utf-8"))
+    before, few = numbers["128"]["before"][0], numbers["8"]
+    model, _, tok = kelip.build_model(small_run)
+    found = evaluate.retrieve(model, data.Pairs([str(shapes / "test-*.tar")]), tok)
+    assert before["test"] == evaluate.mean_recall(found)
+    assert few["before"][0]["old"] == before["old"] and before["trained on"] != before["old"]
+    # The middle learning rate is blended, and all ways but the first have it.
+    label = "all weights, --lr 0.001"
+    folder = tmp_path / "runs" / "lr-0.001-of-8-1-seed0"
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert few[label][0]["test"] == evaluate.mean_recall(evaluation["retrieval"])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["batch_size"] == 4 and few[label][0]["seconds"] > 0
+    halfway = convert.blend(convert.read(small_run), convert.read(folder), 0.5)
+    sets = {"test": [str(shapes / "test-*.tar")]}
+    blended = few[f"blend of {label}, alpha 0.5"][0]
+    assert blended["test"] == finetune.measure(halfway, sets)["test"]
+    assert (tmp_path / "finetune.html").read_text(encoding="utf-8").count("<svg") == 2
+
+    # A part of the pairs is within a larger one, and is the same in every order of the pairs.
+    images = {pair.image for pair in data.Pairs([str(tmp_path / "data" / "8")])}
+    pairs = list(data.Pairs([str(shapes / "train-*.tar")]))
+    finetune.write_part(tmp_path / "larger", pairs[::-1], 12)
+    larger = {pair.image for pair in data.Pairs([str(tmp_path / "larger")])}
+    assert len(images) == 8 and len(larger) == 12 and images < larger
+
+    here(finetune.main, *flags)
+    assert len(started) == 12
+    with pytest.raises(ValueError, match="epochs was 0.2 and is now 1.0: set it back"):
+        here(finetune.main, *flags, "--epochs", "1")
+
+
 # ---- findings.py ----
 
-def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path, monkeypatch):
-    """A stopped ablation resumes at its step, trains nothing twice; analogy uses its runs."""
+@pytest.fixture
+def started(monkeypatch):
+    """findings.launch runs in this process. A list of (name of the run, whether it is resumed)."""
     scripts = {"train_clip": train_clip.main, "train_mae": train_mae.main,
                "extras.teach": teach.main}
-    launch, started = findings.launch, []
+    runs = []
 
     def launch_here(study, run, threads):
         folder = findings.folder_of(study, run)
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        started.append((folder.name, bool(resume)))
+        runs.append((folder.name, bool(resume)))
         here(scripts[run.module], "--out", folder, "--steps", run.steps, "--seed", run.seed,
              "--batch-size", study.args.batch_size, *run.flags, *resume)
         return subprocess.Popen(["true"])
+
     monkeypatch.setattr(findings, "launch", launch_here)
+    return runs
+
+
+def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path, monkeypatch,
+                                                                started):
+    """A stopped ablation resumes at its step, trains nothing twice; analogy uses its runs."""
     flags = ["--data", shapes / "train-*.tar", "--test", shapes / "test-*.tar", "--out", tmp_path,
              "--seeds", "1", "--steps", "2", "--batch-size", "16"]
 
@@ -3319,7 +3386,7 @@ def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path
 
     with pytest.raises(ValueError, match="batch_size was 16 and is now 32: set it back, or name"):
         here(findings.main, "analogy", *flags[:-1], "32")
-    monkeypatch.setattr(findings, "launch", launch)
+    monkeypatch.undo()
     lock = open(tmp_path / ".lock", "w")
     args = findings.parse_arguments(["ablation", *map(str, flags)])
     study = findings.Study(args, [], 8.0, lock)
@@ -3328,7 +3395,7 @@ def test_runs_resume_where_they_stopped_and_findings_share_them(shapes, tmp_path
     with pytest.raises(ValueError, match="seed1: train_clip.py: --model none: no such preset"):
         findings.train(study, [run])
     findings.fcntl.flock(lock, findings.fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="in use by another findings"):
+    with pytest.raises(ValueError, match="in use by another such command"):
         here(findings.main, "analogy", *flags)
 
 
