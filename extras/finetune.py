@@ -163,7 +163,7 @@ def parse_arguments(argv=None):
     """The command line."""
     parser = ArgumentParser(
         prog="python -m extras.finetune", description=__doc__.partition("\nFrom top")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL",
         help="a run of train_clip.py, released KELIP or what extras.convert wrote")
