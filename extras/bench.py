@@ -821,15 +821,20 @@ def train_rows(batches):
     """All rows of this part. batches: those of the contrastive loss."""
     for batch in batches:
         yield from loss_rows(batch)
-    with tempfile.TemporaryDirectory() as folder:  # a Run makes the settings of training
-        args = train_clip.parse_arguments(["--out", f"{folder}/run"])
-        device = trainer.Run(args, stage="clip").device
+    device = training_device()
     yield step_row(device, "one 224 crop", [224], "open_clip")
     yield step_row(device, "2x224+6x96", MULTI_CROP)
     yield optimizer_row(device)
     yield from autoencoder_rows(device)
     yield script_row()
     yield processes_row()
+
+
+def training_device():
+    """The device that train_clip.py would use. Makes the settings of training, as a Run does."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = train_clip.parse_arguments(["--out", f"{folder}/run"])
+        return trainer.Run(args, stage="clip").device
 
 
 def loss_rows(batch):
