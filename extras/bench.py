@@ -1194,21 +1194,34 @@ class RandomTokens:
 NVLINK, INFINIBAND = 300e9, 25e9
 
 
-def print_network():
-    """Print what one step of ViT-B/32 with 2x224+6x96 sends between A100s. Nothing is measured.
+# (model, crops, batch, GPUs): the run of docs/scaling.md, and larger ones.
+NETWORKS = [("ViT-B/32", "2x224+6x96", 32_000, 80), ("ViT-B/32", "2x224+6x96", 98_304, 96),
+            ("ViT-L/14", "2x224+6x98", 32_000, 80), ("ViT-L/14", "2x224+6x98", 98_304, 96)]
+MICRO_BATCH = 32  # pairs
+
+
+def print_networks():
+    """Print what one step sends between A100s, and the memory of one. Nothing is measured."""
+    for model, spec, batch, world_size in NETWORKS:
+        print_network(model, spec, batch, world_size)
+
+
+def print_network(model, spec, batch, world_size):
+    """Print what one step sends between GPUs, and the memory of one, by arithmetic.
 
     Ring algorithms: each of W ranks sends (W - 1) / W of the data to gather it, and twice that to
     sum it. Times are for all bytes over NVLink, as if all GPUs were on one switch, and for all
     bytes over InfiniBand.
     """
-    world_size, batch = 10 * 8, 32_000
+    from extras import bench_cpu
     utilization = 0.4  # assumed
-    config, peak = kelip.PRESETS["ViT-B/32"], PEAK_FLOPS["A100"]
-    K, width = len(MULTI_CROP), config["embed_dim"]
+    config, peak = kelip.PRESETS[model], PEAK_FLOPS["A100"]
+    sizes = [size for number, size in crops.parse_crops(spec) for _ in range(number)]
+    K, width = len(sizes), config["embed_dim"]
     with torch.device("meta"):
         n_weights = kelip.count_parameters(kelip.KELIP(**config))
     caption_flops = text_flops(config, 15)  # captions of 15 tokens
-    flops_per_pair = FORWARD_AND_BACKWARD * (image_flops(config, MULTI_CROP) + caption_flops)
+    flops_per_pair = FORWARD_AND_BACKWARD * (image_flops(config, sizes) + caption_flops)
     flops = flops_per_pair * batch / world_size
     step_seconds = flops / (utilization * peak)
 
@@ -1223,15 +1236,24 @@ def print_network():
     ]
     sent.append(("all", sum(n_bytes for _, n_bytes in sent)))
 
-    print(f"{world_size} x A100, batch {batch:,}: {flops / 1e12:.1f} TFLOPs a GPU and step take "
-          f"{1e3 * step_seconds:.0f} ms at {utilization:.0%} of {peak / 1e12:.0f} TFLOP/s "
-          "(assumed)")
+    print(f"{model}, {spec}, {world_size} x A100, batch {batch:,}: {flops / 1e12:.1f} TFLOPs a GPU "
+          f"and step take {1e3 * step_seconds:.0f} ms at {utilization:.0%} of {peak / 1e12:.0f} "
+          "TFLOP/s (assumed)")
     print(f"{'sent by each GPU, each step':42} {'MB':>8} {'NVLink, ms':>11} "
           f"{'InfiniBand, ms':>15} {'of the step':>12}")
     for what, n_bytes in sent:
         over_infiniband = n_bytes / INFINIBAND
         print(f"{what:42} {n_bytes / 1e6:8.0f} {1e3 * n_bytes / NVLINK:11.1f} "
               f"{1e3 * over_infiniband:15.1f} {over_infiniband / step_seconds:12.1%}")
+
+    pairs = batch // world_size
+    at_once = bench_cpu.memory_of(bench_cpu.Setting(model, pairs, spec))
+    split = bench_cpu.memory_of(bench_cpu.Setting(model, pairs, spec, micro_batch=MICRO_BATCH))
+    kept = " + ".join(f"{what} {at_once[what] / 1e3:.1f}"
+                      for what in ("weights", "optimizer", "gradients", "copies in bfloat16"))
+    print(f"memory of each GPU, GB: {kept} + activations, of {pairs} pairs at once "
+          f"{at_once['activations'] / 1e3:,.1f}, with --micro-batch {MICRO_BATCH} "
+          f"{split['activations'] / 1e3:.1f}\n")
 
 
 # ---- the command ----
@@ -1277,7 +1299,7 @@ def main(argv=None):
     parts = list(dict.fromkeys(args.parts)) or list(rows_of)
     if "network" in parts:
         parts.remove("network")
-        print_network()
+        print_networks()
     if parts:
         print(HEADER)
     for part in parts:
