@@ -10,13 +10,17 @@ data        images from shards to crops, how exact crops are,    open_clip,     
             the index of shards, loader processes                torchvision, webdataset
 tokenizer   training on 3.5 million captions (98,000 entries,    tokenizers, tiktoken,      15
             as in the paper), encoding Korean and English        open_clip
-train       the contrastive loss, training steps of ViT-B/32,    open_clip                   5
-            Muon, stage 1, train_clip.py itself, two processes
+train       the contrastive loss, training steps of ViT-B/32,    open_clip                   6
+            Muon, stage 1, train_clip.py itself, two processes,
+            on a CPU how far steps are from the machine's limit
 evaluate    embedding, also by ONNX files, retrieval among       open_clip,                 10
             50,000 images, search among 1,000,000,               onnxruntime
             classification
-network     nothing: what 80 GPUs would send each other,         none                        0
-            by arithmetic
+network     nothing: what 80 or 96 GPUs would send each other,   none                        0
+            and the memory of one, by arithmetic
+parts       on a CPU, what the time of training steps goes to    none                        1
+memory      on a CPU, the memory of training steps, and what     none                        5
+            --micro-batch saves
 
 Each row of the table is one quantity: ours, a peer's and their ratio. A peer is another library
 that does the same. Both are measured in one run, alternately, and the best of several rounds
@@ -824,6 +828,8 @@ def train_rows(batches):
     device = training_device()
     yield step_row(device, "one 224 crop", [224], "open_clip")
     yield step_row(device, "2x224+6x96", MULTI_CROP)
+    if device.type == "cpu":
+        yield from importlib.import_module("extras.bench_cpu").limit_rows()
     yield optimizer_row(device)
     yield from autoencoder_rows(device)
     yield script_row()
@@ -1213,7 +1219,7 @@ def print_network(model, spec, batch, world_size):
     sum it. Times are for all bytes over NVLink, as if all GPUs were on one switch, and for all
     bytes over InfiniBand.
     """
-    from extras import bench_cpu
+    from extras import bench_cpu, bench_memory  # they import this file
     utilization = 0.4  # assumed
     config, peak = kelip.PRESETS[model], PEAK_FLOPS["A100"]
     sizes = [size for number, size in crops.parse_crops(spec) for _ in range(number)]
@@ -1247,8 +1253,8 @@ def print_network(model, spec, batch, world_size):
               f"{1e3 * over_infiniband:15.1f} {over_infiniband / step_seconds:12.1%}")
 
     pairs = batch // world_size
-    at_once = bench_cpu.memory_of(bench_cpu.Setting(model, pairs, spec))
-    split = bench_cpu.memory_of(bench_cpu.Setting(model, pairs, spec, micro_batch=MICRO_BATCH))
+    at_once = bench_memory.memory_of(bench_cpu.Setting(model, pairs, spec))
+    split = bench_memory.memory_of(bench_cpu.Setting(model, pairs, spec, micro_batch=MICRO_BATCH))
     kept = " + ".join(f"{what} {at_once[what] / 1e3:.1f}"
                       for what in ("weights", "optimizer", "gradients", "copies in bfloat16"))
     print(f"memory of each GPU, GB: {kept} + activations, of {pairs} pairs at once "
@@ -1258,7 +1264,7 @@ def print_network(model, spec, batch, world_size):
 
 # ---- the command ----
 
-PARTS = ("data", "tokenizer", "train", "evaluate", "network")
+PARTS = ("data", "tokenizer", "train", "evaluate", "network", "parts", "memory")
 
 
 def main(argv=None):
@@ -1268,7 +1274,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART",
-        help=f"what to measure: {', '.join(PARTS)} (default: all but network)")
+        help=f"what to measure: {', '.join(PARTS)} (default: the first four)")
     add("--size", type=number(float, above=0, high=1), default=1.0, metavar="FRACTION",
         help="of the tokenizer's corpus (1 is 3.5 million captions, 188 MB) and of the sets of "
              "evaluate (1 is 50,000 images; default: 1)")
@@ -1296,13 +1302,16 @@ def main(argv=None):
         "train": partial(train_rows, args.batches),
         "evaluate": partial(evaluate_rows, args.size),
     }
+    tables = {"network": print_networks,
+              "parts": importlib.import_module("extras.bench_cpu").print_parts,
+              "memory": importlib.import_module("extras.bench_memory").print_memory}
     parts = list(dict.fromkeys(args.parts)) or list(rows_of)
-    if "network" in parts:
-        parts.remove("network")
-        print_networks()
-    if parts:
+    if set(parts) & set(rows_of):
         print(HEADER)
     for part in parts:
+        if part in tables:
+            tables[part]()
+            continue
         for row in rows_of[part]():
             print(format_row(row), flush=True)
 

@@ -1,8 +1,7 @@
-"""Training steps on a CPU: how far from this machine's limit, their parts, and their memory.
+"""Training steps on a CPU: how far they are from this machine's limit, and their parts.
 
-    python -m extras.bench train     among others, rows "share of the limit"
-    python -m extras.bench parts     the parts of steps: seconds and percent
-    python -m extras.bench memory    memory by arithmetic and measured, and what --micro-batch saves
+    python -m extras.bench train    among others, rows "share of the limit"
+    python -m extras.bench parts    the parts of steps: milliseconds and percent
 
 A step cannot be faster than its matrix products. Its limit is the rate at which this machine
 computes the same products alone: operations, shapes, strides, dtypes and threads are the same, and
@@ -11,9 +10,10 @@ in a step: forward and backward pass, loss and optimizer. Their FLOPs are torch'
 (torch.utils.flop_counter). Compared with the formulas of extras/bench.py, the backward pass
 computes no gradient of the pixels, and the loss and the optimizer add theirs.
 
-From top to bottom: the steps, a recorder of what they compute, the limit, the parts, the memory.
+From top to bottom: the steps, a recorder of what they compute, the limit, the parts.
 
-Not included: GPUs (extras/bench_gpu.py), and compiled steps, of which a recorder sees nothing.
+Not included: memory (extras/bench_memory.py), GPUs (extras/bench_gpu.py), and compiled steps, of
+which a recorder sees nothing.
 """
 
 import collections
@@ -34,7 +34,7 @@ import kelip
 import train_clip
 import trainer
 from extras import bench
-from optimizer import is_muon_matrix, make_optimizer
+from optimizer import make_optimizer
 
 aten = torch.ops.aten
 
@@ -257,6 +257,7 @@ def parts_of(step, repeats=3, clock=time.perf_counter):
 
 def print_parts():
     """Print the parts of each setting's step."""
+    bench.training_device()
     for setting in SETTINGS:
         step, _, _ = make_step(setting)
         seconds = parts_of(step)
@@ -264,114 +265,3 @@ def print_parts():
         print(f"{setting}, {setting.optimizer}, {torch.get_num_threads()} threads: {total:.3f} s")
         for part, own in seconds.most_common():
             print(f"    {part:35} {1e3 * own:8.1f} ms {own / total:7.1%}")
-
-
-# ---- memory ----
-
-def state_bytes(model, optimizer="adamw"):
-    """Bytes that a rank keeps of a model, by arithmetic: {what: bytes}.
-
-    All are float32. AdamW has two moments of each weight, Muon one of each of its matrices.
-    """
-    n = kelip.count_parameters(model)
-    n_muon = sum(parameter.numel() for key, parameter in model.named_parameters()
-                 if optimizer == "muon" and is_muon_matrix(key, parameter))
-    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n - 4 * n_muon}
-
-
-def transformer_activations(batch, tokens, width, layers, n_packed=None):
-    """Bytes that a kelip.Transformer under autocast to bfloat16 saves for its backward pass.
-
-    For N sequences of L tokens of width W, together T = N L (fewer if captions are packed), a layer
-    saves
-
-        8 T W          the inputs of both LayerNorms, float32
-        4 T W          their outputs
-        6 N L W        queries, keys and values
-        2 N H L^2      attention weights of H heads
-        2 T W          the heads' outputs
-        24 T W         of the MLP, 4 W wide: QuickGELU's input, sigmoid and output
-
-    The last layer (see Transformer.forward_one) saves 6 T W for one LayerNorm, and 4 N L W of keys
-    and values. What has a single token per sequence is left out.
-    """
-    N, L, W, H = batch, tokens, width, width // 64
-    T = n_packed or N * L
-    layer = 38 * T * W + 6 * N * L * W + 2 * N * H * L ** 2
-    return (layers - 1) * layer + 6 * T * W + 4 * N * L * W
-
-
-def activation_bytes(config, sizes, batch, lengths):
-    """Bytes of the crops, and of what both encoders save for the backward pass.
-
-    sizes: the sides of the crops; lengths: those of all captions. Patches are saved in bfloat16, and
-    the input of ln_pre in float32.
-    """
-    patch, width = config["vision_patch_size"], config["vision_width"]
-    total = 0
-    for size in sizes:
-        patches = (size // patch) ** 2
-        pixels = batch * patches * 3 * patch ** 2
-        total += 4 * pixels + 2 * pixels + 4 * batch * (patches + 1) * width
-        total += transformer_activations(batch, patches + 1, width, config["vision_layers"])
-    padded = 8 * kelip.ceil_div(int(lengths.max()), 8)
-    n_packed = 64 * kelip.ceil_div(int(lengths.sum()), 64)
-    return total + transformer_activations(
-        len(lengths), padded, config["transformer_width"], config["transformer_layers"], n_packed)
-
-
-def memory_of(setting):
-    """Megabytes of a step by arithmetic: {what: megabytes}, and the most that exist at once.
-
-    At the peak, the forward pass is over: activations, and the copies of matrices in bfloat16 that
-    autocast keeps. Afterwards gradients take their place.
-    """
-    config = kelip.PRESETS[setting.preset]
-    with torch.device("meta"):
-        model = kelip.KELIP(**config)
-    found = state_bytes(model, setting.optimizer)
-    found["copies in bfloat16"] = sum(
-        2 * p.numel() for key, p in model.named_parameters() if p.ndim > 1 and "embedding" not in key)
-    torch.manual_seed(0)
-    tokens = random_captions(setting, config).flatten(0, 1)
-    sizes = [size for number, size in crops.parse_crops(setting.crops) for _ in range(number)]
-    rows = slice(setting.micro_batch)  # of the first micro-batch, or all
-    lengths = tokens.argmax(dim=1)[rows] + 1
-    found["activations"] = activation_bytes(config, sizes, setting.micro_batch or setting.batch,
-                                            lengths)
-    passing = max(found["gradients"], found["copies in bfloat16"] + found["activations"])
-    found["at the peak"] = found["weights"] + found["optimizer"] + passing
-    return {what: n_bytes / 1e6 for what, n_bytes in found.items()}
-
-
-MICRO = 32  # pairs
-MEMORY_SETTINGS = [Setting("ViT-B/32", MICRO), Setting("ViT-B/32", 4 * MICRO),
-                   Setting("ViT-B/32", MICRO, micro_batch=MICRO // 2),
-                   Setting("ViT-B/32", 4 * MICRO, micro_batch=MICRO),
-                   Setting("ViT-B/32", 16 * MICRO, micro_batch=MICRO)]
-
-
-def measure_memory(setting):
-    """(seconds, megabytes beyond the libraries) of a step, the second of a fresh process."""
-    bench.training_device()
-    small, _, _ = make_step(TINY._replace(batch=4))
-    small()  # loads libraries and starts threads
-    del small
-    before = bench.memory_of_process("VmRSS")
-    step, _, _ = make_step(setting)
-    step()  # makes the state of the optimizer
-    return bench.seconds_of(step), bench.peak_memory() - before
-
-
-def print_memory(settings=MEMORY_SETTINGS):
-    """Print the memory of steps by arithmetic and measured, and their times."""
-    threads = torch.get_num_threads()
-    print(f"megabytes of a step, bfloat16, {threads} threads; all but the last two columns by "
-          "arithmetic")
-    columns = [*memory_of(settings[0]), "measured", "s a step", "pairs/s"]
-    print(f"{'':45}" + "".join(f"{column:>20}" for column in columns))
-    for setting in settings:
-        seconds, megabytes = bench.alone(measure_memory, setting, threads=threads)
-        numbers = [f"{number:,.0f}" for number in (*memory_of(setting).values(), megabytes)]
-        numbers += [f"{seconds:.1f}", f"{setting.batch / seconds:.1f}"]
-        print(f"{setting!s:45}" + "".join(f"{number:>20}" for number in numbers), flush=True)

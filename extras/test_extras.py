@@ -70,7 +70,9 @@ from conftest import (
 from extras import (
     app,
     bench,
+    bench_cpu,
     bench_gpu,
+    bench_memory,
     calibrate,
     convert,
     features,
@@ -3674,11 +3676,138 @@ def test_network_traffic_by_arithmetic(capsys):
     bench.main(["network"])
     printed = capsys.readouterr().out
     assert "80 x A100, batch 32,000: 32.8 TFLOPs a GPU and step take 263 ms" in printed
-    rows = {line[:42].strip(): line[42:].split() for line in printed.splitlines()[2:]}
+    first, _, _, last = printed.strip().split("\n\n")
+    rows = {line[:42].strip(): line[42:].split() for line in first.splitlines()[2:]}
     assert rows["gradients of 176M weights, summed"] == ["1393", "4.6", "55.7", "21.2%"]
     assert rows["all"] == ["1591", "5.3", "63.6", "24.2%"]
-    with pytest.raises(ValueError, match="parts: no such part; choose from data, tokenizer"):
-        bench.main(["parts"])
+    assert last.startswith("ViT-L/14, 2x224+6x98, 96 x A100, batch 98,304: 1511.3 TFLOPs a GPU")
+    assert "weights 1.9 + optimizer 3.7 + gradients 1.9 + copies in bfloat16 0.8" in last
+    with pytest.raises(ValueError, match="speed: no such part; choose from data, tokenizer"):
+        bench.main(["speed"])
+
+
+# ---- bench_cpu.py ----
+
+@pytest.fixture
+def small_setting(monkeypatch):
+    """A setting of bench_cpu.py that takes milliseconds: a preset of two layers."""
+    config = dict(kelip.PRESETS["tiny"], vision_width=64, vision_layers=2, transformer_width=64,
+                  transformer_heads=1, transformer_layers=2, vocab_size=512)
+    monkeypatch.setitem(kelip.PRESETS, "small", config)
+    return bench_cpu.TINY._replace(preset="small", batch=8)
+
+
+def test_products_of_a_step_have_the_flops_of_the_formulas(small_setting):
+    setting = small_setting._replace(captions=1, tokens=(8, 8))
+    config = kelip.PRESETS["small"]
+    torch.manual_seed(0)
+    model, batch = kelip.KELIP(**config), setting.batch
+    encoders = train_clip.Encoders(model)
+    views = [torch.randn(batch, 3, 48, 48)]
+    tokens = bench_cpu.random_captions(setting, config)
+    with bench_cpu.Recorder() as forward, torch.no_grad():
+        encoders(views, tokens)
+    formulas = batch * (image_flops(config, [48]) + text_flops(config, 8))
+    assert forward.total_flops() == counted_flops(encoders, views, tokens) == formulas
+
+    with bench_cpu.Recorder() as both:
+        images, texts, _ = encoders(views, tokens)
+        (images.sum() + texts.sum()).backward()
+    # Pixels need no gradient.
+    of_patches = batch * 9 * 2 * 3 * 16 ** 2 * 64
+    assert both.total_flops() == bench.FORWARD_AND_BACKWARD * formulas - of_patches
+
+
+def test_products_are_recorded_with_the_loss_and_the_optimizer(small_setting):
+    step, _, _ = bench_cpu.make_step(small_setting)
+    step()
+    with bench_cpu.Recorder() as recorder:
+        step()
+    counted = counted_flops(step)
+    in_place = sum(count * recorder.flops[product] for product, count in recorder.products.items()
+                   if product[0].overloadpacket is torch.ops.aten.addmm_)  # torch has no formula
+    captions, width, batch = 2, 256, 8
+    assert in_place == captions * 2 * batch * batch * width                  # gradients of texts
+    assert recorder.total_flops() == counted + in_place
+    assert bench_cpu.seconds_alone(recorder.products, repeats=1) > 0
+
+
+def test_operands_of_a_product_are_like_those_of_the_step():
+    for like in (torch.randn(3, 4).bfloat16().T, torch.randn(2, 5)[:, :1].expand(2, 3),
+                 torch.randn(4, 6, 2)[1:, ::3]):
+        made = bench_cpu.Operand(tuple(like.shape), like.stride(), like.dtype).random()
+        assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), like.dtype)
+
+
+def test_the_parts_of_a_step_sum_to_its_time(small_setting, monkeypatch, capsys):
+    step, _, _ = bench_cpu.make_step(small_setting)
+    calls = []
+    total = 5.0
+    monkeypatch.setattr(bench, "least_seconds", lambda *functions, **_: [total])
+    seconds = bench_cpu.parts_of(step, repeats=1, clock=lambda: calls.append(0) or len(calls) / 1e4)
+    # Each operation takes a tick of this clock; the rest is the remaining time.
+    assert seconds.total() == pytest.approx(total)
+    assert seconds[bench_cpu.REST] == pytest.approx(total - len(calls) / 2 / 1e4)
+    layers = 4
+    assert seconds["LayerNorm"] == pytest.approx(2 * (2 * layers + 3) / 1e4)
+    for part in ("crops", "matrix products", "attention", "activation", "loss", "optimizer"):
+        assert seconds[part] > 0, part
+    monkeypatch.setattr(bench_cpu, "SETTINGS", [small_setting])
+    bench_cpu.print_parts()
+    printed = capsys.readouterr().out
+    assert printed.startswith("small, 1x48, batch 8, muon") and "matrix products" in printed
+
+
+# ---- bench_memory.py ----
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_by_arithmetic_is_that_of_the_tensors(small_setting, optimizer):
+    setting = small_setting._replace(optimizer=optimizer)
+    step, model, torch_optimizer = bench_cpu.make_step(setting)
+    step()
+    found = bench_memory.state_bytes(model, optimizer)
+    assert found["weights"] == sum(p.nbytes for p in model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    moments = [value for state in torch_optimizer.state.values() for key, value in state.items()
+               if key != "step"]
+    assert found["optimizer"] == sum(value.nbytes for value in moments)
+
+
+def test_activations_by_arithmetic_are_about_those_that_are_saved():
+    config = dict(kelip.PRESETS["ViT-S/16"], image_resolution=64, vision_layers=4,
+                  transformer_layers=4, vocab_size=512)
+    setting = bench_cpu.Setting("ViT-S/16", 8)
+    model = kelip.KELIP(**config)
+    tokens = bench_cpu.random_captions(setting, config)
+    views = [torch.randn(8, 3, 64, 64)]
+    saved = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16)):
+        train_clip.Encoders(model)(views, tokens)
+    of_weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    measured = sum(n_bytes for address, n_bytes in saved.items() if address not in of_weights)
+    lengths = tokens.argmax(-1).flatten() + 1
+    activations = bench_memory.activation_bytes(config, [64], 8, lengths) - views[0].nbytes
+    copies = sum(2 * p.numel() for key, p in model.named_parameters()
+                 if p.ndim > 1 and "embedding" not in key)
+    assert activations + copies == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_is_measured_in_a_fresh_process():
+    setting = bench_cpu.TINY._replace(batch=8, micro_batch=4)
+    seconds, megabytes = bench.alone(bench_memory.measure_memory, setting)
+    state = sum(bench_memory.memory_of(setting)[what] for what in ("weights", "optimizer"))
+    assert seconds > 0 and state < megabytes < 4 * state
 
 
 # ---- bench_gpu.py ----
