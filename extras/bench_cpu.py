@@ -46,6 +46,7 @@ class Setting(NamedTuple):
     preset: str
     batch: int
     crops: str = "1x224"
+    scale: tuple = (0.4, 1.0)
     captions: int = 1           # of a pair
     tokens: tuple = (6, 25)     # the shortest and the longest caption
     optimizer: str = "adamw"
@@ -57,7 +58,7 @@ class Setting(NamedTuple):
 
 
 # The demo's captions, one in each of two languages, have 3 to 10 tokens.
-TINY = Setting("tiny", 512, "1x48", captions=2, tokens=(3, 10), optimizer="muon")
+TINY = Setting("tiny", 512, "1x48", (0.8, 1.0), captions=2, tokens=(3, 10), optimizer="muon")
 SETTINGS = [Setting("ViT-B/32", 32), Setting("ViT-B/32", 32, "2x224+6x96"), TINY,
             TINY._replace(batch=256)]
 
@@ -74,7 +75,7 @@ def make_step(setting, dtype=torch.bfloat16):
     optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2,
                                name=setting.optimizer, dtype=dtype)
     groups, batch = crops.parse_crops(setting.crops), setting.batch
-    S = crops.padded_size(groups)
+    S = crops.padded_size(groups, setting.scale)
     images = torch.randint(0, 256, (batch, S, S, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     aspect, sample_index = torch.full((batch,), 4 / 3), torch.arange(batch)
     tokens = random_captions(setting, config)                                # [N, C, L]
@@ -82,7 +83,8 @@ def make_step(setting, dtype=torch.bfloat16):
 
     def make_views(_, rows=slice(None)):
         with record_function("crops"):
-            return crops.multi_crop(images[rows], groups, 0, sample_index[rows], aspect[rows])
+            return crops.multi_crop(images[rows], groups, 0, sample_index[rows], aspect[rows],
+                                    setting.scale)
 
     def autocast():
         return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)

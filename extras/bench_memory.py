@@ -99,11 +99,14 @@ def memory_of(setting):
 
 # ---- measured ----
 
-MICRO = 32  # pairs
+MICRO = bench.MICRO_BATCH
 MEMORY_SETTINGS = [bench_cpu.Setting("ViT-B/32", MICRO), bench_cpu.Setting("ViT-B/32", 4 * MICRO),
                    bench_cpu.Setting("ViT-B/32", MICRO, micro_batch=MICRO // 2),
                    bench_cpu.Setting("ViT-B/32", 4 * MICRO, micro_batch=MICRO),
                    bench_cpu.Setting("ViT-B/32", 16 * MICRO, micro_batch=MICRO)]
+# Those that docs/scaling.md measures on a GPU, here by arithmetic alone.
+GPU_SETTINGS = [bench_cpu.Setting("ViT-B/32", 1024),
+                bench_cpu.Setting("ViT-B/32", 512, "2x224+6x96")]
 
 
 def measure_memory(setting):
@@ -119,15 +122,15 @@ def measure_memory(setting):
     return bench.seconds_of(step), bench.peak_memory() - before
 
 
-def print_memory(settings=MEMORY_SETTINGS):
+def print_memory():
     """Print the memory of steps by arithmetic and measured, and their times."""
     threads = torch.get_num_threads()
-    print(f"megabytes of a step, bfloat16, {threads} threads; all but the last two columns by "
-          "arithmetic")
-    columns = [*memory_of(settings[0]), "measured", "s a step", "pairs/s"]
-    print(f"{'':45}" + "".join(f"{column:>20}" for column in columns))
-    for setting in settings:
-        seconds, megabytes = bench.alone(measure_memory, setting, threads=threads)
-        numbers = [f"{number:,.0f}" for number in (*memory_of(setting).values(), megabytes)]
-        numbers += [f"{seconds:.1f}", f"{setting.batch / seconds:.1f}"]
-        print(f"{setting!s:45}" + "".join(f"{number:>20}" for number in numbers), flush=True)
+    print(f"MB of a step, {threads} threads, bfloat16: by arithmetic, and measured")
+    columns = [*memory_of(MEMORY_SETTINGS[0]), "measured", "s a step", "pairs/s"]
+    print(f"{'':42}" + "".join(f"{column:>20}" for column in columns))
+    for setting in MEMORY_SETTINGS + GPU_SETTINGS:
+        numbers = [f"{number:,.0f}" for number in memory_of(setting).values()]
+        if setting in MEMORY_SETTINGS:
+            seconds, megabytes = bench.alone(measure_memory, setting, threads=threads)
+            numbers += [f"{megabytes:,.0f}", f"{seconds:.1f}", f"{setting.batch / seconds:.1f}"]
+        print(f"{setting!s:42}" + "".join(f"{number:>20}" for number in numbers), flush=True)
