@@ -829,7 +829,8 @@ def train_rows(batches):
     yield step_row(device, "one 224 crop", [224], "open_clip")
     yield step_row(device, "2x224+6x96", MULTI_CROP)
     if device.type == "cpu":
-        yield from importlib.import_module("extras.bench_cpu").limit_rows()
+        bench_cpu = importlib.import_module("extras.bench_cpu")
+        yield from bench_cpu.limit_rows()
     yield optimizer_row(device)
     yield from autoencoder_rows(device)
     yield script_row()
@@ -990,6 +991,9 @@ def autoencoder_rows(device):
     flops_per_second = FORWARD_AND_BACKWARD * mae_flops(mae) * 32 / both
     yield Row("stage 1, with its decoder of 8 x 512", both, "all patches", full, "s",
               f"{note}; {describe_flops(flops_per_second, device)}")
+    if device.type == "cpu":
+        bench_cpu = importlib.import_module("extras.bench_cpu")
+        yield bench_cpu.limit_row("stage 1, ViT-B/16, batch 32, without optimizer", autoencoder)
 
 
 def script_row():

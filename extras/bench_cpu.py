@@ -1,6 +1,6 @@
 """Training steps on a CPU: how far they are from this machine's limit, and their parts.
 
-    python -m extras.bench train    among others, rows "share of the limit"
+    python -m extras.bench train    among others, rows "limit of ..."
     python -m extras.bench parts    the parts of steps: milliseconds and percent
 
 A step cannot be faster than its matrix products. Its limit is the rate at which this machine
@@ -225,21 +225,25 @@ def seconds_alone(products, repeats=5, clock=time.perf_counter):
     return total
 
 
+def limit_row(what, step):
+    """A step in TFLOP/s, and its products alone: the ratio is its share of the limit."""
+    step()
+    with Recorder() as recorder:
+        step()
+    alone = seconds_alone(recorder.products)
+    [seconds] = bench.least_seconds(step)
+    alone = min(alone, seconds_alone(recorder.products))  # the machine may have been busy
+    flops = recorder.total_flops()
+    return bench.Row(f"limit of {what}", flops / seconds / 1e12, "its products alone",
+                     flops / alone / 1e12, "TFLOP/s", f"bfloat16, {torch.get_num_threads()} "
+                     f"threads, {seconds:.2f} s a step; the ratio is the share of the limit")
+
+
 def limit_rows():
-    """Steps in TFLOP/s, and their products alone: the ratio is the share of the limit."""
+    """The limit_row of each setting."""
     for setting in SETTINGS:
         step, _, _ = make_step(setting)
-        with Recorder() as recorder:
-            step()
-        alone = seconds_alone(recorder.products)
-        [seconds] = bench.least_seconds(step)
-        alone = min(alone, seconds_alone(recorder.products))  # the machine may have been busy
-        flops = recorder.total_flops()
-        yield bench.Row(f"share of the limit, {setting.preset}, batch {setting.batch}",
-                        flops / seconds / 1e12, "its matrix products alone", flops / alone / 1e12,
-                        "TFLOP/s", f"{setting.crops}, bfloat16, {setting.optimizer}, "
-                        f"{torch.get_num_threads()} threads; a step of {seconds:.2f} s; ratio: "
-                        "the share")
+        yield limit_row(f"{setting}", step)
 
 
 # ---- the parts of a step ----
