@@ -27,6 +27,7 @@ Not included: a search over other flags of train_clip.py; give them to it direct
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,17 +58,16 @@ class Way(NamedTuple):
 
 
 def make_ways(rates):
-    """The ways to train, the one that is blended first. rates: learning rates, in order."""
-    middle = rates[len(rates) // 2]
+    """The ways to train, and the one to blend: (list of Way, Way). rates: sorted."""
     ways = [Way(f"all weights, --lr {lr:g}", f"lr-{lr:g}", ("--lr", f"{lr:g}")) for lr in rates]
-    ways.insert(0, ways.pop(len(rates) // 2))
+    middle, blended = rates[len(rates) // 2], ways[len(rates) // 2]
     for label, name, flags in (
             ("image encoder frozen", "image-frozen", ("--freeze", "image")),
             ("text encoder frozen", "text-frozen", ("--freeze", "text")),
             ("encoders at a tenth", "tenth", ("--encoder-lr-factor", "0.1")),
             ("projections alone", "projections", ("--encoder-lr-factor", "0"))):
         ways.append(Way(label, f"{name}-{middle:g}", ("--lr", f"{middle:g}", *flags)))
-    return ways
+    return ways, blended
 
 
 # ---- training ----
@@ -117,6 +117,30 @@ def measure(checkpoint, sets):
         candidates = evaluate.read_candidates(sets["old" if name == "old" else "test"])
         results[name] = recall(model, checkpoint.tokenizer, sources, candidates)
     return results
+
+
+def measure_ways(before, folders, blended, sets):
+    """R@1 before, after each way and of the blends of one: (results, those of blends by alpha).
+
+    before: a kelip.Checkpoint. folders: {way: its runs, one for each seed}. results: {label: [what
+    measure returns, for each seed]}.
+    """
+    total = 1 + sum(map(len, folders.values())) + len(ALPHAS) * len(folders[blended])
+    with tqdm(total=total, desc="measuring", unit=" models", disable=None, leave=False) as bar:
+        def measured(checkpoint):
+            bar.update()
+            return measure(checkpoint, sets)
+
+        results = {"before": [measured(before)]}
+        for way, of_way in folders.items():
+            results[way.label] = [{**measured(convert.read(folder)), "seconds": seconds_of(folder)}
+                                  for folder in of_way]
+        blends = {0.0: results["before"], 1.0: results[blended.label]}
+        after = [convert.read(folder) for folder in folders[blended]]
+        for alpha in ALPHAS:
+            blends[alpha] = [measured(convert.blend(before, one, alpha)) for one in after]
+            results[f"blend of {blended.label}, alpha {alpha:g}"] = blends[alpha]
+    return results, dict(sorted(blends.items()))
 
 
 def seconds_of(folder):
@@ -210,43 +234,23 @@ def main(argv=None):
     trained_on[len(pairs)] = args.data
 
     study = findings.Study(args, pairs, CAPTION_LENGTH, lock)
-    ways, seeds = make_ways(args.lr), range(args.seeds)
+    (ways, blended), seeds = make_ways(args.lr), range(args.seeds)
     runs = {(n, way): [make_run(args, config, way, seed, sources, n) for seed in seeds]
             for n, sources in trained_on.items() for way in ways}
     findings.train(study, [run for of_way in runs.values() for run in of_way])
 
     parts, numbers = [], {}
     columns = ["trained on", "test", *(["old"] if args.old else []), "seconds"]
-    total = len(trained_on) * (1 + args.seeds * (len(ways) + len(ALPHAS)))
-    bar = tqdm(total=total, desc="measuring", unit=" models", disable=None)
     for n, sources in trained_on.items():
         sets = {"trained on": sources, "test": args.test, **({"old": args.old} if args.old else {})}
-
-        def measured(checkpoint, sets=sets):
-            bar.update()
-            return measure(checkpoint, sets)
-
-        rows = {"before": [measured(before)]}
-        blends = {0.0: rows["before"], **{alpha: [] for alpha in ALPHAS}}
-        for way in ways:
-            folders = [findings.folder_of(study, run) for run in runs[n, way]]
-            after = [convert.read(folder) for folder in folders]
-            rows[way.label] = [{**measured(one), "seconds": seconds_of(folder)}
-                               for one, folder in zip(after, folders)]
-            if way is ways[0]:
-                for alpha in ALPHAS:
-                    blends[alpha] = [measured(convert.blend(before, one, alpha)) for one in after]
-                blends[1.0] = rows[way.label]
-        for alpha in ALPHAS:
-            rows[f"blend of {ways[0].label}, alpha {alpha:g}"] = blends[alpha]
-        steps = runs[n, ways[0]][0].steps
-        title = f"{n:,} pairs, {steps:,} steps: R@1, %"
-        table = (title, ["", *columns], make_table(rows, columns))
+        folders = {way: [findings.folder_of(study, run) for run in runs[n, way]] for way in ways}
+        numbers[n], blends = measure_ways(before, folders, blended, sets)
+        title = f"{n:,} pairs, {runs[n, blended][0].steps:,} steps: R@1, %"
+        table = (title, ["", *columns], make_table(numbers[n], columns))
         findings.print_table(*table)
+        sys.stdout.flush()
         parts += [page.heading(title) + page.table(*table[1:]),
                   plot_blends(f"{n:,} pairs: R@1 of blends, %", blends)]
-        numbers[n] = rows
-    bar.close()
     page.write_text(args.out / "finetune.json", json.dumps(numbers, indent=1))
     page.write(args.out / "finetune.html", f"Ways to fine-tune {args.model}",
                f"{args.seeds} seeds, {args.epochs:g} epochs. R@1 is the mean over languages and "
