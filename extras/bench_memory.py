@@ -77,7 +77,8 @@ def memory_of(setting):
     """Megabytes of a step by arithmetic: {what: megabytes}, and the most that exist at once.
 
     At the peak, the forward pass is over: activations, and the copies of matrices in bfloat16 that
-    autocast keeps. Afterwards gradients take their place.
+    autocast keeps. Afterwards gradients take their place. With micro-batches, the gradients of
+    earlier ones exist, too.
     """
     config = kelip.PRESETS[setting.preset]
     with torch.device("meta"):
@@ -92,7 +93,10 @@ def memory_of(setting):
     lengths = tokens.argmax(dim=1)[rows] + 1
     found["activations"] = activation_bytes(config, sizes, setting.micro_batch or setting.batch,
                                             lengths)
-    passing = max(found["gradients"], found["copies in bfloat16"] + found["activations"])
+    passing = found["copies in bfloat16"] + found["activations"]
+    if setting.micro_batch:
+        passing += found["gradients"]
+    passing = max(found["gradients"], passing)
     found["at the peak"] = found["weights"] + found["optimizer"] + passing
     return {what: n_bytes / 1e6 for what, n_bytes in found.items()}
 
@@ -127,10 +131,11 @@ def print_memory():
     threads = torch.get_num_threads()
     print(f"MB of a step, {threads} threads, bfloat16: by arithmetic, and measured")
     columns = [*memory_of(MEMORY_SETTINGS[0]), "measured", "s a step", "pairs/s"]
-    print(f"{'':42}" + "".join(f"{column:>20}" for column in columns))
+    widths = [len(column) + 2 for column in columns]
+    print(" " * 54 + "".join(map(str.rjust, columns, widths)))
     for setting in MEMORY_SETTINGS + GPU_SETTINGS:
         numbers = [f"{number:,.0f}" for number in memory_of(setting).values()]
         if setting in MEMORY_SETTINGS:
             seconds, megabytes = bench.alone(measure_memory, setting, threads=threads)
             numbers += [f"{megabytes:,.0f}", f"{seconds:.1f}", f"{setting.batch / seconds:.1f}"]
-        print(f"{setting!s:42}" + "".join(f"{number:>20}" for number in numbers), flush=True)
+        print(f"{setting!s:54}" + "".join(map(str.rjust, numbers, widths)), flush=True)
