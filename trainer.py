@@ -214,7 +214,7 @@ class Run:
             checkpoint = load_checkpoint(last)
             check_checkpoint(checkpoint, last)
             found = read_run(last, checkpoint)
-            if found.is_stage_1 != (checkpoint["config"]["stage"] == "mae"):
+            if found.is_stage_1 != (checkpoint["config"]["stage"] in ("mae", "generate")):
                 raise ValueError(f"{last}: its stage and its weights do not fit")
             if not found.is_stage_1:
                 check_vocabulary(found)

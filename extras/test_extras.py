@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -78,12 +79,14 @@ from extras import (
     features,
     findings,
     finetune,
+    generate,
     pack,
     probe,
     search,
     teach,
 )
 from extras import export as onnx_export
+from extras import judge as extras_judge
 from extras.bench import image_flops, mae_flops, text_flops
 from tokenizer import Tokenizer
 
@@ -3322,6 +3325,222 @@ def test_ways_to_fine_tune_are_compared(small_run, shapes, tmp_path, started):
         here(finetune.main, *flags, "--epochs", "1")
 
 
+# ---- generate.py and judge.py ----
+
+def train_denoiser(shapes, out, *more):
+    """40 steps of a small denoiser on the shapes, which draws samples once."""
+    flags = ["train", "--data", shapes / "train-*.tar", "--out", out, "--size", "16", *TRAIN,
+             "--steps", "40", "--save-every", "20", *more]
+    with mock.patch.object(generate, "SAMPLES", 1):
+        here(generate.main, *flags, tiny=dict(TINY, vision_width=64, vision_layers=2))
+
+
+@pytest.fixture(scope="module")
+def denoiser_run(shapes, tmp_path_factory):
+    """The folder of a run of `generate train`."""
+    out = tmp_path_factory.mktemp("denoiser") / "run"
+    train_denoiser(shapes, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def guide_and_judge(shapes, tmp_path_factory):
+    """The folders of two runs of train_clip.py, with different seeds."""
+    folder = tmp_path_factory.mktemp("judges")
+    for seed in "01":
+        clip_here(shapes, folder / seed, "--steps", "20", "--seed", seed)
+    return folder / "0", folder / "1"
+
+
+def texts_of(model, tokenizer, names):
+    """Unit vectors of names, of a model whose weights need no gradient from now on."""
+    model.requires_grad_(False)
+    return evaluate.embed_texts(model, tokenizer, names)
+
+
+def test_a_denoiser_learns_and_draws_samples_as_it_goes(denoiser_run):
+    losses = [line["loss"] for line in log_of(denoiser_run)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert Image.open(denoiser_run / "samples.png").size == (16 * 16, 4 * 16)
+
+
+def test_a_resumed_denoiser_is_the_same_bit_for_bit(shapes, denoiser_run, tmp_path):
+    shutil.copytree(denoiser_run, tmp_path / "again")
+    os.replace(tmp_path / "again" / "step-20.pt", tmp_path / "again" / "last.pt")
+    train_denoiser(shapes, tmp_path / "again", "--resume")
+    expected, found = weights_of(denoiser_run), weights_of(tmp_path / "again")
+    assert any(name.startswith("average.") for name in found)
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_the_average_follows_the_weights():
+    denoiser = generate.Denoiser(kelip.KELIP(**TINY).visual)
+    name = "visual.class_embedding"
+    weight, average = (module.get_parameter(name) for module in (denoiser, denoiser.average))
+    before = average.clone()
+    weight.data += 1
+    denoiser.update_average(step=1)  # the decay is 2 / 11
+    assert torch.allclose(average, before + 9 / 11)
+    denoiser.update_average(step=10 ** 6)
+    assert torch.allclose(average, before + 9 / 11 + (1 - generate.EMA) * 2 / 11)
+
+
+def test_an_exact_denoiser_draws_the_only_image_there_is(monkeypatch):
+    image = torch.rand(3, 16, 16) - 0.5
+
+    class Exact(generate.Denoiser):
+        def forward(self, noisy, angle):
+            cos, sin = angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)
+            noise = (noisy - cos * image) / sin
+            return cos * noise - sin * image
+
+    denoiser = Exact(kelip.KELIP(**dict(TINY, image_resolution=16, vision_patch_size=2)).visual)
+    for predicted in generate.sample(denoiser, torch.arange(2), steps=3):
+        assert torch.allclose(predicted, image.expand(2, -1, -1, -1), atol=1e-5)
+
+
+def test_samples_depend_on_the_seed_alone(denoiser_run):
+    denoiser, sources = generate.open_denoiser(denoiser_run)
+    seeds = torch.tensor([5, 6, 7])
+    images = generate.sample(denoiser, seeds, steps=4)[-1]
+    assert torch.equal(images, generate.sample(denoiser, seeds, steps=4)[-1])
+    assert torch.allclose(images[1:2], generate.sample(denoiser, seeds[1:2], steps=4)[-1],
+                          atol=0.1)
+    assert (images[0] - images[1]).abs().mean() > 0.1
+
+
+def test_a_denoiser_in_float64_draws_in_float64():
+    denoiser = generate.Denoiser(kelip.KELIP(**dict(TINY, image_resolution=16,
+                                                    vision_patch_size=2)).visual).double()
+    [image] = generate.sample(denoiser.average, torch.arange(1), steps=1)
+    assert image.dtype == torch.float64
+
+
+def test_crops_of_an_image_are_cut_where_crop_boxes_says(small_run, monkeypatch):
+    """The mean cosine over crops that Pillow cuts and resizes gives the same distance."""
+    model, _, tok = kelip.build_model(small_run)
+    texts = texts_of(model, tok, ["a red circle"])
+    image = torch.rand(1, 3, 32, 32)
+    monkeypatch.setattr(generate, "CUTOUTS", 3)
+    found = generate.distance(model, texts, torch.tensor([7]), image, step=2)
+    side, distances = model.config["image_resolution"], []
+    for k in (6, 7, 8):
+        box = generate.crops.crop_boxes(0, torch.tensor([7]), k, 32, scale=generate.AREA)
+        [[x, y, w, h]] = box.tolist()
+        cut = F.interpolate(image[:, :, y:y + h, x:x + w], (side, side), mode="bilinear")
+        cosine = model.encode_image(cut, l2norm=True) @ texts[0]
+        distances.append(cosine.clamp(-1, 1).acos().square() / 2)
+    # At their edges, crops of the image also see the pixels beside them.
+    assert found.item() == pytest.approx(torch.cat(distances).mean().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_guidance_raises_the_score_of_a_judge(denoiser_run, guide_and_judge, direct, monkeypatch):
+    monkeypatch.setattr(generate, "CUTOUTS", 4)
+    guide, judge = (kelip.build_model(folder) for folder in guide_and_judge)
+    names = ["a red circle", "파란색 네모", "a black cross", "초록색 세모"]
+    texts, seeds = texts_of(guide[0], guide[2], names), torch.arange(4)
+    denoiser, _ = generate.open_denoiser(denoiser_run)
+    without = generate.sample(denoiser, seeds)[-1]
+    distance = functools.partial(generate.distance, guide[0], texts, seeds)
+    if direct:
+        images = generate.optimize(48, seeds, distance, torch.device("cpu"), steps=25)[-1]
+    else:
+        images = generate.sample(denoiser, seeds, distance)[-1]
+    assert (distance(images, 0) < distance(without, 0)).all()
+    own = texts_of(judge[0], judge[2], names)
+    scores = [(extras_judge.embed(judge, [generate.to_pil(image) for image in of_kind]) * own)
+              .sum(dim=1).mean() for of_kind in (without, images)]
+    assert scores[1] > scores[0] + 0.05
+
+
+def test_the_nearest_drawing_and_its_distance():
+    drawings = torch.stack([kelip.preprocess(8)(Image.new("RGB", (8, 8), color))
+                            for color in ("black", "white", "red")])
+    gray = kelip.preprocess(8)(Image.new("RGB", (8, 8), (51, 51, 51)))
+    found, distance = generate.nearest(torch.stack([gray, drawings[2]]), drawings)
+    assert found.tolist() == [0, 2]
+    assert distance.tolist() == pytest.approx([0.2, 0], abs=1e-4)
+    assert np.asarray(generate.to_pil(gray)).tolist() == [[[51, 51, 51]] * 8] * 8
+
+
+def test_sample_writes_a_page_for_each_text(small_run, denoiser_run, tmp_path):
+    printed = here(generate.main, "sample", small_run, "빨간색 원", "a red circle", "--denoiser",
+                   denoiser_run, "--seeds", "2", "--steps", "2", "--out", tmp_path)
+    assert re.search("빨간색 원: distance [0-9.]+, of pixels to the nearest", printed)
+    html = (tmp_path / "generated.html").read_text(encoding="utf-8")
+    # For each text two samples, the nearest training image of each, and two steps.
+    assert html.count("<img") == 12 and "Korean" in html and "English" in html
+    here(generate.main, "sample", small_run, "원", "--direct", "--seeds", "1", "--steps", "3",
+         "--out", tmp_path)
+    assert (tmp_path / "generated.html").read_text(encoding="utf-8").count("<img") == 4
+
+
+def test_generate_says_in_one_line_what_is_missing(small_run, denoiser_run, tmp_path):
+    for model, text, flags, message in (
+            (small_run, "원", ["--denoiser", tmp_path], f"{tmp_path}/last.pt: no denoiser; extras"),
+            (small_run, "원", ["--denoiser", small_run], "last.pt: no denoiser; extras.generate"),
+            (small_run.with_name("mae"), "원", ["--denoiser", denoiser_run], "a run of stage 1"),
+            (denoiser_run, "원", ["--direct"], "a run of stage 1"),
+            (small_run, " ", ["--direct"], "' ': has no token; give words to draw")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generate.main(["sample", str(model), text, *map(str, flags)])
+
+
+def test_a_judge_finds_names_at_first_and_fifth_place():
+    texts = torch.eye(6)
+    vectors = kelip.l2_normalize(torch.tensor([[6.0, 5, 4, 3, 2, 1]])).expand(3, -1)
+    assert extras_judge.found_at(vectors, texts, torch.tensor([0, 4, 5])) == pytest.approx(
+        [1 / 3, 2 / 3])
+    tied = torch.ones(1, 6)
+    assert extras_judge.found_at(tied, texts, torch.tensor([0])) == [0, 0]
+
+
+def test_a_judge_measures_draws_once_and_says_what_changed(
+        shapes, denoiser_run, guide_and_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "CUTOUTS", 2)
+    flags = [*guide_and_judge, "--denoiser", denoiser_run, "--test", shapes / "test-*.tar",
+             "--seeds", "2", "--kinds", "guided", "--out", tmp_path]
+    printed = here(extras_judge.main, *flags, "--names", "4")
+    numbers = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
+    assert numbers["names"]["en"] == ["a red circle", "a green square", "a blue triangle",
+                                      "a black cross"]
+    assert numbers["names"]["ko"][3] == "검은색 십자"
+    assert [len(seeds) for seeds in numbers["found"].values()] == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert "guided by another name | " in printed and "index.html" in printed
+    images = np.load(tmp_path / "guided-ko-1.npy")
+    assert images.shape == (4, 16, 16, 3)
+    # Images that exist are judged again, and not drawn again.
+    np.save(tmp_path / "guided-ko-1.npy", np.zeros_like(images))
+    here(extras_judge.main, *flags, "--names", "4")
+    assert not np.load(tmp_path / "guided-ko-1.npy").any()
+    with pytest.raises(ValueError, match="holds images of .*'names': '4'.*: name another --out"):
+        here(extras_judge.main, *flags, "--names", "3")
+
+
+def test_names_to_draw_can_be_compared():
+    def pair(key, en, ko="이름"):
+        return shards.Pair(key, b"", {"en": [en], "ko": [ko]}, {}, [])
+    pairs = [pair("Joy-U+1F34E", "red apple"), pair("Joy-U+1F44B-U+1F3FB", "waving hand: light"),
+             pair("Joy-U+1F1F0-U+1F1F7", "flag"), pair("Joy-U+1F468", "man"),
+             pair("Joy-U+1F469", "woman"), pair("Joy-U+1F9F0", "toolbox"),
+             pair("Joy-U+1F334", "palm")]
+    trained = {pair.captions["en"][0] for pair in pairs} - {"toolbox"}
+    assert extras_judge.choose(pairs, trained, 100) == [0, 3, 6]  # a woman shows the same as a man
+    assert extras_judge.choose(pairs, trained, 2) == [0, 6]
+    with pytest.raises(ValueError, match="--test: has no names in English and Korean"):
+        extras_judge.choose(pairs, set(), 2)
+
+
+def test_the_gap_is_that_between_groups_of_images():
+    a, b = torch.eye(2)
+    # Two seeds of three names: two groups, one group, and a difference of seeds alone.
+    one = torch.stack([torch.stack([a, a, a]), torch.stack([a, a, b])])
+    other = torch.stack([torch.stack([b, a, a]), torch.stack([b, a, b])])
+    assert extras_judge.gap(one, other).tolist() == [1, 0, 0]
+
+
 # ---- findings.py ----
 
 @pytest.fixture
@@ -3906,6 +4125,9 @@ def test_the_command_for_gpus_says_in_one_line_what_it_needs(tmp_path, monkeypat
 
 @pytest.mark.parametrize("main, arguments, message", [
     (findings.main, ["analogy", "--out", ""], "--out: is empty"),
+    (generate.main, ["train", "--size", "12"], "--size: invalid choice: 12"),
+    (generate.main, ["sample", "run", "사과", "--seeds", "0"], "--seeds: must be from 1 to 256"),
+    (extras_judge.main, ["run", "judge", "--seeds", "1"], "--seeds: must be from 2 to"),
     (findings.main, ["analogy", "--steps", "0"], "--steps: must be from 1 to"),
     (bench.main, ["--help-pages", ""], "--help-pages: is empty"),
     (bench.main, ["--size", "nan"], "--size: must be a number, greater than 0 and at most 1"),
