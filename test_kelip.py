@@ -6007,7 +6007,8 @@ def test_commands_in_documents_name_files_and_flags_that_exist(path, capsys, mon
 
 @pytest.mark.parametrize("name", sorted(
     {f"extras.{path.stem}" for path in (HERE / "extras").glob("*.py")
-     if path.stem not in ("__init__", "export", "features", "test_extras")}
+     if path.stem not in ("__init__", "bench_cpu", "bench_memory", "export", "features",
+                          "test_extras")}
     | {"tokenizer", "kelip", "data", "evaluate", "train_mae", "train_clip"}))
 def test_every_command_has_a_help(name, capsys, monkeypatch):
     text = help_of(name, None, capsys, monkeypatch)

@@ -245,13 +245,8 @@ class Run:
             pairs = pairs_class(args.data, checkpoint and checkpoint["data"], **options)
         if checkpoint:
             _check_shards(pairs)
-        # Each rank takes its part of every batch, in an order that follows from the shards.
-        differs = self.broadcast(pairs.state()) != pairs.state()
-        count = int(self.sum_over_ranks(torch.tensor(differs, dtype=torch.int, device=self.device)))
-        if count:
-            raise ValueError(f"--data: {count} of {self.world_size} processes have other shards "
-                             "than rank zero: name the same shards, in the same order, on every "
-                             "node")
+        if self.group is not None:
+            self._check_same_shards(pairs)
         if self.is_rank_zero:
             print(pairs.describe(), flush=True)
         return pairs
@@ -343,6 +338,18 @@ class Run:
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale,
                                          "_growth_tracker": good_steps})
         self.first_step = self.saved_step = step
+
+    def _check_same_shards(self, pairs):
+        """Raise ValueError, on all ranks, unless all have the same shards.
+
+        Each rank takes its part of every batch, in an order that follows from the shards.
+        """
+        differs = self.broadcast(pairs.state()) != pairs.state()
+        count = int(self.sum_over_ranks(torch.tensor(differs, dtype=torch.int, device=self.device)))
+        if count:
+            raise ValueError(f"--data: {count} of {self.world_size} processes have other shards "
+                             "than rank zero: name the same shards, in the same order, on every "
+                             "node")
 
     def open_loader(self, pairs, tokenizer, loader_class=data.Loader):
         """This rank's data.Loader, from the first sample that is not yet used."""

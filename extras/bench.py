@@ -1223,7 +1223,9 @@ def print_network(model, spec, batch, world_size):
     sum it. Times are for all bytes over NVLink, as if all GPUs were on one switch, and for all
     bytes over InfiniBand.
     """
-    from extras import bench_cpu, bench_memory  # they import this file
+    # These two import this file.
+    bench_cpu = importlib.import_module("extras.bench_cpu")
+    bench_memory = importlib.import_module("extras.bench_memory")
     utilization = 0.4  # assumed
     config, peak = kelip.PRESETS[model], PEAK_FLOPS["A100"]
     sizes = [size for number, size in crops.parse_crops(spec) for _ in range(number)]
