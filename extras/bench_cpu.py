@@ -226,7 +226,7 @@ def seconds_alone(products, repeats=5, clock=time.perf_counter):
 
 
 def limit_row(what, step):
-    """A step in TFLOP/s, and its products alone: the ratio is its share of the limit."""
+    """A step in TFLOP/s, and its products alone: the ratio is its fraction of the limit."""
     step()
     with Recorder() as recorder:
         step()
@@ -236,7 +236,7 @@ def limit_row(what, step):
     flops = recorder.total_flops()
     return bench.Row(f"limit of {what}", flops / seconds / 1e12, "its products alone",
                      flops / alone / 1e12, "TFLOP/s", f"bfloat16, {torch.get_num_threads()} "
-                     f"threads, {seconds:.2f} s a step; the ratio is the share of the limit")
+                     f"threads, {seconds:.2f} s a step; ratio: fraction of the limit")
 
 
 def limit_rows():

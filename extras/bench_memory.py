@@ -4,8 +4,8 @@
     python -m extras.bench network    the arithmetic for many GPUs, among others
 
 A rank holds all weights, their gradients and the state of the optimizer, and of its own pairs what
-the backward pass needs. The arithmetic counts matrices: what has one number per token is left out,
-and so are the memory of the libraries and what the allocator cannot use.
+the backward pass needs. The arithmetic counts matrices alone: no single numbers per token, no
+memory of the libraries, and nothing that the allocator cannot use.
 
 From top to bottom: what a model takes, what pairs take, a measurement.
 
@@ -46,7 +46,7 @@ def transformer_activations(batch, tokens, width, layers, n_packed=None):
         24 T W         of the MLP, 4 W wide: QuickGELU's input, sigmoid and output
 
     The last layer (see Transformer.forward_one) saves 6 T W for one LayerNorm, and 4 N L W of keys
-    and values. What has a single token per sequence is left out.
+    and values. What has a single token per sequence is not counted.
     """
     N, L, W, H = batch, tokens, width, width // 64
     T = n_packed or N * L

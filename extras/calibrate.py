@@ -279,7 +279,7 @@ def main(argv=None):
     """Calibrate a model, print the numbers, write calibration.json and the page."""
     parser = ArgumentParser(
         prog="python -m extras.calibrate", description=__doc__.partition("\nFrom top")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="RUN", help="the folder of a run or of released weights")
     add("--test", nargs="+", default=["data/emoji/test-*.tar"], metavar="SET",

@@ -78,12 +78,11 @@ def write_part(folder, pairs, n):
     """
     if folder.exists():
         return
-    everything = [pairs[i] for i in range(len(pairs))]
-    chosen = sorted(everything, key=lambda pair: hashlib.sha256(pair.image).digest())[:n]
+    order = sorted(range(len(pairs)), key=lambda i: hashlib.sha256(pairs[i].image).digest())
     with shards.new_folder(str(folder)) as temporary:
         # Keys are new, since those of different shards may be equal.
         shards.write_shard(f"{temporary}/train.tar",
-                           [(f"{i:08d}", pair.members) for i, pair in enumerate(chosen)])
+                           ((f"{i:08d}", pairs[k].members) for i, k in enumerate(order[:n])))
 
 
 def make_run(args, config, way, seed, sources, n):

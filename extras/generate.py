@@ -1,6 +1,6 @@
 """Images from text: a diffusion model of drawings, guided by a trained KELIP.
 
-    python -m extras.generate train                                 # about 40 minutes on two cores
+    python -m extras.generate train
     python -m extras.generate sample runs/clip "빨간 사과" "red apple"
     python -m extras.generate sample runs/clip "빨간 사과" --direct    # without a diffusion model
 
@@ -118,9 +118,10 @@ def open_denoiser(folder, device="cpu"):
 
 def square(batch, size, device):
     """The images of a batch, resized to squares: [N, 3, size, size], normalized."""
-    images, aspect = (x.to(device, non_blocking=True) for x in (batch.images, batch.aspect))
+    images = batch.images.to(device, non_blocking=True)
     # A crop of the entire area: the largest in the center of at most 4:3.
-    return crops.multi_crop(images, [(1, size)], 0, batch.sample_index, aspect, scale=(1, 1))[0]
+    return crops.multi_crop(images, [(1, size)], 0, batch.sample_index, batch.aspect,
+                            scale=(1, 1))[0]
 
 
 def train(args, run):
@@ -307,7 +308,7 @@ def parse_arguments(argv=None):
     """The command line of both commands."""
     parser = ArgumentParser(
         prog="python -m extras.generate", description=__doc__.partition("\nFrom top")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", description="Train a denoiser on images alone.")
     trainer.add_arguments(training, out="runs/generate", lr="0.001", batch_size=256, epochs=20)

@@ -298,7 +298,7 @@ def parse_arguments(argv=None):
     """The command line."""
     parser = ArgumentParser(
         prog="python -m extras.judge", description=__doc__.partition("\nNot included")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="the model that guides: a run or released weights")
     add("judge", metavar="JUDGE", help="the model that names the images: a run of another seed")
