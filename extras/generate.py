@@ -5,11 +5,9 @@
     python -m extras.generate sample runs/clip "빨간 사과" --direct    # without a diffusion model
 
 `train` trains a denoiser on images alone. From noise, it draws images like those that it was
-trained on. `sample` turns each step of this toward a text, along the gradient of the distance
+trained on. `sample` turns the noise of each step toward a text, along the gradient of the distance
 between the text and crops of the image, as KELIP sees them. `--direct` changes pixels without a
 denoiser, for models of other images. extras/judge.py measures how well this works.
-
-From top to bottom: the denoiser, training, guidance, the page and the commands.
 
 Not included: a denoiser that reads texts (classifier-free guidance).
 """
@@ -28,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import trange
 
 import crops
 import data
@@ -39,11 +38,10 @@ from command import ArgumentParser, number, one_line, run_command
 from extras.calibrate import language_of
 from optimizer import make_optimizer
 
-GRID = 8            # patches on a side of an image
 EMA = 0.999         # decay of the moving average of the weights
 SAMPLES = 8         # how many times a run draws samples.png
-STEPS, SCALE = 25, 1000.0            # of guided sampling
-DIRECT_STEPS, DIRECT_LR = 50, 0.05   # of --direct, which take as long
+STEPS, GUIDANCE = 100, 0.1           # of sampling
+DIRECT_STEPS, DIRECT_LR = 50, 0.05   # of --direct
 CUTOUTS, AREA = 16, (0.8, 1.0)       # crops at each step, and their area, that of training
 NOISE, LEVEL = 16, 17  # purposes of random numbers, which crops.py does not have
 BLACK, WHITE = (((x - torch.tensor(kelip.MEAN)) / torch.tensor(kelip.STD)).view(3, 1, 1)
@@ -62,8 +60,6 @@ class Denoiser(nn.Module):
         noisy = cos(angle) * image + sin(angle) * noise             # angle in 0..pi/2
         v     = cos(angle) * noise - sin(angle) * image
         image = cos(angle) * noisy - sin(angle) * v
-
-    `average` is a denoiser with the moving average of the weights, which draws better images.
     """
 
     def __init__(self, visual):
@@ -74,6 +70,7 @@ class Denoiser(nn.Module):
         self.level = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, W))
         self.pixels = nn.Linear(W, 3 * visual.patch_size ** 2)
         nn.init.zeros_(self.pixels.weight)
+        # A denoiser with the moving average of the weights, which draws better images.
         self.average = copy.deepcopy(self).requires_grad_(False)
 
     def forward(self, noisy, angle):
@@ -129,7 +126,7 @@ def train(args, run):
     pairs = run.open_pairs()
     torch.manual_seed(args.seed)
     config = dict(kelip.PRESETS[args.model], image_resolution=args.size,
-                  vision_patch_size=args.size // GRID)
+                  vision_patch_size=args.size // 8)
     denoiser = Denoiser(kelip.KELIP(**config).visual)
     denoiser.to(run.device, trainer.weight_dtype(args.precision))
     if args.compile:
@@ -164,7 +161,7 @@ def train(args, run):
         if run.evaluates_at(step):
             with run.evaluation(step):  # the other ranks wait
                 if run.is_rank_zero:
-                    images = sample(denoiser.average, torch.arange(64))[-1]
+                    images = sample(denoiser.average, torch.arange(32))[-1]
                     rows = [torch.cat([*row], dim=2) for row in images.split(16)]
                     to_pil(torch.cat(rows, dim=1)).save(run.folder / "samples.png")
 
@@ -180,60 +177,63 @@ def distance(model, texts, seeds, images, step):
     It is half of the squared angle between two vectors, as in KELIP's released notebook. Crops
     depend on the seeds, int64 [N], and the step.
     """
-    size, side = images.shape[-1], model.config["image_resolution"]
-    numbers = range(step * CUTOUTS, (step + 1) * CUTOUTS)
-    boxes = torch.stack([crops.crop_boxes(0, seeds, k, size, scale=AREA) for k in numbers], dim=1)
-    corner, extent = boxes.flatten(0, 1).to(images).split(2, dim=1)          # [N*K, 2] each
+    size, side, K = images.shape[-1], model.config["image_resolution"], CUTOUTS
+    boxes = [crops.crop_boxes(0, seeds, step * K + k, size, scale=AREA) for k in range(K)]
+    boxes = torch.stack(boxes, dim=1).flatten(0, 1)                          # [N*K, 4]
+    corner, extent = boxes.to(images).split(2, dim=1)                        # [N*K, 2] each
     center = (2 * corner + extent) / size - 1  # affine_grid has an image reach from -1 to 1
     zoom = torch.cat([torch.diag_embed(extent / size), center[:, :, None]], dim=2)
     points = F.affine_grid(zoom, [len(zoom), 3, side, side], align_corners=False)
-    cutouts = F.grid_sample(images.repeat_interleave(CUTOUTS, dim=0), points,
-                            padding_mode="border", align_corners=False)      # [N*K, 3, side, side]
+    cutouts = F.grid_sample(images.repeat_interleave(K, dim=0), points, padding_mode="border",
+                            align_corners=False)                             # [N*K, 3, side, side]
     with autocast(images.device):
-        features = model.encode_image(cutouts, l2norm=True).unflatten(0, (-1, CUTOUTS))
+        features = model.encode_image(cutouts, l2norm=True).unflatten(0, (-1, K))
     chord = (features - texts[:, None]).norm(dim=2)                          # [N, K]
     return 2 * (chord / 2).asin().square().mean(dim=1)
 
 
-def sample(denoiser, seeds, guide=None, scale=SCALE, steps=STEPS):
+def sample(denoiser, seeds, guide=None, guidance=GUIDANCE, steps=STEPS):
     """Draw an image from each seed, int64 [N]: a list of the images that each step predicts.
 
-    The last, [N, 3, S, S], is the result. guide: (images, step) -> distances [N], to be lowered.
-    This is DDIM (arXiv 2010.02502). To multiply the density of noisy images by exp(-scale *
-    distance), Tweedie's formula moves the predicted image along the gradient for the noisy one.
+    The last, [N, 3, S, S], is the result. A step predicts the image and its noise, and exchanges a
+    part of the noise for fresh noise (DDIM with eta = 1, arXiv 2010.02502, equation 16).
+
+    guide: (images, step) -> distances [N], to be lowered. It turns the fresh noise against their
+    gradient, without changing its length (DSG, arXiv 2402.03201), so that noisy images stay like
+    those of training. guidance: the weight of the gradient's direction in the noise, 0..1.
     """
-    weight, size = denoiser.pixels.weight, denoiser.visual.resolution
-    device, black, white = weight.device, BLACK.to(weight), WHITE.to(weight)
-    noisy, predicted = normal(0, seeds, (3, size, size)).to(weight), []
-    angles = torch.linspace(math.pi / 2, 0, steps + 1, device=device)
-    for step, (angle, following) in enumerate(zip(angles[:-1], angles[1:])):
-        cos, sin = angle.cos(), angle.sin()
-        with autocast(device):
+    weight, shape = denoiser.pixels.weight, (3, *[denoiser.visual.resolution] * 2)
+    noisy, predicted = normal(0, seeds, shape).to(weight), []                # [N, 3, S, S]
+    angles = torch.linspace(math.pi / 2, 0, steps + 1, device=weight.device)
+    for step in trange(steps, desc="steps", leave=False, delay=1):
+        angle, following = angles[step], angles[step + 1]
+        with autocast(weight.device):
             v = denoiser(noisy.requires_grad_(guide is not None), angle.expand(len(noisy)))
-        image = cos * noisy - sin * v
+        image = angle.cos() * noisy - angle.sin() * v
+        fresh = normal(0, seeds, shape, step + 1).to(weight)
         if guide:
             gradient = torch.autograd.grad(guide(image, step).sum(), noisy)[0]
-            image = image - scale * sin ** 2 / cos.clamp(min=0.05) * gradient  # cos begins at 0
-        image = image.detach().clamp(black, white)
-        noise = (noisy.detach() - cos * image) / sin
+            direction = -F.rms_norm(gradient, shape, eps=1e-30)  # as long as noise
+            fresh = F.rms_norm(torch.lerp(fresh, direction, guidance), shape)
+        image, noisy = image.detach().clamp(BLACK.to(weight), WHITE.to(weight)), noisy.detach()
+        noise = (noisy - angle.cos() * image) / angle.sin()
+        kept = following.tan() / angle.tan()  # of the noise: 0 at the first step, then more
+        noise = kept * noise + (1 - kept ** 2).sqrt() * fresh
         noisy = following.cos() * image + following.sin() * noise
         predicted.append(image)
     return predicted
 
 
 def optimize(size, seeds, guide, device, steps=DIRECT_STEPS):
-    """The same without a denoiser: change pixels to lower the distance.
-
-    An image is a sum of images of 1, 2, 4, ... pixels, so that large parts change as easily.
-    """
-    black, white = BLACK.to(device), WHITE.to(device)
+    """The same without a denoiser: change pixels to lower the distance."""
+    # An image is a sum of images of 1, 2, 4, ... pixels, so that large parts change as easily.
     sides = [2 ** i for i in range(size.bit_length() - 1)] + [size]
     levels = [0.1 * normal(0, seeds, (3, side, side), side).to(device) for side in sides]
     optimizer = torch.optim.Adam([level.requires_grad_() for level in levels], DIRECT_LR)
     predicted = []
-    for step in range(steps):
+    for step in trange(steps, desc="steps", leave=False, delay=1):
         total = sum(F.interpolate(level, size, mode="bilinear") for level in levels)
-        image = black + (white - black) * total.sigmoid()
+        image = torch.lerp(BLACK.to(device), WHITE.to(device), total.sigmoid())
         optimizer.zero_grad()
         guide(image, step).sum().backward()
         optimizer.step()
@@ -288,10 +288,10 @@ def write_samples(args):
             size, steps = model.config["image_resolution"], args.steps or DIRECT_STEPS
             predicted = optimize(size, seeds, guide, device, steps)
         else:
-            predicted = sample(denoiser, seeds, guide, args.scale, args.steps or STEPS)
+            predicted = sample(denoiser, seeds, guide, args.guidance, args.steps or STEPS)
         line = f"{text}: distance {guide(predicted[-1], 0).mean():.3f}"
-        some = predicted[::kelip.ceil_div(len(predicted), 12)]
-        rows = {"": predicted[-1], "The first, step by step": [images[0] for images in some]}
+        first = [images[0] for images in predicted[::kelip.ceil_div(len(predicted), 12)]]
+        rows = {"": predicted[-1], "The first, step by step": first}
         if not args.direct:
             found, far = nearest(predicted[-1], drawings)
             line += f", of pixels to the nearest training image {far.mean():.3f}"
@@ -307,12 +307,12 @@ def write_samples(args):
 def parse_arguments(argv=None):
     """The command line of both commands."""
     parser = ArgumentParser(
-        prog="python -m extras.generate", description=__doc__.partition("\nFrom top")[0],
+        prog="python -m extras.generate", description=__doc__.partition("\nNot included")[0],
         fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", description="Train a denoiser on images alone.")
-    trainer.add_arguments(training, out="runs/generate", lr="0.001", batch_size=256, epochs=20)
-    training.set_defaults(lr=1e-3)
+    trainer.add_arguments(training, out="runs/generate", lr="0.001", batch_size=64, epochs=14)
+    training.set_defaults(model="tiny", lr=1e-3)
     training.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128),
                           help="side of the images in pixels (default: %(default)s)")
     drawing = commands.add_parser("sample", description="Draw images for texts.")
@@ -326,13 +326,12 @@ def parse_arguments(argv=None):
         help="images of each text (default: %(default)s)")
     add("--steps", type=number(int, 1, 10_000), metavar="N",
         help=f"steps of an image (default: {STEPS}; {DIRECT_STEPS} with --direct)")
-    add("--scale", type=number(float, 0), default=SCALE, metavar="X",
-        help="strength of the guidance along a denoiser's steps (default: %(default)g)")
+    add("--guidance", type=number(float, 0, 1), default=GUIDANCE, metavar="X",
+        help="part of each step's noise that the text determines, 0..1 (default: %(default)g)")
     add("--out", metavar="FOLDER", help="folder of the page (default: the model's)")
     args = parser.parse_args(argv)
     if args.command == "train":
         trainer.check_preset(args.model)
-        args.model = args.model or "tiny"
         args.optimizer = args.optimizer or ("muon" if args.model == "tiny" else "adamw")
     return args
 

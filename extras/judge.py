@@ -114,14 +114,14 @@ def open_names(args, guide, judge, sources):
 
 # ---- images ----
 
-def draw(kind, model, denoiser, texts, seeds, scale):
+def draw(kind, model, denoiser, texts, seeds, guidance):
     """Images of one kind, [N, 3, S, S], for texts [N, D] and seeds [N]. The kinds: see draw_all."""
     if kind == "unguided":
         return generate.sample(denoiser, seeds)[-1]
     device, side = model.logit_scale.device, model.config["image_resolution"]
     guide = functools.partial(generate.distance, model, texts.to(device), seeds)
     if kind == "guided":
-        return generate.sample(denoiser, seeds, guide, scale)[-1]
+        return generate.sample(denoiser, seeds, guide, guidance)[-1]
     return generate.optimize(side, seeds, guide, device)[-1]
 
 
@@ -139,7 +139,7 @@ def draw_all(args, model, denoiser, texts):
             images, noise = [], torch.arange(n) * args.seeds + seed  # other noise for each name
             for part in evaluate.with_progress(torch.arange(n).split(BATCH), n, path.stem, True):
                 vectors = texts[language or "en"][part]  # "unguided" does not use them
-                images += draw(kind, model, denoiser, vectors, noise[part], args.scale)
+                images += draw(kind, model, denoiser, vectors, noise[part], args.guidance)
             with atomic_write(path) as file:
                 np.save(file, np.stack([generate.to_pil(image) for image in images]))
         drawn.setdefault((kind, language), []).append(np.load(path))
@@ -240,7 +240,7 @@ def main(argv=None):
     guide[0].requires_grad_(False)
     denoiser, sources = generate.open_denoiser(args.denoiser, device)
     evaluate.check_writable(args.out)
-    settings = {key: str(getattr(args, key)) for key in ("test", "names", "seeds", "scale")}
+    settings = {key: str(getattr(args, key)) for key in ("test", "names", "seeds", "guidance")}
     for key, module in (("model", guide[0]), ("denoiser", denoiser)):  # the sum tells weights apart
         settings[key] = f"{sum(p.double().abs().sum() for p in module.parameters()):.3f}"
     path = args.out / "settings.json"
@@ -310,8 +310,8 @@ def parse_arguments(argv=None):
         help="names to draw, at most (default: 100)")
     add("--seeds", type=number(int, 2, 1 << 20), default=4, metavar="N",
         help="images of each name in each language (default: 4)")
-    add("--scale", type=number(float, 0), default=generate.SCALE, metavar="X",
-        help="strength of the guidance (default: %(default)g)")
+    add("--guidance", type=number(float, 0, 1), default=generate.GUIDANCE, metavar="X",
+        help="as of `extras.generate sample` (default: %(default)g)")
     add("--kinds", nargs="+", choices=["guided", "direct"], default=["guided", "direct"],
         help="guided by the model along a denoiser's steps; direct, without it (default: both)")
     add("--out", type=Path, default=Path("runs/judged"), metavar="FOLDER",

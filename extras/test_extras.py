@@ -3361,7 +3361,7 @@ def texts_of(model, tokenizer, names):
 def test_a_denoiser_learns_and_draws_samples_as_it_goes(denoiser_run):
     losses = [line["loss"] for line in log_of(denoiser_run)]
     assert losses[-1] < 0.6 * losses[0]
-    assert Image.open(denoiser_run / "samples.png").size == (16 * 16, 4 * 16)
+    assert Image.open(denoiser_run / "samples.png").size == (16 * 16, 2 * 16)
 
 
 def test_a_resumed_denoiser_is_the_same_bit_for_bit(shapes, denoiser_run, tmp_path):
@@ -3398,6 +3398,20 @@ def test_an_exact_denoiser_draws_the_only_image_there_is(monkeypatch):
     denoiser = Exact(kelip.KELIP(**dict(TINY, image_resolution=16, vision_patch_size=2)).visual)
     for predicted in generate.sample(denoiser, torch.arange(2), steps=3):
         assert torch.allclose(predicted, image.expand(2, -1, -1, -1), atol=1e-5)
+
+
+def test_guidance_turns_fresh_noise_and_keeps_its_length():
+    class Blind(generate.Denoiser):
+        def forward(self, noisy, angle):
+            return -0.001 * noisy  # the image is cos(angle) * noisy, at 90 and 45 degrees
+
+    denoiser = Blind(kelip.KELIP(**dict(TINY, image_resolution=16, vision_patch_size=2)).visual)
+    for guidance, mean in ((0, 0.0), (0.5, -0.5 ** 0.5), (1, -1.0)):
+        predicted = generate.sample(denoiser, torch.arange(2), steps=2, guidance=guidance,
+                                    guide=lambda images, step: images.mean(dim=(1, 2, 3)))
+        noise = 2 * predicted[1]  # the gradient is the same for all pixels
+        assert torch.allclose(noise.square().mean(dim=(1, 2, 3)), torch.ones(2), atol=0.1)
+        assert noise.mean().item() == pytest.approx(mean, abs=0.05)
 
 
 def test_samples_depend_on_the_seed_alone(denoiser_run):
