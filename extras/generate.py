@@ -42,7 +42,7 @@ EMA = 0.999         # decay of the moving average of the weights
 SAMPLES = 8         # how many times a run draws samples.png
 STEPS, GUIDANCE = 100, 0.1           # of sampling
 DIRECT_STEPS, DIRECT_LR = 50, 0.05   # of --direct
-CUTOUTS, AREA = 16, (0.8, 1.0)       # crops at each step, and their area, that of training
+CUTOUTS, AREA = 4, (0.8, 1.0)        # crops at each step, and their area, that of training
 NOISE, LEVEL = 16, 17  # purposes of random numbers, which crops.py does not have
 BLACK, WHITE = (((x - torch.tensor(kelip.MEAN)) / torch.tensor(kelip.STD)).view(3, 1, 1)
                 for x in (0, 1))  # as kelip.preprocess normalizes pixels: [3, 1, 1] each
