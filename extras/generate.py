@@ -7,7 +7,7 @@
 `train` trains a denoiser on images alone. From noise, it draws images like those that it was
 trained on. `sample` turns the noise of each step toward a text, along the gradient of the distance
 between the text and crops of the image, as KELIP sees them. `--direct` changes pixels without a
-denoiser, for models of other images. extras/judge.py measures how well this works.
+denoiser, for models of photographs. extras/judge.py measures how well this works.
 
 Not included: a denoiser that reads texts (classifier-free guidance).
 """
@@ -42,7 +42,7 @@ EMA = 0.999         # decay of the moving average of the weights
 SAMPLES = 8         # how many times a run draws samples.png
 STEPS, GUIDANCE = 100, 0.1           # of sampling
 DIRECT_STEPS, DIRECT_LR = 50, 0.05   # of --direct
-CUTOUTS, AREA = 4, (0.8, 1.0)        # crops at each step, and their area, that of training
+CUTOUTS, AREA = 4, (0.8, 1.0)        # crops at each step; their area, as in train_clip.py
 NOISE, LEVEL = 16, 17  # purposes of random numbers, which crops.py does not have
 BLACK, WHITE = (((x - torch.tensor(kelip.MEAN)) / torch.tensor(kelip.STD)).view(3, 1, 1)
                 for x in (0, 1))  # as kelip.preprocess normalizes pixels: [3, 1, 1] each
@@ -116,7 +116,7 @@ def open_denoiser(folder, device="cpu"):
 def square(batch, size, device):
     """The images of a batch, resized to squares: [N, 3, size, size], normalized."""
     images = batch.images.to(device, non_blocking=True)
-    # A crop of the entire area: the largest in the center of at most 4:3.
+    # The entire image, or its center if it is longer than 4:3.
     return crops.multi_crop(images, [(1, size)], 0, batch.sample_index, batch.aspect,
                             scale=(1, 1))[0]
 
@@ -217,7 +217,7 @@ def sample(denoiser, seeds, guide=None, guidance=GUIDANCE, steps=STEPS):
             fresh = F.rms_norm(torch.lerp(fresh, direction, guidance), shape)
         image, noisy = image.detach().clamp(BLACK.to(weight), WHITE.to(weight)), noisy.detach()
         noise = (noisy - angle.cos() * image) / angle.sin()
-        kept = following.tan() / angle.tan()  # of the noise: 0 at the first step, then more
+        kept = following.tan() / angle.tan()  # of the noise: most in the middle, 0 at both ends
         noise = kept * noise + (1 - kept ** 2).sqrt() * fresh
         noisy = following.cos() * image + following.sin() * noise
         predicted.append(image)
@@ -230,7 +230,7 @@ def optimize(size, seeds, guide, device, steps=DIRECT_STEPS):
     sides = [2 ** i for i in range(size.bit_length() - 1)] + [size]
     levels = [0.1 * normal(0, seeds, (3, side, side), side).to(device) for side in sides]
     optimizer = torch.optim.Adam([level.requires_grad_() for level in levels], DIRECT_LR)
-    predicted = []
+    predicted = []  # before each change
     for step in trange(steps, desc="steps", leave=False, delay=1):
         total = sum(F.interpolate(level, size, mode="bilinear") for level in levels)
         image = torch.lerp(BLACK.to(device), WHITE.to(device), total.sigmoid())
@@ -243,8 +243,8 @@ def optimize(size, seeds, guide, device, steps=DIRECT_STEPS):
 
 def autocast(device):
     """The context in which matrix products are fastest."""
-    is_fast = trainer.choose_precision("auto", device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)
+    precision, _ = trainer.choose_precision("auto", device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 # ---- the page and the commands ----
@@ -275,11 +275,11 @@ def write_samples(args):
     model.requires_grad_(False)
     if empty := [text for text in args.texts if not tokenizer.encode_ordinary(text)]:
         raise ValueError(f"{empty[0]!r}: has no token; give words to draw")
+    folder = Path(args.out or evaluate.folder_of(args.model))
+    evaluate.check_writable(folder)
     if not args.direct:
         denoiser, sources = open_denoiser(args.denoiser, device)
         drawings = all_images(sources, denoiser.visual.resolution)           # [M, 3, S, S]
-    folder = Path(args.out or evaluate.folder_of(args.model))
-    evaluate.check_writable(folder)
     seeds, parts = torch.arange(args.seeds), []
     for text, vector in zip(args.texts, evaluate.embed_texts(model, tokenizer, args.texts)):
         vectors = vector.to(device).expand(args.seeds, -1)
@@ -294,7 +294,7 @@ def write_samples(args):
         rows = {"": predicted[-1], "The first, step by step": first}
         if not args.direct:
             found, far = nearest(predicted[-1], drawings)
-            line += f", of pixels to the nearest training image {far.mean():.3f}"
+            line += f"; of pixels, to the nearest training image: {far.mean():.3f}"
             rows["The nearest training image of each"] = drawings[found]
         parts.append(page.heading(f"{text} ({evaluate.LANGUAGE_NAMES[language_of(text)]})"))
         for title, images in rows.items():
@@ -321,7 +321,7 @@ def parse_arguments(argv=None):
     add("texts", nargs="+", metavar="TEXT", help="what to draw, in English or Korean")
     add("--denoiser", default="runs/generate", metavar="FOLDER",
         help="a run of `train` (default: %(default)s)")
-    add("--direct", action="store_true", help="change the pixels directly, without a denoiser")
+    add("--direct", action="store_true", help="change pixels, without --denoiser and --guidance")
     add("--seeds", type=number(int, 1, 256), default=8, metavar="N",
         help="images of each text (default: %(default)s)")
     add("--steps", type=number(int, 1, 10_000), metavar="N",

@@ -3386,7 +3386,7 @@ def test_the_average_follows_the_weights():
     assert torch.allclose(average, before + 9 / 11 + (1 - generate.EMA) * 2 / 11)
 
 
-def test_an_exact_denoiser_draws_the_only_image_there_is(monkeypatch):
+def test_an_exact_denoiser_draws_the_only_image_there_is():
     image = torch.rand(3, 16, 16) - 0.5
 
     class Exact(generate.Denoiser):
@@ -3398,6 +3398,29 @@ def test_an_exact_denoiser_draws_the_only_image_there_is(monkeypatch):
     denoiser = Exact(kelip.KELIP(**dict(TINY, image_resolution=16, vision_patch_size=2)).visual)
     for predicted in generate.sample(denoiser, torch.arange(2), steps=3):
         assert torch.allclose(predicted, image.expand(2, -1, -1, -1), atol=1e-5)
+
+
+def test_a_step_is_that_of_ddim_with_eta_1():
+    """Equations 12 and 16 of arXiv 2010.02502, in which alpha is our cos(angle) ** 2."""
+    seen = []
+
+    class Recorder(generate.Denoiser):
+        def forward(self, noisy, angle):
+            seen.append((noisy, angle[0].double(), torch.is_autocast_enabled("cpu")))
+            return torch.zeros_like(noisy)  # so that the image is cos(angle) * noisy
+
+    denoiser = Recorder(kelip.KELIP(**dict(TINY, image_resolution=16, vision_patch_size=2)).visual)
+    seeds = torch.arange(2)
+    images = generate.sample(denoiser, seeds, steps=5)
+    for step in range(1, 5):
+        (before, angle, in_bf16), (noisy, following, _) = seen[step - 1:step + 1]
+        old, alpha = angle.cos() ** 2, following.cos() ** 2
+        noise = (before - old.sqrt() * images[step - 1]) / (1 - old).sqrt()
+        sigma = ((1 - alpha) / (1 - old) * (1 - old / alpha)).sqrt()
+        fresh = generate.normal(0, seeds, (3, 16, 16), step)
+        expected = alpha.sqrt() * images[step - 1] + (1 - alpha - sigma ** 2).sqrt() * noise
+        assert torch.allclose((expected + sigma * fresh).float(), noisy, atol=1e-4)
+        assert in_bf16 == (trainer.choose_precision("auto", torch.device("cpu"))[0] == "bf16")
 
 
 def test_guidance_turns_fresh_noise_and_keeps_its_length():
@@ -3482,7 +3505,7 @@ def test_the_nearest_drawing_and_its_distance():
 def test_sample_writes_a_page_for_each_text(small_run, denoiser_run, tmp_path):
     printed = here(generate.main, "sample", small_run, "빨간색 원", "a red circle", "--denoiser",
                    denoiser_run, "--seeds", "2", "--steps", "2", "--out", tmp_path)
-    assert re.search("빨간색 원: distance [0-9.]+, of pixels to the nearest", printed)
+    assert re.search("빨간색 원: distance [0-9.]+; of pixels, to the nearest", printed)
     html = (tmp_path / "generated.html").read_text(encoding="utf-8")
     # For each text two samples, the nearest training image of each, and two steps.
     assert html.count("<img") == 12 and "Korean" in html and "English" in html
@@ -3522,15 +3545,17 @@ def test_a_judge_measures_draws_once_and_says_what_changed(
                                       "a black cross"]
     assert numbers["names"]["ko"][3] == "검은색 십자"
     assert [len(seeds) for seeds in numbers["found"].values()] == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
-    assert "guided by another name | " in printed and "index.html" in printed
+    assert "guided by another name | " in printed and "judge.html" in printed
     images = np.load(tmp_path / "guided-ko-1.npy")
     assert images.shape == (4, 16, 16, 3)
     # Images that exist are judged again, and not drawn again.
     np.save(tmp_path / "guided-ko-1.npy", np.zeros_like(images))
     here(extras_judge.main, *flags, "--names", "4")
     assert not np.load(tmp_path / "guided-ko-1.npy").any()
-    with pytest.raises(ValueError, match="holds images of .*'names': '4'.*: name another --out"):
+    with pytest.raises(ValueError, match="was begun with names 4, and not 3: name another --out"):
         here(extras_judge.main, *flags, "--names", "3")
+    with pytest.raises(ValueError, match="the model that guides cannot be the judge, too"):
+        here(extras_judge.main, flags[0], *flags[:1], *flags[2:], "--names", "4")
 
 
 def test_names_to_draw_can_be_compared():
