@@ -3331,7 +3331,8 @@ def train_denoiser(shapes, out, *more):
     """40 steps of a small denoiser on the shapes, which draws samples once."""
     flags = ["train", "--data", shapes / "train-*.tar", "--out", out, "--size", "16", *TRAIN,
              "--steps", "40", "--save-every", "20", *more]
-    with mock.patch.object(generate, "SAMPLES", 1):
+    few_steps = functools.partial(generate.sample, steps=10)
+    with mock.patch.multiple(generate, SAMPLES=1, sample=few_steps):
         here(generate.main, *flags, tiny=dict(TINY, vision_width=64, vision_layers=2))
 
 
@@ -3479,12 +3480,12 @@ def test_guidance_raises_the_score_of_a_judge(denoiser_run, guide_and_judge, dir
     names = ["a red circle", "파란색 네모", "a black cross", "초록색 세모"]
     texts, seeds = texts_of(guide[0], guide[2], names), torch.arange(4)
     denoiser, _ = generate.open_denoiser(denoiser_run)
-    without = generate.sample(denoiser, seeds)[-1]
+    without = generate.sample(denoiser, seeds, steps=50)[-1]
     distance = functools.partial(generate.distance, guide[0], texts, seeds)
     if direct:
         images = generate.optimize(48, seeds, distance, torch.device("cpu"), steps=25)[-1]
     else:
-        images = generate.sample(denoiser, seeds, distance)[-1]
+        images = generate.sample(denoiser, seeds, distance, steps=50)[-1]
     assert (distance(images, 0) < distance(without, 0)).all()
     own = texts_of(judge[0], judge[2], names)
     scores = [(extras_judge.embed(judge, [generate.to_pil(image) for image in of_kind]) * own)
@@ -3536,7 +3537,7 @@ def test_a_judge_finds_names_at_first_and_fifth_place():
 
 def test_a_judge_measures_draws_once_and_says_what_changed(
         shapes, denoiser_run, guide_and_judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "CUTOUTS", 2)
+    monkeypatch.setattr(generate, "sample", functools.partial(generate.sample, steps=5))
     flags = [*guide_and_judge, "--denoiser", denoiser_run, "--test", shapes / "test-*.tar",
              "--seeds", "2", "--kinds", "guided", "--out", tmp_path]
     printed = here(extras_judge.main, *flags, "--names", "4")
